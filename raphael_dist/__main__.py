@@ -25,9 +25,10 @@ Command = Callable[[Sequence[str]], int]
 
 
 def config(argv: Sequence[str]) -> int:
-    """Print keys of the configuration with type, default, range and description.
+    """Run the command `config`: print settings of the configuration with type, default, range and description.
 
-    `argv`: a word to search for, and options. Returns exit code 1 if no key is found, else 0.
+    `argv`: the command's arguments: a word to search for, and options. Returns the exit code: 1 if no setting is found,
+    else 0.
     """
     parser = common.Parser(
         prog="raphael-config", description=COMMANDS["config"][1], example="python -m raphael_dist config memory"
@@ -53,7 +54,10 @@ def config(argv: Sequence[str]) -> int:
 
 
 def slurm(argv: Sequence[str]) -> int:
-    """Print the path of the folder with the Slurm scripts (with --home, of the folder that contains it). Return 0."""
+    """Run the command `slurm`: print the path of the folder with the Slurm scripts. Returns the exit code 0.
+
+    `argv`: the command's arguments. With --home, the path of the folder that contains it is printed instead.
+    """
     parser = common.Parser(
         prog="raphael-slurm", description=COMMANDS["slurm"][1], example='sbatch "$(raphael-slurm)/train_raphael.sh"'
     )
@@ -114,7 +118,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def script() -> int:
-    """Run the command of a console script raphael-COMMAND, whose name is in sys.argv[0]; return its exit code."""
+    """Run the command of the console script raphael-COMMAND that was started; return the command's exit code.
+
+    COMMAND is taken from sys.argv[0].
+    """
     return _run(sys.argv[0].rpartition("raphael-")[2], sys.argv[1:])
 
 

@@ -36,10 +36,14 @@ class UserError(ValueError):
 
 
 def write_error(where: Path, error: OSError) -> Exception:
-    """Return the exception to raise after writing the file or folder `where` of a run has failed with `error`.
+    """Return the exception to raise when a file or folder in a run's directory could not be written.
+
+    Args:
+        where: the file or folder.
+        error: the OSError that writing it raised.
 
     Returns:
-        NotSavedError if the disk or the quota is full, otherwise UserError.
+        NotSavedError if the disk or the quota is full, otherwise UserError. The message has the path and the cause.
     """
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return NotSavedError(
@@ -75,14 +79,14 @@ class NotSavedError(RuntimeError):
 
 
 class HungError(RuntimeError):
-    """Other ranks make no progress (exit code 76). The message names these ranks.
+    """Raised on a rank when other ranks make no progress (exit code 76). The message names these ranks.
 
     Collectives must not be called afterwards.
     """
 
 
 def describe_error(error: BaseException) -> str:
-    """Return one line about an exception. It begins with "not enough memory" if that is the cause."""
+    """Return an exception's type and message as one line. It begins with "not enough memory" if that is the cause."""
     text = " ".join(str(error).split())
     lacks = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
     if lacks or "can't allocate memory" in text or "out of memory" in text:
@@ -91,7 +95,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def write_exit_code(code: int, why: str = "") -> None:
-    """Write this process's exit code into the file $RAPHAEL_EXIT_FILE, and the message `why` into $RAPHAEL_EXIT_FILE.why.
+    """Write this process's exit code into the file $RAPHAEL_EXIT_FILE, and the error `why` into $RAPHAEL_EXIT_FILE.why.
 
     The Slurm job reads these files, since some launchers turn every exit code into 1, and a launcher may kill a rank before
     its last message is printed. Nothing is written if RAPHAEL_EXIT_FILE is not set.
@@ -111,10 +115,10 @@ def _write(path: str, text: str) -> None:
 
 
 def run_command(command: Callable[[], object]) -> int:
-    """Run `command` and return the exit code for this process.
+    """Call the function `command` (the body of a command-line program) and return the exit code for this process.
 
     Returns:
-        0; 2 after a UserError, which is printed as one line; or 130 after Ctrl-C.
+        0; 2 after a UserError, which is printed as one line; or 130 after Ctrl-C. Other exceptions are not caught.
     """
     prepare_streams()
     try:

@@ -10,9 +10,18 @@ import numpy as np
 
 
 class Purpose(IntEnum):
-    """What random numbers are used for. Different purposes get different numbers.
+    """What random numbers are used for (argument of `generator`). Different purposes get different numbers.
 
-    The values are part of the generators' keys: changing a value changes every run.
+    The values are part of the generators' counters: changing a value changes every run.
+
+    Attributes:
+        ORDER: order of the samples in an epoch.
+        CAPTION, FLIP, DROP: choice of a sample's caption, whether its image is mirrored, whether its caption is dropped.
+        TIMESTEP, STRATA: a sample's diffusion timestep, and the order of a batch's subranges of timesteps.
+        NOISE, OFFSET: noise on a sample's latents, and the part of it that is constant in each channel.
+        TIME_GATE, SPACE_GATE: noise on the logits of the gates that choose time experts and space experts.
+        POSTERIOR: sampling from the VAE's posterior.
+        UPSCALE: noise on the small image of super-resolution.
     """
 
     ORDER = 0
@@ -30,10 +39,10 @@ class Purpose(IntEnum):
 
 
 def generator(seed: int, purpose: Purpose, position: int, extra: int = 0) -> np.random.Generator:
-    """Return a new random generator whose numbers depend on the arguments only.
+    """Return a new random generator whose numbers depend on the arguments only. All arguments are from 0 to 2**64 - 1.
 
     Args:
-        seed: the seed of the run. All integers are from 0 to 2**64 - 1.
+        seed: the seed of the run.
         purpose: what the numbers are used for.
         position: number of a sample in the order of training, or number of an epoch or step.
         extra: number that distinguishes generators with the same seed, purpose and position.

@@ -35,7 +35,7 @@ GRID = 144  # images in a grid at most
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the arguments of the command line. On a mistake, argparse ends the process with exit code 2."""
+    """Parse the arguments of the sampling command. On a mistake, argparse ends the process with exit code 2."""
     parser = Parser(
         prog="raphael_dist.sample",
         example='python -m raphael_dist sample --checkpoint models/emoji --prompt "a red heart, noto style" --out grid.png',
@@ -75,15 +75,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command with the arguments `argv` (None: those of this process); return the exit code."""
+    """Run the sampling command; return the exit code. `argv`: the command-line arguments; None: those of this process."""
     args = parse(sys.argv[1:] if argv is None else argv)
     return run_command(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:
-    """Sample images on all ranks of a launcher, and write them as a grid to `args.out`.
+    """Sample images on all ranks of a launcher (or in this process alone), and write them as a grid to `args.out`.
 
-    Raises UserError for mistakes that the user can correct.
+    `args`: the parsed arguments of the sampling command (`parse`). Raises UserError for mistakes that the user can correct.
     """
     _check(args)
 

@@ -99,12 +99,12 @@ def parse_json(text: str, make_object: Callable[[list[tuple[str, Any]]], object]
 
 
 def json_type(value: object) -> str:
-    """Return the JSON type of a value in words, with an article where English requires one, such as "a list"."""
+    """Return in words the JSON type of a value that a JSON parser returned, such as "a list", "a number" or "null"."""
     return _JSON_TYPES.get(type(value), f"a {type(value).__name__}")
 
 
 def reason_unreadable(error: Exception) -> str:
-    """Return in words why the content of a file cannot be used, from the exception that using it raised."""
+    """Return in words why the content of a file is invalid, given the exception that parsing or using it raised."""
     if isinstance(error, KeyError):
         return f"the entry {error} is missing"
     return "a value has the wrong type" if isinstance(error, TypeError | AttributeError) else str(error)
@@ -116,9 +116,9 @@ def read_json(path: Path) -> Any:
 
 
 def escape_control(text: str, keep: str = "") -> str:
-    r"""Escape control characters (\n, \x1b, \u202e), so that text from outside the program cannot forge lines of a log.
+    r"""Return `text` with control characters (\n, \x1b, \u202e) written as escapes, so that it cannot forge lines of a log.
 
-    `keep`: characters that are not escaped.
+    `keep`: a string of the characters that are not escaped.
     """
     if text.isprintable():
         return text
@@ -161,7 +161,10 @@ def _shown_in_text(match: re.Match[str]) -> str:
 
 
 def hide_secrets_in_tree(tree: Any) -> Any:
-    """Return a copy of nested dicts and lists, with user, password and query of addresses replaced by "(hidden)"."""
+    """Return a copy of nested dicts and lists in which every string that is an address has its secrets hidden.
+
+    That is, user, password and query of scheme://... are replaced by "(hidden)".
+    """
     if isinstance(tree, dict):
         return {key: hide_secrets_in_tree(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
@@ -180,19 +183,25 @@ def redact(tree: Any) -> Any:
 
 
 def print_line(text: str, file: TextIO | None = None) -> None:
-    """Print one line. Secrets in addresses (`hide_secrets`) are hidden, and control characters are escaped."""
+    """Print `text` as one line. User, password and query of addresses are hidden, and control characters are escaped.
+
+    `file`: the stream to print to; None: stdout.
+    """
     print(escape_control(hide_secrets_in_text(text)), file=file, flush=True)
 
 
 class LineFormat(logging.Formatter):
-    """Formats log records: secrets in addresses are hidden, control characters are escaped. A traceback keeps its lines."""
+    """A log formatter that hides user, password and query of addresses, and escapes control characters.
+
+    A traceback keeps its lines.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line of a record, followed by its traceback if it has one."""
+        """Return the log line of a record, followed by its traceback if it has one. Secrets in addresses are hidden."""
         return escape_control(hide_secrets_in_text(super().format(record)), keep="\n\t")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        """Return the line of a record without its traceback."""
+        """Return the log line of a record, with control characters escaped. `format` adds the traceback."""
         return escape_control(super().formatMessage(record))
 
 

@@ -59,7 +59,10 @@ SMALL_RUN = "python -m raphael_dist train --config emoji-tiny"
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the arguments of the command line. On a mistake, argparse ends the process with exit code 2."""
+    """Parse the arguments of the training command. On a mistake, argparse ends the process with exit code 2.
+
+    The result also has `chosen`: whether --config was given. Without it, `config` is DEFAULT_CONFIG.
+    """
     parser = common.Parser(
         prog="raphael_dist/train.py",
         example="deepspeed raphael_dist/train.py --config emoji-tiny train.max_steps=50",
@@ -99,7 +102,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command with the arguments `argv` (None: those of this process); return the exit code (see errors.py)."""
+    """Run the training command; return the exit code, one of those in errors.py.
+
+    `argv`: the command-line arguments; None: those of this process.
+    """
     prepare_streams()
     why = ""
     try:
@@ -219,7 +225,7 @@ def describe(config: Config, plan: BatchPlan, merged: dict[str, object]) -> str:
     Args:
         config: the settings of the run, or of one of its stages (train.stages).
         plan: how a step's images are divided over ranks and micro-steps.
-        merged: the configuration that DeepSpeed receives.
+        merged: the DeepSpeed JSON with the keys that this project adds, as DeepSpeed receives it.
     """
     lines = [
         to_yaml(config).rstrip(),

@@ -84,7 +84,10 @@ class CharacterTokenizer:
         add_special_tokens: bool = True,
         **_: object,
     ) -> Any:
-        """Tokenize one caption or several, and return a BatchEncoding. Arguments are those of tokenizers of transformers."""
+        """Tokenize one caption or several, and return a BatchEncoding (input_ids, attention_mask, special_tokens_mask).
+
+        Arguments are those of the tokenizers of transformers; further ones are ignored.
+        """
         from transformers import BatchEncoding
 
         limit = max_length if truncation else None
@@ -161,9 +164,10 @@ def _clamped(value: int) -> int:
 
 @lru_cache(maxsize=1 << 16)
 def embed(number: int) -> list[float]:
-    """Return the embedding, a list of WIDTH numbers, of a token. `number`: its number in the tokenizer's output.
+    """Return the embedding of a token, a list of WIDTH (256) numbers. That of padding is all zeros.
 
-    The number contains everything that the embedding depends on. The embedding of padding is all zeros.
+    `number`: the token's number in the output of `CharacterTokenizer`. It contains everything that the embedding depends on:
+    the character and its place in the quoted text, or hashes of the word and of the word before it.
     """
     zeros = [0.0] * BLOCK
     if number & _CHARACTER:
@@ -253,9 +257,10 @@ def packaged_folder(name: str) -> Path:
 
 
 def packaged_text_model(name: str) -> tuple[Model, Tokenizer]:
-    """Return the model and the tokenizer of a text encoder by its name (one of NAMED), such as "minilm".
+    """Return (model, tokenizer) of a text encoder that needs no folder. The weights are float32.
 
-    Raises UserError if the name is unknown or the package is not installed.
+    `name`: "minilm", whose weights come with a Python package, or "characters", which has none. Raises UserError if the name
+    is unknown or the package is not installed.
     """
     if name == CHARACTERS:
         return CharacterModel(), CharacterTokenizer()
@@ -286,12 +291,12 @@ class TextFeatures:
 
 
 def run_text_encoder(model: Model, ids_BY: Tensor, attention_mask_BY: Tensor, end_id: int | None) -> TextFeatures:
-    """Return the features of B tokenized captions of Y tokens.
+    """Encode B tokenized captions of Y tokens each.
 
     Args:
         model: a text encoder of transformers.
-        ids_BY: token numbers, int64, on the model's device.
-        attention_mask_BY: 1 at tokens of the caption, 0 at padding.
+        ids_BY: token numbers, int64 [B, Y], on the model's device.
+        attention_mask_BY: [B, Y], 1 at tokens of the caption, 0 at padding.
         end_id: number of the end-of-text token; None: the tokenizer has none.
     """
     mask_BY = attention_mask_BY.bool()
@@ -308,8 +313,8 @@ def end_of_text_B(ids_BY: Tensor, mask_BY: Tensor, end_id: int | None) -> Tensor
     not padding.
 
     Args:
-        ids_BY: token numbers, int64.
-        mask_BY: bool, False at padding.
+        ids_BY: token numbers of B captions of Y tokens, int64 [B, Y].
+        mask_BY: bool [B, Y], False at padding.
         end_id: number of the end-of-text token; None: the tokenizer has none.
     """
     last = (mask_BY.sum(dim=1) - 1).clamp_min(0)
@@ -348,10 +353,10 @@ def decode_latents(vae: Model, latents: Tensor, device: torch.device) -> Tensor:
 
 
 def latent_shift_and_scale(vae: Model, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return shift and scale of a VAE's latents, from its configuration.
+    """Return (shift, scale) of a VAE's latents, from its configuration, as float32 tensors on `device`.
 
-    The model is trained on (latents - shift) * scale. Each is a scalar tensor [] for all channels, or [C, 1, 1] with a
-    number for each channel.
+    `vae`: an autoencoder of diffusers. The diffusion model is trained on (latents - shift) * scale. Each
+    of them is a scalar tensor [] for all channels, or [C, 1, 1] with a number for each channel.
     """
     config = vae.config
     mean, std = config.get("latents_mean"), config.get("latents_std")
@@ -374,11 +379,12 @@ def tokenize(tokenizer: Tokenizer, captions: Sequence[str], max_tokens: int, pad
     Args:
         tokenizer: The tokenizer.
         captions: B captions.
-        max_tokens: Largest number of tokens of a caption.
+        max_tokens: Largest number of tokens of a caption, with special tokens. Longer captions are truncated.
         padding: "max_length": pad all captions to `max_tokens` tokens. "longest": to the length of the longest caption.
 
     Returns:
-        The tokenizer's output (input_ids, attention_mask) as tensors, and the number of captions that were truncated.
+        The tokenizer's output (input_ids, attention_mask, int64 [B, Y] for Y tokens), and the number of captions that were
+        truncated.
     """
     texts = list(captions)
     for _ in range(_TRIES):
@@ -431,7 +437,10 @@ def _count_truncated(tokenizer: Tokenizer, texts: Sequence[str], batch: TokenBat
 
 
 def truncation_line(what: str, truncated: int, total: int, max_tokens: int) -> str:
-    """Return a log line: `truncated` of `total` texts of the kind `what` ("captions") have over `max_tokens` tokens."""
+    """Return a line for the log: `truncated` of `total` texts have more than `max_tokens` tokens and are truncated.
+
+    `what`: kind of the texts in the plural, such as "captions".
+    """
     return f"text.max_tokens={max_tokens}: longer {what} are truncated ({truncated} of {total})"
 
 # ---- model.diffusion -------------------------------------------------------------------------------------------------
@@ -476,7 +485,7 @@ def downscale_factor(config: Mapping[str, Any]) -> int:
 
 
 def append_small_image(x_BChw: Tensor, small_B3HsWs: Tensor, patch: int) -> Tensor:
-    """Append small images in -1..1 to latents as channels; return [B, C + 3 patch^2, h, w].
+    """Append small images in -1..1 to latents [B, C, h, w] as channels; return [B, C + 3 patch^2, h, w].
 
     Each latent position gets `patch` x `patch` pixels of the small image, each in its own three channels. If the small image
     has fewer pixels than that, they are repeated.
@@ -491,12 +500,12 @@ def append_small_image(x_BChw: Tensor, small_B3HsWs: Tensor, patch: int) -> Tens
 def back_project(images_B3HW: Tensor, small_B3HsWs: Tensor, times: int) -> Tensor:
     """Correct sampled images so that their downscaled versions approach the small images (Irani and Peleg, 1991).
 
-    The autoencoder and sampling change colours, while the small image has the right ones. The difference from the small
-    image is enlarged and added, `times` times.
+    The autoencoder and sampling change colours, while the small image has the right ones. Each correction enlarges the
+    difference between the small image and the downscaled one, and adds it.
 
     Args:
         images_B3HW: sampled images in -1..1.
-        small_B3HsWs: the small images in -1..1.
+        small_B3HsWs: the small images that were enlarged, in -1..1.
         times: number of corrections.
 
     Returns:
@@ -565,7 +574,7 @@ class CallArguments:
 
     @property
     def images(self) -> list[Image.Image]:
-        """The input images as a list with one image for each prompt; [] if there are none."""
+        """The input images (argument `image`) as a list with one image for each prompt; [] if there are none."""
         return [] if self.image is None else for_each("image", self.image, self.num_prompts)
 
     @property
@@ -612,9 +621,13 @@ class CallArguments:
 
 
 def check_texts(prompt: Texts, negative: Texts, prompt_embeds: Tensor | None, negative_embeds: Tensor | None) -> None:
-    """Raise UserError unless prompts are passed either as strings or as embeddings, and negative prompts too.
+    """Raise UserError unless the prompts of a call are either strings or embeddings, and its negative prompts as well.
 
-    Negative prompts may be missing. There must be one for all prompts, or one for each.
+    Args:
+        prompt: one prompt or several, or None.
+        negative: negative prompts: one for all prompts, or one for each. They may be None, also without embeddings.
+        prompt_embeds: embeddings of the prompts, [prompts, tokens, width], or None.
+        negative_embeds: embeddings of the negative prompts, or None.
     """
     for name, texts, embeds in (
         ("prompt", prompt, prompt_embeds),
@@ -637,7 +650,7 @@ def check_embeddings(
     Args:
         name: name of the argument with the embeddings, for messages.
         embeds: the embeddings.
-        mask: the mask, or None.
+        mask: True at tokens, False at padding; None: no mask to check.
         width: text width D of the model; None: any.
         shape: the exact shape that is required; None: any.
     """
@@ -667,7 +680,7 @@ def as_list(value: object) -> list[Any]:
 def for_each(name: str, value: object, count: int) -> list[Any]:
     """Return a list with one value for each of `count` prompts, from a single value or a list of `count` values.
 
-    Raises UserError, which names the argument `name`, if a list has another length.
+    Raises UserError if a list has another length; the message names the argument `name`.
     """
     values = list(value) if isinstance(value, list | tuple) else [value] * count
     if len(values) != count:
@@ -683,14 +696,20 @@ def _is_whole(value: object) -> TypeGuard[int]:
 
 
 def check_whole(name: str, value: object, low: int, high: int | None = None) -> None:
-    """Raise UserError unless the argument `name` is a whole number from `low` to `high`. None: no upper limit."""
+    """Raise UserError unless `value` is a whole number from `low` to `high`. None: no upper limit.
+
+    `name`: the argument of the pipeline that has this value, for the message.
+    """
     if not _is_whole(value) or value < low or (high is not None and value > high):
         limits = f"from {low}" + ("" if high is None else f" to {high}")
         raise UserError(f"{name}={value!r} must be a whole number {limits}. Use a number within these limits.")
 
 
 def check_real(name: str, value: object, high: float) -> None:
-    """Raise UserError unless the argument `name` is a finite number from 0 to `high` (inf: no upper limit)."""
+    """Raise UserError unless `value` is a finite number from 0 to `high`. If `high` is infinite, there is no upper limit.
+
+    `name`: the argument of the pipeline that has this value, for the message.
+    """
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= high or math.isinf(value):
         limits = "from 0" + ("" if math.isinf(high) else f" to {high}")
         raise UserError(f"{name}={value!r} must be a number {limits}. Use a number within these limits.")
@@ -791,7 +810,7 @@ def parse_json(text: str, make_object: Callable[[list[tuple[str, Any]]], object]
 
 
 def reason_unreadable(error: Exception) -> str:
-    """Return in words why the content of a file cannot be used, from the exception that using it raised."""
+    """Return in words why the content of a file is invalid, given the exception that parsing or using it raised."""
     if isinstance(error, KeyError):
         return f"the entry {error} is missing"
     return "a value has the wrong type" if isinstance(error, TypeError | AttributeError) else str(error)
@@ -812,7 +831,10 @@ class PipelineFiles(_Pipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """Load a pipeline from a folder or model hub, as in diffusers. UserError: a local folder is not a pipeline."""
+        """Load a pipeline from a local folder or a model hub, with diffusers' arguments.
+
+        Raises UserError if the local folder does not contain a pipeline.
+        """
         folder = Path(pretrained_model_name_or_path)
         if folder.exists() or str(folder).count("/") != 1:  # otherwise it may be the name of a repository
             check_pipeline_folder(folder)
@@ -820,7 +842,7 @@ class PipelineFiles(_Pipeline):
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load the content of model_index.json, as in diffusers.
+        """Return the content of a pipeline's model_index.json, with the arguments and the result of diffusers' method.
 
         The file names the classes of the components, and the Python files in the same folder that define them. The installed
         package replaces these classes by its own, so `trust_remote_code` is not required.
@@ -851,7 +873,10 @@ class PipelineFiles(_Pipeline):
         return cls(**{name: pipeline.config[name] for name in settings if name in pipeline.config} | parts)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Save the pipeline, as in diffusers. The folder also contains the code, so that it loads without this package."""
+        """Save the pipeline to the folder `save_directory`, with diffusers' arguments.
+
+        The folder also contains the Python code of the pipeline, so that it can be loaded without this package.
+        """
         # The encoder "characters" has no files, and its code is in pipeline.py. Its model_type is compared: if this code was
         # imported twice, the class of the encoder exists twice.
         if self.text_encoder is not None and self.text_encoder.config.model_type == CHARACTERS:
@@ -877,7 +902,7 @@ class PipelineFiles(_Pipeline):
 
 
 def check_pipeline_folder(folder: Path) -> None:
-    """Raise UserError unless a folder has a readable model_index.json with the class of a pipeline."""
+    """Raise UserError unless `folder` is that of a saved pipeline: its model_index.json has the key "_class_name"."""
     try:
         index = read_json(folder / "model_index.json")
         problem = None if isinstance(index, dict) and "_class_name" in index else "it lacks the key _class_name"
@@ -893,9 +918,18 @@ def check_pipeline_folder(folder: Path) -> None:
 
 
 class Purpose(IntEnum):
-    """What random numbers are used for. Different purposes get different numbers.
+    """What random numbers are used for (argument of `generator`). Different purposes get different numbers.
 
-    The values are part of the generators' keys: changing a value changes every run.
+    The values are part of the generators' counters: changing a value changes every run.
+
+    Attributes:
+        ORDER: order of the samples in an epoch.
+        CAPTION, FLIP, DROP: choice of a sample's caption, whether its image is mirrored, whether its caption is dropped.
+        TIMESTEP, STRATA: a sample's diffusion timestep, and the order of a batch's subranges of timesteps.
+        NOISE, OFFSET: noise on a sample's latents, and the part of it that is constant in each channel.
+        TIME_GATE, SPACE_GATE: noise on the logits of the gates that choose time experts and space experts.
+        POSTERIOR: sampling from the VAE's posterior.
+        UPSCALE: noise on the small image of super-resolution.
     """
 
     ORDER = 0
@@ -913,10 +947,10 @@ class Purpose(IntEnum):
 
 
 def generator(seed: int, purpose: Purpose, position: int, extra: int = 0) -> np.random.Generator:
-    """Return a new random generator whose numbers depend on the arguments only.
+    """Return a new random generator whose numbers depend on the arguments only. All arguments are from 0 to 2**64 - 1.
 
     Args:
-        seed: the seed of the run. All integers are from 0 to 2**64 - 1.
+        seed: the seed of the run.
         purpose: what the numbers are used for.
         position: number of a sample in the order of training, or number of an epoch or step.
         extra: number that distinguishes generators with the same seed, purpose and position.
@@ -930,7 +964,7 @@ def generator(seed: int, purpose: Purpose, position: int, extra: int = 0) -> np.
 def initial_noise(seed: int, index: int, shape: tuple[int, ...], copy: int = 0) -> Tensor:
     """Return the initial noise of one image, standard normal, float32 of `shape`, on the CPU.
 
-    It is a function of these arguments.
+    It depends only on these arguments.
 
     Args:
         seed: seed of the noise.
@@ -1016,7 +1050,10 @@ class Prompts(NamedTuple):
 
 
 class Denoiser(PipelineFiles):
-    """Base class of pipelines: runs the denoising steps, and keeps the state of a call under diffusers' names."""
+    """Base class of this project's pipelines: runs the denoising steps of a call.
+
+    Its properties give callbacks the state of the call, under diffusers' names.
+    """
 
     controlnet: Model = None  # set by RaphaelControlNetPipeline
     _interrupt, _num_timesteps, _guidance_scale, _guidance_rescale = False, 0, 1.0, 0.0
@@ -1039,7 +1076,10 @@ class Denoiser(PipelineFiles):
 
     @property
     def interrupt(self) -> bool:
-        """Whether to skip the remaining steps. A callback can set `_interrupt` to True."""
+        """Whether the pipeline skips the remaining denoising steps of the current call.
+
+        A callback sets the attribute `_interrupt` to True to stop early; the images are then made from the current latents.
+        """
         return self._interrupt
 
     def _noise(self, call: CallArguments) -> Tensor:
@@ -1176,9 +1216,9 @@ _STACKED = re.compile(r"(.*\.(?:space|time)_moe)\.(w1|b1|w2|b2)")
 
 
 def stacked(name: str) -> tuple[str, str] | None:
-    """Split the name of a parameter of stacked experts [K, ...] into the layer's name and "w1", "b1", "w2" or "b2".
+    """Split the name of a parameter with the stacked weights of K experts [K, ...] into layer and "w1", "b1", "w2" or "b2".
 
-    Returns None for the name of another parameter.
+    For example, "a.space_moe.w1" becomes ("a.space_moe", "w1"). Returns None for the name of another parameter.
     """
     match = _STACKED.fullmatch(name)
     return (match[1], match[2]) if match else None
@@ -1187,7 +1227,7 @@ def stacked(name: str) -> tuple[str, str] | None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return all tensors of a safetensors file by name, float32. Raises UserError if the file cannot be read."""
+    """Return all tensors of a safetensors file by name, converted to float32. Raises UserError if it cannot be read."""
     try:
         return {name: tensor.float() for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:
@@ -1234,7 +1274,7 @@ class Adapter:
     factors: Mapping[str, tuple[Tensor, Tensor]]
 
     def delta(self, name: str) -> Tensor:
-        """Return the term scale B A that is added to the parameter `name`, float32 in the parameter's shape."""
+        """Return the term (scale B A) that these adapters add to the parameter `name`, float32 in the parameter's shape."""
         a, b = self.factors[name]
         return self.scale * (b @ a)
 
@@ -1263,7 +1303,7 @@ def read_peft_folder(folder: Path, option: str) -> Adapter:
     """Read the LoRA adapters in a folder that peft wrote.
 
     Raises UserError if they are not plain LoRA, or if the tensors do not match the folder's adapter_config.json.
-    `option`: name of the command line option, for messages.
+    `option`: name of the command line option that gave `folder`, for messages.
     """
     config = _read_config(folder, option)
     rank, alpha = int(config["r"]), float(config["lora_alpha"])
@@ -1346,9 +1386,9 @@ class LoraState:
 
     Attributes:
         adapters: all loaded adapters, by name.
-        active: factor of each active adapter, by the adapter's name.
-        own: weights without active adapters, by name, of the parameters that these adapters change.
-        fused: weights from before `fuse_lora`, by name, of the parameters that it changed.
+        active: factor by which each active adapter is multiplied, by the adapter's name.
+        own: for each parameter that active adapters change, by name, its weights without them, on the CPU.
+        fused: for each parameter that `fuse_lora` changed, by name, its weights before that.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -1373,7 +1413,8 @@ class LoraLoader:
         """Load LoRA adapters and make them the only active ones, with factor 1.
 
         Args:
-            pretrained_model_name_or_path: a folder of peft (adapter_config.json, adapter_model.safetensors).
+            pretrained_model_name_or_path: a folder of peft (adapter_config.json, adapter_model.safetensors). The installed
+                package also reads a run directory with trained adapters.
             adapter_name: name for `set_adapters`; None: default_0, default_1, ...
 
         Raises:
@@ -1396,11 +1437,11 @@ class LoraLoader:
     def set_adapters(
         self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
     ) -> None:
-        """Make these loaded LoRA adapters the only active ones.
+        """Make these loaded LoRA adapters the only ones that are added to the U-Net's weights.
 
         Args:
-            adapter_names: a name or several.
-            adapter_weights: factor of what is added to the weights: one number for all adapters, or one for each. None: 1.
+            adapter_names: one name or several.
+            adapter_weights: factor by which an adapter is multiplied: one number for all, or one for each. None: 1.
 
         Raises:
             UserError: no adapter of this name is loaded, or the number of factors is wrong.
@@ -1432,7 +1473,10 @@ class LoraLoader:
         return {"unet": list(self._lora.adapters)} if self._lora.adapters else {}
 
     def disable_lora(self) -> None:
-        """Deactivate all LoRA adapters and restore the original weights. `set_adapters` activates adapters again."""
+        """Deactivate all LoRA adapters, and restore the weights without them. `set_adapters` activates adapters again.
+
+        Fused adapters (`fuse_lora`) stay in the weights.
+        """
         self._merge({})
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
@@ -1453,7 +1497,10 @@ class LoraLoader:
         self.unet.lora_state = LoraState(fused=self._lora.own | self._lora.fused)
 
     def unfuse_lora(self) -> None:
-        """Restore the weights from before the first `fuse_lora`, bit for bit. Active adapters stay active."""
+        """Restore the U-Net's weights from before the first `fuse_lora`, bit for bit.
+
+        LoRA adapters that were loaded after it and are active stay active.
+        """
         self._lora.own |= self._lora.fused
         self._lora.fused = {}
         self._merge(self._lora.active)
@@ -1483,7 +1530,7 @@ class LoraLoader:
 
 
 def fit(image: Image.Image, size_hw: tuple[int, int], flip: bool, resample: Image.Resampling) -> Image.Image:
-    """Resize `image` to cover `size_hw`, and crop the centre to this size.
+    """Resize `image`, with its aspect ratio kept, until it covers `size_hw`; crop its centre to this size, and return it.
 
     Args:
         image: An image of any mode and size.
@@ -1676,10 +1723,10 @@ class RaphaelPipeline(LoraLoader, Denoiser):
             num_images_per_prompt: images for each prompt.
             eta: noise that DDIM adds in each step, from 0 (none) to 1.
             generator: generator of the initial noise, one for all or one for each image.
-            latents: initial noise, [B, C, h, w].
-            prompt_embeds: result of `encode_prompt`, [prompts, Y, D].
+            latents: initial noise for B images, [B, C, h, w].
+            prompt_embeds: text embeddings from `encode_prompt`, [prompts, tokens, text width].
             negative_prompt_embeds: the same for negative prompts.
-            prompt_attention_mask: bool [prompts, Y], False at padding. None: no padding.
+            prompt_attention_mask: bool [prompts, tokens], False at padding. None: no padding.
             negative_prompt_attention_mask: the same for `negative_prompt_embeds`.
             output_type: "pil"; "np" [B, H, W, 3] or "pt" [B, 3, H, W] with values in 0..1; or "latent".
             return_dict: whether to return an ImagePipelineOutput or a tuple.
@@ -1760,9 +1807,21 @@ class RaphaelPipeline(LoraLoader, Denoiser):
         prompt_attention_mask: Tensor | None = None,
         negative_prompt_attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Return embeddings [B, Y, D] and masks, bool [B, Y], of prompts and of negative prompts (None without guidance).
+        """Return text embeddings and masks of prompts and of negative prompts, each repeated for the images of a prompt.
 
-        If embeddings are passed instead of prompts, they are only repeated `num_images_per_prompt` times.
+        Args:
+            prompt: one caption or several.
+            device: device of the results; None: that of the pipeline.
+            num_images_per_prompt: how often each result is repeated.
+            do_classifier_free_guidance: False: negative prompts are not encoded.
+            negative_prompt: one for all prompts, or one for each; None: "".
+            prompt_embeds: embeddings [prompts, Y, D] to use instead of encoding `prompt`.
+            negative_prompt_embeds: the same for negative prompts.
+            prompt_attention_mask: mask of `prompt_embeds`, bool [prompts, Y], False at padding. None: no padding.
+            negative_prompt_attention_mask: the same for `negative_prompt_embeds`.
+
+        Returns:
+            Embeddings [B, Y, D] and mask, bool [B, Y], of prompts; then those of negative prompts, None without guidance.
 
         Raises:
             UserError: embeddings do not fit the model, or a prompt is passed but the pipeline has no text encoder.
@@ -1844,9 +1903,9 @@ def _repeat(embeds: Tensor, mask: Tensor | None, copies: int, device: torch.devi
 
 
 def shows_options(call: Any) -> Any:
-    """Decorate `__call__` so that its signature has RaphaelPipeline's arguments instead of `**options`.
+    """Decorate a pipeline's `__call__`: its signature then has RaphaelPipeline's arguments in place of `**options`.
 
-    help(), editors and diffusers read the signature.
+    help(), editors and diffusers read the signature. Returns `call` itself, whose behaviour is unchanged.
     """
     *own, _ = inspect.signature(call).parameters.values()
     names = {parameter.name for parameter in own}
@@ -1861,10 +1920,10 @@ class RaphaelImg2ImgPipeline(RaphaelPipeline):
     @shows_options
     @torch.no_grad()
     def __call__(self, prompt: Texts = None, image: Images = None, strength: float = 0.8, **options: Any) -> Output:
-        """Draw images that start from given images.
+        """Draw images that start from the images `image` and follow captions.
 
         Args:
-            prompt: see RaphaelPipeline.
+            prompt: one caption or several.
             image: a PIL image, or one for each prompt; it is resized and cropped to height x width.
             strength: share of the denoising steps, 0 to 1, that are applied to the image. 0 returns the image, 1 starts from
                 almost pure noise.
@@ -1891,7 +1950,7 @@ class RaphaelInpaintPipeline(RaphaelPipeline):
         """Draw the part of an image that is white in a mask, and keep the rest.
 
         Args:
-            prompt: see RaphaelPipeline.
+            prompt: one caption or several.
             image: a PIL image, or one for each prompt; it is resized and cropped to height x width.
             mask_image: a PIL image of the same size, or one for each prompt: white where the image is drawn, black where it
                 is kept.
@@ -1943,7 +2002,7 @@ class RaphaelControlNetPipeline(RaphaelPipeline):
         """Draw images that follow an edge map.
 
         Args:
-            prompt: see RaphaelPipeline.
+            prompt: one caption or several.
             image: edge map with white lines on black, a PIL image, or one for each prompt.
             controlnet_conditioning_scale: factor of the ControlNet's outputs; 0: no effect.
             options: other arguments of RaphaelPipeline.
@@ -1966,10 +2025,10 @@ class RaphaelUpscalePipeline(RaphaelPipeline):
     @shows_options
     @torch.no_grad()
     def __call__(self, prompt: Texts = None, image: Images = None, **options: Any) -> Output:
-        """Enlarge small images.
+        """Enlarge small images to height x width, guided by captions.
 
         Args:
-            prompt: see RaphaelPipeline.
+            prompt: one caption or several.
             image: a small PIL image, or one for each prompt, `upscale.factor` times smaller than height x width.
             options: other arguments of RaphaelPipeline.
         """

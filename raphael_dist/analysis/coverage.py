@@ -56,14 +56,15 @@ def measure_coverage(
     """Measure, for each threshold alpha, how much of the image the regions of text tokens cover.
 
     Args:
-        record: a recorded forward pass of a model with Space-MoE, with attention maps.
-        noisy_LY: space expert of each text token in each block with the gate noise of training, int64 [L, Y].
+        record: a recorded forward pass of a model with Space-MoE, with attention maps and without gate noise.
+        noisy_LY: space expert of each text token in each block with the gate noise of training, int64 [L, Y] for L
+            transformer blocks and Y text tokens.
         mask_Y: bool [Y], False at padding tokens.
         num_experts: number of space experts of a block.
         alphas: the thresholds.
 
     Returns:
-        A result for each threshold.
+        A `Coverage` for each threshold, in their order.
     """
     assert record.space_LY is not None
     coverages = []
@@ -89,9 +90,12 @@ def _pair_share(region_NY: Tensor, route_Y: Tensor, num_experts: int, mask_BY: T
 
 
 def route_agreement(record: Record, noisy_LY: Tensor, mask_Y: Tensor) -> float:
-    """Return the share of (word token, block) pairs whose space expert is the same with and without gate noise.
+    """Return the share (0..1) of (word token, block) pairs whose space expert is the same with and without gate noise.
 
-    `record`: the routes without it. `noisy_LY`: int64 [L, Y], the experts with it. `mask_Y`: bool [Y], False at padding.
+    Args:
+        record: a recorded forward pass without gate noise, with the space expert of each text token.
+        noisy_LY: space expert of each of Y text tokens in each of L blocks with gate noise, int64.
+        mask_Y: bool [Y], False at padding tokens.
     """
     assert record.space_LY is not None
     return float((noisy_LY == record.space_LY)[:, mask_Y].float().mean())

@@ -41,18 +41,21 @@ class Finding:
 
 
 def expert_loads(route: Tensor, num_experts: int) -> Tensor:
-    """Return the load of each expert divided by the mean load of its block, float32 [L, K]. 1 is an even share.
+    """Return the load of each of K experts in each of L blocks, divided by the block's mean load, float32 [L, K].
 
-    `route`: int64 [L, ...], the chosen expert of each token or timestep in each block.
+    The load is the number of tokens or timesteps for which the expert was chosen. 1 is an even share.
+
+    `route`: int64 [L, ...], the chosen expert of each token or timestep in each block. `num_experts`: K.
     """
     counts = torch.stack([torch.bincount(row.flatten(), minlength=num_experts) for row in route]).float()
     return counts * num_experts / counts.sum(dim=1, keepdim=True)
 
 
 def find_dead(kind: str, load_LK: Tensor) -> list[Finding]:
-    """Return the experts whose load is below 1% (DEAD_SHARE) of the mean load of their block.
+    """Return the dead experts: those whose load is below 1% (DEAD_SHARE) of the mean load of their block.
 
-    `kind`: "space" or "time". `load_LK`: the result of `expert_loads`.
+    `kind`: kind of these experts, "space" or "time". `load_LK`: load of each of K experts in each of L blocks, divided by
+    the mean load of the block, float.
     """
     dead = (load_LK < DEAD_SHARE).nonzero().tolist()
     return [Finding(kind, block, k, None, float(load_LK[block, k])) for block, k in dead]

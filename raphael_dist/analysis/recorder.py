@@ -50,10 +50,11 @@ class Record:
 class Recorder:
     """A context manager that records which experts a `RaphaelUNet` chooses for the sample with one index in every batch.
 
-    Run the forward passes inside the `with` block. The constructor's `sample` is the index of the sample, by default 0.
+    It also records in which region of the image each text token has much attention. Run the forward passes inside the `with`
+    block. The constructor's `sample` is the index of the sample, by default 0.
 
     Attributes:
-        record: the result, complete when the `with` block has ended.
+        record: the experts and regions of this sample, complete when the `with` block has ended.
     """
 
     def __init__(self, model: nn.Module, *, sample: int = 0, at: int = 0, maps: bool = False) -> None:

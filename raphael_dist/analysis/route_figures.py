@@ -17,14 +17,17 @@ _LINE, _GAP = 14, 4
 
 
 def expert_colour(expert: int) -> tuple[int, int, int]:
-    """Return the colour of an expert as (red, green, blue), each 0..255."""
+    """Return the colour that stands for an expert in figures, as (red, green, blue), each 0..255.
+
+    `expert`: number of the expert in its block, from 0. There are 12 colours; expert 12 has that of expert 0.
+    """
     return COLOURS[expert % len(COLOURS)]
 
 
 def draw_routes(words: Sequence[str], route_WL: np.ndarray, title: str) -> Image.Image:
-    """Draw a table of words (rows) and blocks (columns). A cell has the number and the colour of the word's space expert.
+    """Draw a table of W words (rows) and L transformer blocks (columns) that shows the space expert of each word.
 
-    `route_WL`: int [W, L], space expert of each of W words in each of L transformer blocks.
+    A cell has the number and the colour of the expert. `route_WL`: int [W, L], number of the expert. `title`: text above.
     """
 
     def cell(word: int, block: int) -> tuple[tuple[int, int, int], str]:
@@ -78,7 +81,8 @@ def _table(
 def draw_bands(route_LT: np.ndarray, timesteps: Sequence[float], title: str) -> Image.Image:
     """Draw which time expert each block uses at each timestep: a horizontal band per block, in the experts' colours.
 
-    `route_LT`: int [L, T]. `timesteps`: the T timesteps; they grow to the right, so that noise does, too.
+    `route_LT`: int [L, T], number of the expert in each of L blocks at each of T timesteps. `timesteps`: the T timesteps in
+    any order. In the figure they grow to the right, and so does the noise. `title`: text above.
     """
     font, left, width, row = ImageFont.load_default(size=11), 30, 500, 16
     blocks, experts = route_LT.shape[0], int(route_LT.max()) + 1
@@ -110,7 +114,9 @@ def draw_overlays(
     experts_WL: np.ndarray,
     title: str,
 ) -> Image.Image:
-    """Draw each word's region in each block over the image, in the colour of its expert. Outside it the image is dimmed.
+    """Draw an image repeatedly, for each word (row) and block (column), with the word's region in its expert's colour.
+
+    Outside of the region the image is pale.
 
     Args:
         image_HW3: the image, uint8.

@@ -30,7 +30,7 @@ _LEGEND = (
 class Report:
     """Collects the results of the command `routes`, which shows the experts that words and timesteps are routed to.
 
-    `text()` returns them as Markdown.
+    The method `text` returns the results as Markdown.
 
     Attributes:
         origin: name of the model, for the heading.
@@ -47,7 +47,7 @@ class Report:
     agreement: dict[str, float] = field(default_factory=dict)
 
     def add_time(self, route_LT: Tensor) -> None:
-        """Add which time expert each of L blocks uses at each of T timesteps, int [L, T]."""
+        """Add to the results which time expert each of L blocks uses at each of T timesteps. `route_LT`: int [L, T]."""
         self.routes["time"] = [_stretches(row) for row in route_LT.tolist()]
 
     def add_prompt(self, prompt: str, trace: PromptTrace, regions: list[Coverage], agreement: float) -> None:
@@ -55,9 +55,9 @@ class Report:
 
         Args:
             prompt: its text.
-            trace: the experts and regions of its words.
-            regions: result of `coverage.measure_coverage`: how much of the image the regions cover.
-            agreement: result of `coverage.route_agreement`: share of words with the same expert with gate noise.
+            trace: the experts of its words, and their regions in the image.
+            regions: for each threshold alpha, how much of the image the regions of words cover.
+            agreement: share (0..1) of its word tokens that have the same expert with and without gate noise.
         """
         assert trace.route_WL is not None
         self.routes.setdefault("words", {})[prompt] = dict(zip(trace.words, trace.route_WL.tolist(), strict=True))
@@ -96,11 +96,11 @@ def _stretches(row: list[int]) -> list[list[int]]:
 
 
 def trace_values(prompt: str, trace: PromptTrace, side: int = 192) -> JsonObject:
-    """Convert the trace of a prompt to JSON values for the HTML report: routes, regions and the image.
+    """Convert what was recorded while a prompt was drawn to JSON values for the HTML report: experts, regions, image.
 
     Args:
         prompt: the text of the prompt.
-        trace: its image, routes and regions.
+        trace: the drawn image, and for each word its experts and its regions in the image.
         side: largest width and height of the image, in pixels.
 
     Returns:

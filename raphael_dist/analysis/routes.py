@@ -36,7 +36,9 @@ class Words:
 def time_routes(model: RaphaelUNet, num_timesteps: int) -> Tensor | None:
     """Return the time expert (chosen by the timestep) of each block for the timesteps 0 .. T-1, int64 [L, T].
 
-    It is t_router(t) of Sec. 7.3. `num_timesteps`: T. None: the model has no Time-MoE.
+    It is t_router(t) of Sec. 7.3. Returns None if the model has no Time-MoE. There are L transformer blocks.
+
+    `num_timesteps`: T.
     """
     if not model.config.time_experts:
         return None
@@ -50,7 +52,9 @@ def time_routes(model: RaphaelUNet, num_timesteps: int) -> Tensor | None:
 def word_routes(model: RaphaelUNet, tokens_BYD: Tensor) -> Tensor | None:
     """Return the space expert (chosen by the text token) of each token in each block, int64 [B, L, Y].
 
-    It is route(y_i) of Sec. 3.1. `tokens_BYD`: outputs of the text encoder. None: the model has no Space-MoE.
+    It is route(y_i) of Sec. 3.1. Returns None if the model has no Space-MoE.
+
+    `tokens_BYD`: outputs of the text encoder for B captions with Y text tokens each. There are L transformer blocks.
     """
     if not model.config.space_experts:
         return None
@@ -61,8 +65,8 @@ def word_routes(model: RaphaelUNet, tokens_BYD: Tensor) -> Tensor | None:
 def noisy_word_routes(model: RaphaelUNet, tokens_BYD: Tensor, deviation: float, seed: int = 0) -> Tensor:
     """Return the space expert of each text token in each block, int64 [B, L, Y], chosen with the gate noise of training.
 
-    `tokens_BYD`: outputs of the text encoder. `deviation`: standard deviation of the Gaussian noise on the gate logits.
-    `seed`: of the noise. The model must have a Space-MoE.
+    `tokens_BYD`: outputs of the text encoder for B captions with Y text tokens each. `deviation`: standard deviation of the
+    Gaussian noise on the gate logits. `seed`: seed of the noise. The model must have a Space-MoE with L transformer blocks.
     """
     logits = _text_logits(model, tokens_BYD).cpu()
     noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed))

@@ -37,8 +37,13 @@ def trace_prompt(
 ) -> PromptTrace:
     """Draw an image for `prompt` and record which experts process its words, and where in the image.
 
-    Regions are recorded in the denoising step nearest to `timestep`. `steps`: number of denoising steps. `guidance`:
-    guidance scale. `seed`: of the noise.
+    Args:
+        trained: the model, with its text and image encoders.
+        prompt: the caption.
+        steps: number of denoising steps.
+        guidance: guidance scale.
+        seed: seed of the noise from which the image is drawn.
+        timestep: the regions of words are recorded in the denoising step nearest to this timestep.
     """
     config = trained.config
     scheduler = make_scheduler(config.diffusion, config.sample.scheduler)
@@ -52,7 +57,7 @@ def trace_prompt(
 
 
 def make_trace(pixels: np.ndarray, words: Words, record: Record) -> PromptTrace:
-    """Return the experts and regions of each word of a prompt: those that were recorded for the word's first text token.
+    """Return the experts and image regions of each word: those that were recorded for the word's first text token.
 
     Args:
         pixels: the drawn image, uint8 [H, W, 3].

@@ -55,7 +55,7 @@ def resolve_latest(path: Path) -> Path:
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Rename a complete checkpoint folder from `temporary` to its final name.
+    """Rename a checkpoint folder whose files are complete from `temporary` to its final path, in one step.
 
     If `final` exists already, it is replaced: the old folder is removed after the rename, or restored if the rename fails.
     """
@@ -104,9 +104,10 @@ def quarantine(folder: Path) -> Path:
 
 
 def remove_partial(root: Path) -> None:
-    """Clean up the folder of checkpoints after a process was killed.
+    """Clean up `root`, the folder that contains a run's checkpoints, after a process was killed.
 
-    Unfinished folders are removed, and checkpoints that `publish` was replacing are restored.
+    Folders of unfinished saves and removals are deleted. A checkpoint that was being replaced by a newer one of the same
+    step is restored, unless the newer one is complete.
     """
     for path in sorted(root.iterdir()):
         if path.name.startswith(REPLACED):

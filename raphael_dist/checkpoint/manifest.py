@@ -19,10 +19,10 @@ _KEYS = {"step", "samples_seen", "updates", "guard", "dataset", "config", "files
 
 
 def read_manifest(path: Path, layout: str | None = None) -> Manifest:
-    """Read and check a manifest; return it as a dict.
+    """Read and check the manifest of a checkpoint (its settings, progress, and list of files); return it as a dict.
 
     Args:
-        path: the file.
+        path: the file manifest.json.
         layout: name of the layout (file format of checkpoints) that the manifest must state. None: the manifest must state
             no layout, as in the checkpoints of a run.
 
@@ -95,18 +95,18 @@ def _is_entry(entry: object) -> bool:
 
 
 def checksum(manifest: Manifest) -> str:
-    """Return the SHA-256 (hex) of a checkpoint's manifest, the content of manifest.json.
+    """Return the SHA-256 (hex) of `manifest`, the content of a checkpoint's manifest.json.
 
-    The key `checksum` is left out, because it holds this value.
+    Its key `checksum` is left out of the computation, because its value is this checksum.
     """
     body = {key: value for key, value in manifest.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def seal(manifest: Manifest) -> bytes:
-    """Return the bytes of manifest.json, JSON with one key per line: the manifest and its own SHA-256 as key `checksum`.
+    """Return `manifest` as the bytes of a manifest.json, with its own SHA-256 added as the key `checksum`.
 
-    `manifest` is not changed.
+    The bytes are JSON with one key per line. `manifest` is not changed.
     """
     sealed = {key: value for key, value in manifest.items() if key != "checksum"} | {"checksum": checksum(manifest)}
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in sealed.items()]

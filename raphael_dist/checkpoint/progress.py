@@ -11,8 +11,8 @@ class Progress(NamedTuple):
 
     Attributes:
         step: number of optimizer steps, including skipped ones.
-        samples_seen: number of training samples that were used or skipped. It is also the position in the training order of
-            the sample that training reads next.
+        samples_seen: number of training samples that were used or skipped. It is also the position (from 0) of the next
+            sample in the order of training.
         updates: number of steps that changed the weights. It is the step count in Adam's bias correction.
         guard: state of the detection of loss spikes and of losses that are not finite (training/step_guard.py).
     """
@@ -23,7 +23,7 @@ class Progress(NamedTuple):
     guard: JsonObject
 
     def as_manifest(self) -> Manifest:
-        """Return the progress as keys and values for the manifest.json of a checkpoint."""
+        """Return the progress as a dict with the keys step, samples_seen, updates and guard, for a manifest.json."""
         return self._asdict()
 
 

@@ -32,10 +32,10 @@ T = TypeVar("T")
 
 
 class CheckpointReader:
-    """An opened checkpoint folder, from which tensors are read on request.
+    """An opened checkpoint folder of a run, from which tensors are read on request.
 
-    A value belongs to a parameter and a kind: "master" (fp32 weights), "exp_avg", "exp_avg_sq" (Adam) or "ema". Opening
-    reads the manifest only, and raises UserError if the manifest is missing or not valid.
+    A value belongs to a parameter and a kind: "master" (fp32 weights), "exp_avg", "exp_avg_sq" (Adam moments) or "ema"
+    (moving average). Opening reads the manifest only, and raises UserError if the manifest is missing or not valid.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -66,7 +66,7 @@ class CheckpointReader:
         """Compare the size and SHA-256 of the checkpoint's files with those in its manifest.json.
 
         Args:
-            files: names of the files. None: all files of the checkpoint.
+            files: names of the files to compare. None: all files of the checkpoint.
             report: called with a line of progress before each file is read.
 
         Returns:
@@ -77,7 +77,7 @@ class CheckpointReader:
         return None if problem is None else problem.removeprefix(f"{self.folder}/")
 
     def incomplete(self) -> str | None:
-        """Check that the files have every element of every parameter exactly once.
+        """Check that the checkpoint's files have every element of every parameter exactly once, for each kind of values.
 
         Returns:
             A message about the first missing, duplicate or unexpected element; None if there is none.
@@ -122,14 +122,18 @@ class CheckpointReader:
         return self._headers[name]
 
     def kinds(self) -> set[str]:
-        """Return the kinds of values in the checkpoint: "master", and possibly "exp_avg", "exp_avg_sq" and "ema"."""
+        """Return which kinds of values the checkpoint has.
+
+        These are "master" (fp32 weights), and possibly "exp_avg", "exp_avg_sq" (Adam moments) and "ema" (moving average).
+        """
         return {kind for kind, _ in self._ranges}
 
     def spans(self) -> dict[Key, list[StoredTensor]]:
-        """Return where the values of each (kind, parameter) are in the files. Kinds are "master" (fp32 weights), "ema", ...
+        """Return where the values of each (kind, parameter) are in the files.
 
-        Each rank may have written a range of the flattened parameter, so one parameter can be in several files. Raises
-        UserError if a file's header cannot be read.
+        A kind is "master" (fp32 weights), "exp_avg", "exp_avg_sq" (Adam moments) or "ema" (moving average). Each rank may
+        have written a range of the flattened parameter, so one parameter can be in several files. Raises UserError if a
+        file's header cannot be read.
         """
         return {
             (kind, name): [self._stored(file)[f"{kind}/{name}"] for _, _, file in ranges]
@@ -137,13 +141,13 @@ class CheckpointReader:
         }
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Return elements [start, start + numel) of one kind of values of a parameter, float32 [numel].
+        """Return elements [start, start + numel) of a flattened parameter's weights, Adam moments or EMA, float32 [numel].
 
         Only the files that hold these elements are opened. Raises UserError if an element is missing.
 
         Args:
-            kind: "master" (weights), "exp_avg", "exp_avg_sq" or "ema".
-            name: name of the parameter, which is flattened.
+            kind: which values: "master" (weights), "exp_avg", "exp_avg_sq" (Adam moments) or "ema" (moving average).
+            name: name of the parameter.
             start: index of the first element.
             numel: number of elements.
         """
@@ -158,7 +162,10 @@ class CheckpointReader:
             ) from None
 
     def whole(self, kind: str, name: str) -> Tensor:
-        """Return all values of one kind of a parameter, float32, in the parameter's shape. Arguments as in `read`."""
+        """Return the weights, Adam moment or EMA of the whole parameter `name`, float32, in the parameter's shape.
+
+        `kind`: which of them: "master" (weights), "exp_avg", "exp_avg_sq" or "ema". UserError: an element is missing.
+        """
         shape = self.shapes[name]
         return self.read(kind, name, 0, prod(shape)).view(shape)
 
@@ -191,7 +198,7 @@ def check_architecture(stored: Config, config: Config, where: str) -> None:
 
 
 def newest(root: Path) -> list[Path]:
-    """Return the checkpoint folders (step-*) in `root`, the newest first, including incomplete ones.
+    """Return all checkpoint folders (step-*) in `root`, the newest first, including incomplete ones.
 
     The list is empty if `root` is missing. Raises UserError if `root` cannot be read.
     """
@@ -231,7 +238,7 @@ def first_good(path: Path, open_step: Callable[[Path], T], prefix: str) -> tuple
         prefix: beginning of the error message.
 
     Returns:
-        The result of `open_step`, and the error messages for newer checkpoints that could not be opened.
+        The result of `open_step`, and an error message for each newer checkpoint that could not be opened.
 
     Raises:
         UserError: no checkpoint could be opened.

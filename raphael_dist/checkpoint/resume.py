@@ -29,7 +29,10 @@ _log = logging.getLogger(__name__)
 
 
 class Restorer:
-    """Restores weights, Adam moments and EMA of a run from its checkpoints. Methods are collective: all ranks call them."""
+    """Restores this rank's weights, Adam moments and EMA (moving average) from the checkpoints of its run.
+
+    All methods are collective: all ranks call them.
+    """
 
     def __init__(self, config: Config, ranks: Ranks, fragments: Fragments, ema: Ema | None, data: Mapping[str, str]) -> None:
         self.root = config.run.dir / "checkpoints"
@@ -38,10 +41,10 @@ class Restorer:
     def resume(self) -> Progress | None:
         """Restore the newest undamaged checkpoint at the start of a run. Remove unfinished folders of killed processes.
 
-        Newer, damaged checkpoints are renamed to damaged-*.
+        Damaged checkpoints that are newer than this one are renamed to damaged-*.
 
         Returns:
-            The progress in the checkpoint, or None if there is no checkpoint.
+            The progress (step, ...) that the checkpoint states, or None if there is no checkpoint.
 
         Raises:
             UserError: all checkpoints are damaged (and run.ignore_damaged is false), the folder cannot be written, or the
@@ -66,7 +69,8 @@ class Restorer:
                 damaged-*. None: checkpoints of all steps.
 
         Returns:
-            The progress in the checkpoint. None if there is no such checkpoint; the state is unchanged then.
+            The progress (step, ...) that the checkpoint states. None if there is no such checkpoint; weights, moments and
+            EMA are unchanged then.
         """
         checkpoints = run_on_rank0("looking for checkpoints", lambda _: newest(self.root))
         later = [folder for folder in checkpoints if before is not None and (folders.step_of(folder) or 0) >= before]

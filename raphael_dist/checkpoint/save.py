@@ -77,7 +77,10 @@ class CheckpointStore:
     # ---- saving -----------------------------------------------------------------------------------------------------
 
     def save(self, progress: Progress) -> Path:
-        """Write a checkpoint and return its folder when it is complete. Raises OSError on all ranks if it failed on any."""
+        """Write a checkpoint of this moment, wait until it is complete, and return its folder. Collective.
+
+        `progress` (step, ...) is stored in it. Raises OSError on all ranks if writing failed on any of them.
+        """
         self.begin(progress)
         failure = self.finish()
         if failure:
@@ -85,9 +88,9 @@ class CheckpointStore:
         return self.last.final
 
     def begin(self, progress: Progress) -> None:
-        """Wait for the previous save, copy the training state to host memory, and start a thread that writes it.
+        """Wait for the previous save, copy the training state to host memory, and start a thread that writes a checkpoint.
 
-        `progress` is stored in the checkpoint. Errors are not raised: `finish` returns them.
+        `progress` (step, ...) is stored in the checkpoint. Collective. Errors are not raised: `finish` returns them.
         """
         began = time.monotonic()
         self._wait()
@@ -113,17 +116,17 @@ class CheckpointStore:
 
     @property
     def written(self) -> bool:
-        """Whether this rank's thread has ended, with or without an error, and `commit` has not been called yet.
+        """Whether the thread that writes this rank's file has ended (also by an error), and `commit` was not called yet.
 
         The ranks exchange this value at the end of every step, and call `commit` when it is true on all of them.
         """
         return self._save is not None and self._save.written is not None and self._save.written.done()
 
     def commit(self) -> None:
-        """Exchange the results of all ranks' writing threads. If all succeeded, a thread of rank 0 completes the checkpoint.
+        """Wait for the thread that writes this rank's file of the checkpoint; exchange results with all ranks. Collective.
 
-        It writes the manifest and gives the folder its final name. Waits for this rank's writing thread. Does nothing if no
-        file is being written.
+        If all ranks succeeded, a thread of rank 0 completes the checkpoint: it writes the manifest and gives the folder its
+        final name. Does nothing if no file is being written.
         """
         save = self._save
         if save is None or save.written is None:
@@ -144,7 +147,10 @@ class CheckpointStore:
         save.stall_s += time.monotonic() - began
 
     def finish(self) -> str | None:
-        """Wait until the current save is finished. Return why it failed, or None; the same on all ranks."""
+        """Wait until the checkpoint that is being saved is complete or has failed. Collective.
+
+        Returns why it failed, the same text on all ranks; None if it is complete, or if nothing was saved so far.
+        """
         began = time.monotonic()
         self._wait()
         if self._save is None:
@@ -153,7 +159,7 @@ class CheckpointStore:
         return self._save.failure
 
     def finished_saves(self) -> list[Save]:
-        """Return the saves whose checkpoint was completed since the last call of this method. Call it on rank 0."""
+        """Return a record of each checkpoint that was completed since the last call of this method. Call it on rank 0."""
         if self._save is not None and self._save.published is not None and self._save.published.done():
             self._conclude(self._save)
         finished = self._finished
@@ -293,11 +299,18 @@ class CheckpointStore:
     # ---- resuming ---------------------------------------------------------------------------------------------------
 
     def resume(self) -> Progress | None:
-        """Restore the newest undamaged checkpoint at the start of a run; see Restorer.resume."""
+        """Restore weights, Adam moments and EMA from the newest undamaged checkpoint at the start of a run. Collective.
+
+        Returns the progress (step, ...) that it states; None if there is none. Errors: see Restorer.resume.
+        """
         return self._restorer.resume()
 
     def rewind(self, before: int | None = None) -> Progress | None:
-        """Finish the current save, and restore an earlier checkpoint during training; see Restorer.rewind."""
+        """Wait for the current save, and restore the newest undamaged checkpoint of a step below `before`. Collective.
+
+        Later ones are renamed to damaged-*. `before`=None: of any step. Returns the progress (step, ...) that the checkpoint
+        states; None if there is none.
+        """
         self.finish()
         return self._restorer.rewind(before)
 

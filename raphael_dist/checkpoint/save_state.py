@@ -10,11 +10,11 @@ from raphael_dist.storage import files
 
 
 class WrittenFile(NamedTuple):
-    """The file that one rank has written.
+    """The file of a checkpoint that one rank has written.
 
     Attributes:
         name: file name.
-        seconds: how long writing took.
+        seconds: duration of writing it and reading it back.
         entry: size and SHA-256 of the file.
         ranges: by key `<kind>/<parameter>`, the range of the flattened parameter in the file as (first element, number of
             elements).
@@ -34,7 +34,8 @@ class Save:
         temporary, final: path of the checkpoint's folder while it is written, and afterwards.
         manifest: content of the manifest, without the list of files.
         bytes: size of the checkpoint in bytes, over all ranks.
-        stall_s: seconds that training waited. write_s: seconds in which the slowest rank wrote its file and read it back.
+        stall_s: seconds that training waited for this save.
+        write_s: seconds in which the slowest rank wrote its file and read it back.
         written: result of the thread that writes this rank's file; None after `commit`.
         published: result of the thread that writes the manifest and renames the folder; on rank 0 after `commit`, else None.
         status: what this rank's thread is doing, for messages.
@@ -56,11 +57,11 @@ class Save:
 
     @property
     def line(self) -> str:
-        """The log line about this save, with its size and duration."""
+        """The log line about the saved checkpoint: folder, size in MiB, how long training waited, duration of writing."""
         cost = f"training waited {self.stall_s:.3f} s, written and read back in {self.write_s:.2f} s"
         return f"saved {self.final} ({self.bytes / 2**20:.1f} MiB, {cost})"
 
     def metrics(self) -> dict[str, float]:
-        """Return seconds and bytes of this save by TensorBoard tag, such as checkpoint/write_s."""
+        """Return the duration (s) and size (bytes) of this save by TensorBoard tag, such as checkpoint/write_s."""
         values = {"stall_s": self.stall_s, "write_s": self.write_s, "bytes": float(self.bytes)}
         return {f"checkpoint/{name}": value for name, value in values.items()}

@@ -34,7 +34,7 @@ class Snapshot:
         self.starts: dict[str, int] = {}
 
     def prepare(self) -> int:
-        """Set `layout` and `starts`, allocate the buffer, and return the number of bytes that this rank will save.
+        """Prepare a save: set `layout` and `starts`, allocate the buffer, and return how many bytes this rank will save.
 
         Adam's moments are included only after the first optimizer step, which creates them. Raises RuntimeError or
         MemoryError if there is not enough memory.
@@ -59,7 +59,7 @@ class Snapshot:
 
     @torch.no_grad()
     def take(self) -> Tensor:
-        """Copy the training state into the buffer, in the order of `layout`; call `prepare` first.
+        """Copy weights, Adam moments and EMA of this rank into the buffer, in the order of `layout`; call `prepare` first.
 
         Returns:
             The buffer, float32 [n] in host memory. The next call overwrites it.
@@ -90,13 +90,13 @@ def write_snapshot(
     metadata: Mapping[str, str],
     report: Reporter = no_report,
 ) -> FileEntry:
-    """Write a buffer as a new safetensors file, then read the file back and compare checksums.
+    """Write the tensors in a buffer as a new safetensors file, then read the file back and compare checksums.
 
     Args:
         path: the file; it must not exist.
-        layout: (key, number of elements) of each tensor to write, in the order in which they follow in the buffer.
+        layout: (key, number of elements) of each tensor, in the order in which they follow each other in the buffer.
         values: the buffer, float32 [n] in host memory.
-        metadata: metadata of the safetensors file.
+        metadata: strings by name, for the header of the file.
         report: called with a line of progress for every block that is written.
 
     Returns:

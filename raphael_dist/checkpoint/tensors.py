@@ -26,17 +26,17 @@ class Span:
 
 
 def default_weights(kinds: Container[str]) -> str:
-    """Return which weights of a checkpoint are used by default: "ema" (the average) if it has them, else "master".
+    """Return which weights of a checkpoint are used by default: "ema" (moving average) if it has them, else "master" (fp32).
 
-    `kinds`: the kinds of values in the checkpoint.
+    `kinds`: the kinds of values in the checkpoint: some of "master", "exp_avg", "exp_avg_sq" and "ema".
     """
     return "ema" if "ema" in kinds else "master"
 
 
 def stacked(name: str) -> tuple[str, str] | None:
-    """Split the name of a parameter of stacked experts [K, ...] into the layer's name and "w1", "b1", "w2" or "b2".
+    """Split the name of a parameter with the stacked weights of K experts [K, ...] into layer and "w1", "b1", "w2" or "b2".
 
-    Returns None for the name of another parameter.
+    For example, "a.space_moe.w1" becomes ("a.space_moe", "w1"). Returns None for the name of another parameter.
     """
     match = _STACKED.fullmatch(name)
     return (match[1], match[2]) if match else None

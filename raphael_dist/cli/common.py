@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
         self._example = example
 
     def format_help(self) -> str:
-        """Return argparse's help, after the example command that the constructor was given (if any)."""
+        """Return the help text of argparse, with the example command in front of it (if the parser has one)."""
         return (f"example: {self._example}\n\n" if self._example else "") + super().format_help()
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
@@ -144,14 +144,14 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add the options that select a trained model and the number of denoising steps."""
+    """Add the options --checkpoint and --weights, which select a trained model, and --steps (denoising steps)."""
     parser.add_argument("--checkpoint", type=Path, required=True, help="run directory, step-* folder or exported pipeline")
     parser.add_argument("--weights", choices=WEIGHTS, help="averaged (ema) or last weights (default: ema if present)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: sample.steps of the run)")
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Add the options that decide how images are sampled, including those of `add_model`."""
+    """Add the options that decide how images are sampled: model, weights, steps, scheduler, image size, batch size."""
     add_model(parser)
     parser.add_argument("--scheduler", choices=get_args(Scheduler), help="sampler (default: sample.scheduler of the run)")
     parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="image size (default: the first bucket)")

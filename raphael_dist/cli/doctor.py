@@ -17,7 +17,7 @@ FOUND = 1  # exit code if there are problems
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the arguments of the command line. On a mistake, argparse ends the process with exit code 2."""
+    """Parse the arguments of the command `doctor`. On a mistake, argparse ends the process with exit code 2."""
     parser = Parser(
         prog="raphael_dist doctor",
         example="python -m raphael_dist doctor runs/demo",
@@ -41,14 +41,14 @@ def add_cluster(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command with the arguments `argv` (None: those of this process); return the exit code."""
+    """Run the command `doctor` with the arguments `argv` (None: those of this process); return the exit code."""
     args = parse(sys.argv[1:] if argv is None else argv)
     codes: list[int] = []
     return run_command(lambda: codes.append(run(args))) or codes[0]
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the problems of the run, and write the bundle (an archive for a bug report) if --bundle is given.
+    """Print the problems of the run `args.run`, and write an archive for a bug report if --bundle is given.
 
     Returns the exit code: 1 (FOUND) if there are problems, else 0. Raises UserError for mistakes that the user can correct.
     """

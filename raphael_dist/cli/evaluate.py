@@ -27,7 +27,7 @@ GUIDANCES = (1.5, 3.0, 4.5, 6.0, 7.5, 9.0)  # as in the paper's trade-off curve
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the arguments of the command line. On a mistake, argparse ends the process with exit code 2."""
+    """Parse the arguments of the command `evaluate`. On a mistake, argparse ends the process with exit code 2."""
     data = "shards=data/emoji-demo/val-0000.tar"
     example = "python -m raphael_dist evaluate images --checkpoint models/emoji --out scores --features hed"
     example += f" --captions {data} --reference {data}"
@@ -82,13 +82,16 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command with the arguments `argv` (None: those of this process); return the exit code."""
+    """Run the command `evaluate` with the arguments `argv` (None: those of this process); return the exit code."""
     args = parse(sys.argv[1:] if argv is None else argv)
     return run_command(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:
-    """Sample images and measure them, on all ranks of a launcher. Raises UserError for mistakes of the user."""
+    """Sample images from a trained model and measure their quality, on all ranks of a launcher.
+
+    `args`: the parsed command line. Raises UserError for mistakes of the user.
+    """
     check_arguments(args)
 
     from raphael_dist.sampling.load_model import open_model
@@ -98,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raise UserError if a number is out of range, or an option is given without another one that it requires."""
+    """Raise UserError if a number in the parsed command line `args` is out of range, or a required option is missing."""
     for option, least in (("count", 2), ("steps", 1), ("batch", 1), ("side", 1), ("per_pair", 1)):
         check_range(f"--{option.replace('_', '-')}", getattr(args, option, None), least)
     check_seed(args.seed)
@@ -122,7 +125,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 def drawing_settings(args: argparse.Namespace, trained: "TrainedModel") -> "tuple[SamplingSettings, str, Request]":
     """Return how images are sampled: settings, name of the scheduler, and a request with size and seed but no prompt.
 
-    The requests of all captions are copies of this request with a prompt.
+    The request for the image of a caption is a copy of this one with the caption as prompt. `args`: the parsed command line.
     Raises UserError if --steps or --size is incompatible with the model.
     """
     from raphael_dist.sampling.distributed import SamplingSettings
@@ -138,10 +141,11 @@ def drawing_settings(args: argparse.Namespace, trained: "TrainedModel") -> "tupl
 
 
 def protocol_of(args: argparse.Namespace, trained: "TrainedModel", **study: object) -> dict[str, object]:
-    """Return all settings that affect the results, as JSON values for protocol.json.
+    """Return all settings that affect the results of an evaluation, as JSON values for the file protocol.json.
 
-    A command that continues in a folder with another protocol is refused, so that results of different settings are never
-    mixed. `study`: further settings, which only one of the subcommands `images` and `text` has.
+    A command that continues in a folder with other settings in protocol.json is refused, so that results of different
+    settings are never mixed. `study`: further settings to include, which only one of the subcommands `images` and `text`
+    has.
     """
     from raphael_dist.storage.versions import versions
 

@@ -17,7 +17,7 @@ DEFAULT_CONFIG = "emoji-tiny"
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the arguments of the command line. On a mistake, argparse ends the process with exit code 2."""
+    """Parse the arguments of the command `prove`. On a mistake, argparse ends the process with exit code 2."""
     parser = Parser(
         prog="raphael_dist prove",
         example="torchrun --nproc_per_node 2 -m raphael_dist prove --out proof",
@@ -33,7 +33,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command with the arguments `argv` (None: those of this process); return the exit code."""
+    """Run the command `prove` with the arguments `argv` (None: those of this process); return the exit code."""
     args = parse(sys.argv[1:] if argv is None else argv)
     codes: list[int] = []
     return run_command(lambda: codes.append(run(args))) or codes[0]
@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Check network, gradients, checkpoints and speed on this rank of a launcher; return the exit code.
 
+    The code is 0 if all checks passed, 2 if the environment does not allow training, 3 if a check computed wrong numbers.
     Raises UserError for mistakes that the user can correct.
     """
     config = load_config(args.config or DEFAULT_CONFIG, args.overrides)

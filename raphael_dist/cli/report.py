@@ -12,7 +12,7 @@ from raphael_dist.text import print_line
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the arguments of the command line. On a mistake, argparse ends the process with exit code 2."""
+    """Parse the arguments of the command `report`. On a mistake, argparse ends the process with exit code 2."""
     parser = Parser(
         prog="raphael_dist report",
         example="python -m raphael_dist report runs/demo --out report.html",
@@ -26,13 +26,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command with the arguments `argv` (None: those of this process); return the exit code."""
+    """Run the command `report` with the arguments `argv` (None: those of this process); return the exit code."""
     args = parse(sys.argv[1:] if argv is None else argv)
     return run_command(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the HTML report about `args.runs`. Raises UserError for mistakes that the user can correct."""
+    """Write an HTML report about the runs `args.runs` to the file `args.out`. Raises UserError for mistakes of the user."""
     if args.out.suffix != ".html":
         raise UserError(f"--out={args.out} must end in .html. Use, for example, --out report.html.")
     from raphael_dist.reporting.page import build_page

@@ -23,7 +23,7 @@ CAPTIONS = 2000  # largest number of captions that are read
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the arguments of the command line. On a mistake, argparse ends the process with exit code 2."""
+    """Parse the arguments of the command `routes`. On a mistake, argparse ends the process with exit code 2."""
     parser = Parser(
         prog="raphael_dist routes",
         example='python -m raphael_dist routes --checkpoint models/emoji --prompt "a red heart, noto style" --out paths',
@@ -49,7 +49,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command with the arguments `argv` (None: those of this process); return the exit code."""
+    """Run the command `routes` with the arguments `argv` (None: those of this process); return the exit code."""
     args = parse(sys.argv[1:] if argv is None else argv)
     return run_command(lambda: run(args))
 

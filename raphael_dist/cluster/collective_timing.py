@@ -14,7 +14,7 @@ _GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tenso
 
 
 class Collective:
-    """One kind of collective operation in a process group, with test data of which the correct result is known.
+    """One kind of collective operation in a process group, with buffers of test data whose correct result is known.
 
     Args:
         name: "all_reduce", "reduce_scatter", "all_gather" or "all_to_all".
@@ -22,8 +22,8 @@ class Collective:
         each: how many float32 numbers a block has. The whole buffer has n blocks: one for each rank.
         device: device of the buffers.
 
-    All numbers of block b on rank r are r n + b. The values stay below 2**24, so that their sums are exact up to 4,000
-    ranks.
+    All numbers of block b (from 0) on rank r are r n + b. The values stay below 2**24, so that their sums are exact up to
+    4,000 ranks.
     """
 
     def __init__(self, name: str, group: dist.ProcessGroup, each: int, device: torch.device) -> None:
@@ -43,7 +43,7 @@ class Collective:
 
     @property
     def sent_bytes(self) -> float:
-        """Bytes that each rank must send in one run of this collective, in a ring or directly to other ranks."""
+        """Bytes that each rank must send to other ranks in one run of this collective, in a ring or directly."""
         return (2 if self.name == "all_reduce" else 1) * 4 * self._each * (self.size - 1)
 
     def run(self) -> None:

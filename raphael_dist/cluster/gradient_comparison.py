@@ -9,9 +9,10 @@ from raphael_dist.checkpoint.tensors import stacked
 
 
 def pieces(name: str, shape: tuple[int, ...], start: int, numel: int) -> Iterator[tuple[str, slice]]:
-    """Divide elements [start, start + numel) of the flattened parameter `name` by expert, so that messages can name it.
+    """Divide elements [start, start + numel) of the flattened parameter `name` into the parts of its experts.
 
-    Yields (label, slice relative to `start`). A parameter without experts is one piece. `shape`: of the whole parameter.
+    Yields (label, slice) of each part: a text such as "NAME, expert 3", and the part's position relative to `start`. A
+    parameter without stacked experts has one part. `shape`: shape of the whole parameter.
     """
     each = prod(shape[1:]) if stacked(name) else prod(shape)
     at = 0
@@ -25,7 +26,8 @@ def pieces(name: str, shape: tuple[int, ...], start: int, numel: int) -> Iterato
 def differs(actual: Tensor, expected: Tensor, floor: float, tolerance: float) -> str:
     """Compare two gradients; return "" if they agree, else a string such as "0.50 times" or "12% away from".
 
-    They agree if the norm of their difference is at most `tolerance` times (the norm of `expected` + `floor`).
+    They agree if the L2 norm of their difference is at most `tolerance` times (the norm of `expected` + `floor`).
+    "0.50 times" means that `actual` is proportional to `expected`.
     """
     size = float(expected.norm())
     if float((actual - expected).norm()) <= tolerance * size + tolerance * floor:

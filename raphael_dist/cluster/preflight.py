@@ -50,9 +50,9 @@ class Probe:
     """
 
     def __init__(self, config: Config, ranks: Ranks, out: Path, *, with_data: bool = True) -> None:
-        """Prepare the checks of this rank for the run of `config`.
+        """Prepare the checks of this rank before a training with the configuration `config`.
 
-        `out`: folder of the report files. `with_data`: whether to read a shard of the run's training data too.
+        `out`: folder of the report files. `with_data`: whether to read a shard of the training data, too.
         """
         self.config, self.ranks, self.path = config, ranks, report_path(out, ranks.rank)
         self._with_data = with_data
@@ -62,9 +62,9 @@ class Probe:
         self._began = time.monotonic()
 
     def run(self) -> bool:
-        """Run all checks, write the report file, and return whether this rank had no problem. Collective.
+        """Run all checks, write this rank's report file, and return whether there was no problem. Collective.
 
-        At the time limit (LIMIT_S) the process exits with code 1.
+        At the time limit (55 s + 0.1 s per rank) the process writes the file and exits with code 1.
         """
         timer = threading.Timer(self._limit(LIMIT_S), self._out_of_time)
         timer.daemon = True
@@ -263,6 +263,7 @@ class Probe:
 def expert_parity(expert_group: ExpertGroup, num_experts: int, device: torch.device) -> float:
     """Compare a Space-MoE layer whose experts are sharded over `expert_group` with the same layer on one rank. Collective.
 
+    It tests whether expert parallelism computes correct results on this machine. `num_experts`: experts of the layer.
     Outputs and gradients are compared, for random inputs that are equal on all ranks.
 
     Returns:
@@ -312,9 +313,10 @@ def gpu_use(device: torch.device) -> JsonObject:
 
 
 def rounds(members: list[int]) -> list[dict[int, int]]:
-    """Arrange pairs in rounds, so that every two members are partners in exactly one round (the circle method).
+    """Arrange all pairs of members (ranks) in rounds, so that every two are partners in exactly one round (circle method).
 
-    Returns one dict {member: partner} per round. All pairs of a round can work at the same time.
+    Returns one dict {member: partner} per round. A member has one partner per round, or none if their number is odd. So all
+    pairs of a round can exchange data at the same time.
     """
     circle: list[int | None] = [*members, *([None] if len(members) % 2 else [])]
     schedule = []
@@ -329,7 +331,7 @@ def rounds(members: list[int]) -> list[dict[int, int]]:
 
 
 def network(host: str) -> str:
-    """Return interface and IPv4 address with which this machine reaches `host` ("eth0 10.0.0.5"), or an error message."""
+    """Return this machine's interface and IPv4 address for traffic to `host` ("eth0 10.0.0.5"), or an error message."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
             s.connect((host, 9))  # sends nothing

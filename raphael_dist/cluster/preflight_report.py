@@ -22,7 +22,7 @@ class Verdict:
 
     Attributes:
         lines: the table of results, as lines of text.
-        faults: for each faulty node, the reasons why it cannot train.
+        faults: for each faulty node, by its name, the reasons why it cannot train.
         warnings: problems that do not prevent training.
         everywhere: whether every node has the same fault, so that excluding nodes does not help.
     """
@@ -54,10 +54,10 @@ def read_reports(folder: Path) -> list[Report]:
 
 
 def judge(reports: list[Report], num_ranks: int, nodes: list[str]) -> Verdict:
-    """Find the faulty nodes from the preflight's report files of all ranks.
+    """Find the faulty nodes of a cluster from the report files that each rank's preflight (tests before a training) wrote.
 
     Args:
-        reports: contents of the report files (`read_reports`).
+        reports: contents of the report files, one per rank that wrote one (`read_reports`).
         num_ranks: expected number of ranks.
         nodes: names of all nodes, including those without a report file; may be empty.
     """

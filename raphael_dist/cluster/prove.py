@@ -47,10 +47,12 @@ class Outcome:
     """How one check of `prove` ended on one rank, as recorded by its agent (the process that supervises the rank's checks).
 
     Attributes:
-        result: the check's `Result` as a dict; None: it did not finish.
-        marks, last: number of progress messages from the worker process, and the last message.
-        why: why the check did not finish.
-        seconds: how long it ran.
+        rank, node: the rank, and the host name of its node.
+        result: the check's `prove_results.Result` as a dict; None: the check did not finish.
+        marks: number of progress messages that the worker process, which runs the check, has sent.
+        last: the last of these messages.
+        why: why the check did not finish; "" if it did.
+        seconds: how long the check ran.
     """
 
     rank: int
@@ -66,7 +68,7 @@ class Agents:
     """Exchanges values between the agents of all ranks. An agent is the process that supervises a rank's checks."""
 
     def __init__(self, ranks: Ranks) -> None:
-        """Connect to the agents of the other ranks. Raises HungError, which names missing ranks, after JOIN_S seconds."""
+        """Connect to the agents of the other ranks. Raises HungError, which names missing ranks, after JOIN_S (120) s."""
         complete_environment(ranks)
         limit = timedelta(seconds=JOIN_S)
         self.ranks = ranks
@@ -108,7 +110,10 @@ class Agents:
             timer.cancel()
 
     def leave(self) -> None:
-        """Announce that this rank has ended. Rank 0, which hosts the store, waits up to GRACE_S seconds for all others."""
+        """Announce that this rank has ended. Rank 0 waits for all others first, up to GRACE_S (20) seconds.
+
+        Rank 0 hosts the store through which the agents communicate, so it must end last.
+        """
         if not self.ranks.is_main:
             self._store.set(f"left/{self.ranks.rank}", "1")
             return
@@ -137,10 +142,11 @@ class Agents:
 
 
 def prove(config: Config, out: Path) -> int:
-    """Run all checks of `prove` on this rank; return the exit code, which is equal on all ranks. Collective.
+    """Run all checks of the command `prove` (does this cluster train correctly?) on this rank; return the exit code.
 
-    Rank 0 writes `report.json` and `report.html` into the folder `out`. Checks that passed before in the same environment,
-    according to this `report.json`, are not repeated, except the preflight.
+    Collective: all ranks call it, and get the same code: 0 (passed), 2 (bad environment) or 3 (wrong numbers). Rank 0 writes
+    `report.json` and `report.html` into the folder `out`. Checks that passed before in the same environment, according to
+    this `report.json`, are not repeated, except the preflight.
     """
     ranks = discover()
     agents = Agents(ranks)
@@ -264,8 +270,8 @@ class Worker:
         """Wait until the worker process has finished a check, or kill it at the check's time limit.
 
         Args:
-            name: the check.
-            outcome: the record to fill in, with result, progress and duration of the check on this rank.
+            name: name of the check.
+            outcome: the record to fill in with result, progress and duration of the check on this rank.
             first: whether it is the worker's first check. Its time limit is longer, because the process starts first.
         """
         began = time.monotonic()

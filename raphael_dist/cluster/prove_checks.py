@@ -38,7 +38,7 @@ def _preflight(proof: Proof) -> Result:
 
 
 def fewer(world: int) -> int:
-    """Return on how many ranks a checkpoint of `world` ranks is resumed by `prove`: half of them, at least 1."""
+    """Return on how many ranks `prove` resumes a run that was saved on `world` ranks: half of them, at least 1."""
     return max(1, world // 2)
 
 

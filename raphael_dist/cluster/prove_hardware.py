@@ -82,13 +82,13 @@ def _of(hosts: list[str], host: str) -> list[int]:
 
 @dataclass
 class Measured:
-    """What some training steps yielded on this rank.
+    """The results of some training steps on this rank.
 
     Attributes:
-        engine: the engine after the steps.
+        engine: the training engine after the steps.
         losses: for each step, the loss summed over the samples of all ranks.
-        norms: gradient norm of each step.
-        seconds: duration of the fastest step, without the first steps (WARMUP).
+        norms: gradient norm of each step, over all ranks.
+        seconds: duration of the fastest step in seconds. The first two steps (WARMUP) are not counted.
     """
 
     engine: Engine
@@ -98,13 +98,14 @@ class Measured:
 
 
 def take_steps(proof: Proof, config: Config, tree: Tree, count_waits: list[int] | None = None) -> Measured:
-    """Take WARMUP + MEASURED training steps as the trainer does, always on the same synthetic batch. Collective.
+    """Take WARMUP + MEASURED (2 + 4) training steps as the trainer does, always on the same synthetic batch. Collective.
 
     Args:
         proof: this rank and its device.
         config: model and batch to train with.
         tree: the DeepSpeed configuration.
-        count_waits: if given, the number of times that the host waits for the GPU in each step is appended to it.
+        count_waits: a list to which, for each step, the number of times is appended that the host waits for the GPU. None:
+            waits are not counted.
     """
     world, device = proof.ranks.world_size, proof.device
     plan = BatchPlan.of(config, world)
@@ -165,7 +166,7 @@ def graphs(proof: Proof) -> Result:
 
 
 def waits(proof: Proof) -> Result:
-    """Count how often the host waits for the GPU in a training step; more than once is a problem.
+    """Count how often the host waits for the GPU in a training step; more than once is a problem. Collective.
 
     Without a GPU, rank 0 counts on a simulated GPU (`tools/bench.py syncs`).
 
@@ -195,9 +196,10 @@ def _simulated_waits(proof: Proof) -> Result:
 
 
 def plan(proof: Proof) -> Result:
-    """Compare a training step of the user's configuration with the prediction of `raphael_dist.planning`. Collective.
+    """Compare a measured training step of the user's configuration with the planner's prediction for it. Collective.
 
-    Compared are time, memory, fp32 weights, and the bytes that this rank sends to experts of other ranks.
+    The planner is `raphael_dist.planning`. Compared are the step's duration, its memory, the size of this rank's fp32
+    weights, and the bytes that this rank sends to experts on other ranks.
 
     `proof`: this rank, its device and the user's configuration. Returns measurements and problems of this rank.
     """
@@ -285,9 +287,10 @@ def _expert_bytes(proof: Proof) -> tuple[int, int]:
 
 
 def micro_batch(proof: Proof) -> Result:
-    """Find the largest micro-batch of the user's model that fits into GPU memory; report it with the planner's value.
+    """Find the largest micro-batch of the user's model that fits into GPU memory, by trying. Collective.
 
-    `proof`: this rank, its device and the user's configuration. Collective.
+    `proof`: this rank, its device and the user's configuration. Returns a line with this size and the one that the planner
+    predicts.
     """
     if proof.device.type != "cuda":
         return Result(not_proven=[NEEDS_GPU.format("the largest micro-batch that fits")])

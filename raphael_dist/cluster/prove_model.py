@@ -43,7 +43,10 @@ TREE: dict[str, JsonObject] = {
 
 
 def proof_config(**sections: JsonObject) -> Config:
-    """Return the configuration of the small model that `prove` trains. `sections`: settings to replace, by section."""
+    """Return the configuration of the small model that the command `prove` trains.
+
+    `sections`: settings to replace, as {key: value} by section, e.g. optim={"lr": 0.1}.
+    """
     return config_from_tree({name: {**TREE.get(name, {}), **sections.get(name, {})} for name in {*TREE, *sections}})
 
 
@@ -52,7 +55,7 @@ def position_batch(config: Config, slots: Slots, num_blocks: int) -> Batch:
 
     Args:
         config: the run's configuration. Each sample is a function of `run.seed` and its position only.
-        slots: (position in the sample order of the run, weight in the loss) of each sample.
+        slots: (position in the run's order of training samples, weight in the loss) of each sample of the batch.
         num_blocks: number of transformer blocks of the model; each has its own gate noise.
     """
     meta = meta_batch(config, 1, num_blocks)
@@ -123,21 +126,27 @@ class Reference:
         )
 
     def losses(self, slots: Slots) -> Tensor:
-        """Return the weighted loss of each sample, float32 [B]. `slots`: (position in the run's order, weight) of each."""
+        """Return the weighted loss of each of B samples with the current weights, float32 [B].
+
+        `slots`: (position in the run's order of training samples, weight in the loss) of each sample.
+        """
         batch = position_batch(self.config, slots, self.num_blocks).to(self.device)
         return compute_losses(self.model, batch, self._schedule, self.config, torch.float32).total
 
     def gradients(self, slots: Slots) -> dict[str, Tensor]:
         """Return the gradients of (summed loss of some samples / global batch size), by parameter name.
 
-        `slots`: (position in the run's sample order, weight) of each sample.
+        `slots`: (position in the run's order of training samples, weight in the loss) of each of the samples.
         """
         loss = self.losses(slots).sum() / self.config.train.global_batch_size
         gradients = torch.autograd.grad(loss, list(self.weights.values()), allow_unused=True, materialize_grads=True)
         return dict(zip(self.weights, gradients, strict=True))
 
     def step(self, gradients: dict[str, Tensor]) -> None:
-        """Clip the gradients (by parameter name) of a whole global batch, and take an optimizer step with them."""
+        """Clip gradients, set `norm`, and take an optimizer step.
+
+        `gradients`: those of a whole global batch, by parameter name. They are changed by the clipping.
+        """
         for name, p in self.weights.items():
             p.grad = gradients[name]
         clip = self.config.optim.max_grad_norm or float("inf")

@@ -37,9 +37,13 @@ SUM_TOLERANCE = 0.003  # the reduction over ranks adds some rounding, which grow
 
 
 class Steps:
-    """The training in one process with which ranks are compared. `take` computes losses, gradients and norms of each step.
+    """The training in one process with which the training on several ranks is compared.
 
-    `weights[0]` are the initial weights, `weights[s]` those after s steps.
+    Attributes:
+        weights: item 0 has the initial weights by parameter name, item s those after s steps.
+        losses: for each step, the loss of every sample of the global batch.
+        gradients: for each step, the gradients of the global batch by parameter name, before clipping.
+        norms: for each step, the norm of these gradients.
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
@@ -54,7 +58,7 @@ class Steps:
         return {name: p.detach().clone() for name, p in self._reference.weights.items()}
 
     def take(self, steps: int) -> "Steps":
-        """Train until this object has taken `steps` steps since it was created (if fewer were taken); return the object."""
+        """Train until `steps` steps have been taken in total since this object was created; return this object."""
         while len(self.norms) < steps:
             slots = self.slots(len(self.norms))
             with torch.no_grad():
@@ -67,13 +71,14 @@ class Steps:
         return self
 
     def slots(self, step: int) -> Slots:
-        """Return (position in the sample order, weight 1) of all samples of the global batch of step `step` (from 0)."""
+        """Return (position in the order of training samples, weight 1) of each sample of the batch of a step (from 0)."""
         return [(position, 1.0) for position in range(step * self._batch, (step + 1) * self._batch)]
 
     def own_loss(self, step: int, slots: Slots, before: int = 0) -> float:
-        """Return the summed loss of the samples `slots`, (position in the sample order, weight), in step `step` (from 0).
+        """Return the summed loss of some samples of step `step` (from 0) in the training in one process.
 
-        `before`: use the weights of this many steps earlier, to recognise a rank that missed an update.
+        `slots`: (position in the order of training samples, weight) of each sample. `before`: use the weights of this many
+        steps earlier, to recognise a rank that missed an update.
         """
         if before == 0:
             return sum(weight * float(self.losses[step][position - step * self._batch]) for position, weight in slots)
@@ -92,7 +97,7 @@ def _steps(dtype: str, world: int, device: torch.device) -> Steps:
 
 
 def seeds(proof: Proof) -> Result:
-    """Check that all ranks compute the same initial weights and random batch from the configured seed. Collective.
+    """Check that all ranks compute the same initial weights and the same random batch from the run's seed. Collective.
 
     `proof`: this rank. Returns measurements and problems of this rank.
     """
@@ -111,9 +116,10 @@ def seeds(proof: Proof) -> Result:
 
 
 def gradients(proof: Proof) -> Result:
-    """Train STEPS steps with every case of `prove_cases.cases`; compare with training in one process. Collective.
+    """Train three steps with every tested combination of dtype, ZeRO stage and expert parallelism. Collective.
 
-    Compared are losses, gradients before and after the reduction over ranks, gradient norms and weights.
+    The training is compared with the same training in one process: losses, gradients before and after the reduction over
+    ranks, gradient norms and weights.
 
     `proof`: this rank and its device. Returns measurements and problems of this rank.
     """
@@ -179,9 +185,9 @@ class Trained:
         recorded[name] = recorded[name] + value if name in recorded else value
 
     def accumulate(self, slots: Sequence[Slots]) -> float:
-        """Run forward and backward of all micro-steps; return the summed loss of this rank's samples. Collective.
+        """Run forward and backward of all micro-steps of a step; return the summed loss of this rank's samples. Collective.
 
-        `slots`: for each micro-step, (position in the sample order, weight) of this rank's samples.
+        `slots`: for each micro-step, (position in the order of training samples, weight) of each of this rank's samples.
         """
         self.recorded = [{} for _ in slots]
         total = 0.0
@@ -193,13 +199,13 @@ class Trained:
         return total
 
     def masters(self) -> list[Tensor]:
-        """Return copies of the fp32 weights that this rank owns under ZeRO, one tensor per fragment of a parameter."""
+        """Return copies of the fp32 weights that this rank owns under ZeRO: one tensor per range of a parameter."""
         return [master.detach().clone() for master in self.engine.fragments.masters()]
 
     def local_problem(self, slots: Sequence[Slots]) -> Problem | None:
         """Compare this rank's gradients, before they are reduced over ranks, with those of a training in one process.
 
-        `slots`: those of the last call of `accumulate`. Returns a problem that states the first difference, or None.
+        `slots`: the argument of the last call of `accumulate`. Returns a problem that states the first difference, or None.
         """
         reference = Reference(self.config, self._proof.device)
         micro_steps = [self._expected(reference, micro, number) for number, micro in enumerate(slots)]
@@ -240,10 +246,14 @@ class Trained:
 
 
 def loss_problem(case: Case, expected: Steps, step: int, slots: Slots, loss: float) -> Problem | None:
-    """Compare `loss`, summed over this rank's samples, with training in one process; return a problem or None.
+    """Compare the loss of this rank's samples with that in a training in one process; return a problem if they differ.
 
-    `case`: the tested settings, whose dtype decides the tolerance. `expected`: the training in one process. `slots`:
-    (position in the sample order, weight) of the samples in step `step` (from 0).
+    Args:
+        case: the tested settings. Their dtype decides the tolerance.
+        expected: the training in one process.
+        step: number of the step, from 0.
+        slots: (position in the order of training samples, weight) of each of this rank's samples in this step.
+        loss: sum of the weighted losses of these samples, as this rank computed it.
     """
     tolerance = TOLERANCE[case.dtype][0]
     reference = expected.own_loss(step, slots)
@@ -255,7 +265,7 @@ def loss_problem(case: Case, expected: Steps, step: int, slots: Slots, loss: flo
 
 
 def norm_problem(case: Case, expected: Steps, step: int, norm: float) -> Problem | None:
-    """Compare the gradient norm of step `step` (from 0) with training in one process; return a problem or None.
+    """Compare the gradient norm `norm` of step `step` (from 0) with that in one process; return a problem if they differ.
 
     `case`: the tested settings, whose dtype decides the tolerance. `expected`: the training in one process.
     """
@@ -291,7 +301,7 @@ def _reduced_problem(case: Case, expected: Steps, run: Trained, before: list[Ten
 def weights_difference(expected: dict[str, Tensor], run: Trained) -> float:
     """Return the relative difference (L2 norm) between the fp32 weights that this rank stores and the expected ones.
 
-    `expected`: the whole weights by name. `run`: the distributed training.
+    `expected`: the whole (not sharded) weights by parameter name. `run`: the distributed training on this rank.
     """
     error, size = 0.0, 0.0
     for f in run.engine.fragments:
@@ -304,7 +314,8 @@ def weights_difference(expected: dict[str, Tensor], run: Trained) -> float:
 def sums(proof: Proof) -> Result:
     """Check that gradients of many bfloat16 micro-steps are summed in float32, without rounding after each. Collective.
 
-    The sum, computed from the change of the weights, is compared with the float32 sum of the same gradients.
+    The engine's sum, computed from the change of the weights in a step of SGD, is compared with a float32 sum of the same
+    gradients.
 
     `proof`: this rank and its device. Returns measurements and problems of this rank.
     """

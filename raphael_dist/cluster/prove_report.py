@@ -56,7 +56,12 @@ class CheckReport:
 
 @dataclass
 class Report:
-    """The results of all checks of `prove` in one environment (hosts, versions, configuration)."""
+    """The results of all checks of the command `prove` in one environment.
+
+    Attributes:
+        environment: hosts, versions of packages, configuration and git commit.
+        checks: the result of each check, including checks that have not been run.
+    """
 
     environment: JsonObject
     checks: list[CheckReport]
@@ -72,7 +77,7 @@ class Report:
         return [check.name for check in self.checks if check.status in (GREEN, NOT_PROVEN)]
 
     def add(self, check: CheckReport) -> None:
-        """Replace the stored result of the check with the same name by `check`."""
+        """Store `check`, the new result of a check, in place of the earlier result with the same name."""
         self.checks = [check if other.name == check.name else other for other in self.checks]
 
     def write(self, folder: Path) -> None:
@@ -112,7 +117,7 @@ def judge_environment(probes: list[JsonObject], hosts: list[str]) -> CheckReport
     """Evaluate the preflight (tests of all nodes before a training starts) as a check of `prove`.
 
     Args:
-        probes: `preflight.Probe.report` of the ranks that wrote one.
+        probes: contents of the report files (`preflight.Probe.report`) of the ranks that wrote one.
         hosts: host name of each rank.
     """
     if not probes:
@@ -128,10 +133,10 @@ def judge_environment(probes: list[JsonObject], hosts: list[str]) -> CheckReport
 def judge_check(
     name: str, outcomes: list[JsonObject | None], hosts: list[str], environment: bool, expects_kill: bool
 ) -> CheckReport:
-    """Combine the outcomes of a check on all its ranks into one result.
+    """Combine the outcomes of a check on all ranks that ran it into one result.
 
     Args:
-        name: the check.
+        name: name of the check. Not used.
         outcomes: fields of `prove.Outcome` by rank; None for a rank whose supervising process (agent) did not answer.
         hosts: host name of each rank.
         environment: whether a failure means a bad environment, not wrong numbers.
@@ -220,7 +225,7 @@ _VERDICTS = {
 
 
 def html(tree: JsonObject) -> str:
-    """Return the HTML page of a report: first the status of each check, then details, then what was not proven.
+    """Return the report of `prove` as an HTML page: first the status of each check, then details and what was not proven.
 
     `tree`: the content of report.json.
     """

@@ -16,7 +16,7 @@ class Problem:
     """A problem that a check found on one rank.
 
     Attributes:
-        text: description, in which "it" means the rank.
+        text: what is wrong. In this text, "its" means "of this rank".
         own: whether this rank is the cause. Other ranks may only see the effects of a problem elsewhere.
         amber: whether training is possible nevertheless.
     """
@@ -60,8 +60,9 @@ class Proof:
         device: this rank's device.
         config: the user's configuration, for the checks of speed and memory.
         folder: folder of the reports, which all ranks share.
-        options: further arguments: "world", the number of ranks of the launcher.
-        mark: call it with a description of what this rank begins now. If ranks hang, those with the fewest calls are late.
+        options: further arguments: "world", the number of ranks that the launcher started.
+        mark: a function to call with a description of what this rank begins now. If ranks hang, those with the fewest calls
+            are late.
     """
 
     ranks: Ranks

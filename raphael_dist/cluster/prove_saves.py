@@ -60,7 +60,7 @@ def save_and_kill(proof: Proof) -> Result:
 
 
 def resume(proof: Proof) -> Result:
-    """Resume the run of `save_and_kill` on fewer ranks, with another ZeRO stage and without expert parallelism. Collective.
+    """Resume the run that `save_and_kill` left, on fewer ranks, with ZeRO-1 and without expert parallelism. Collective.
 
     The loaded weights, and the losses, gradient norms and weights of the following steps must equal those of a training in
     one process that was never stopped.

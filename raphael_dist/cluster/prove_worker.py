@@ -32,11 +32,11 @@ def work(
     log: Path,
     options: dict[str, int],
 ) -> None:
-    """Run checks in this worker process; send progress and results to the agent, the process that supervises it.
+    """Run checks of `prove` in this worker process; send progress and results to its agent, the process that supervises it.
 
     Args:
         pipe: the connection to the agent.
-        names: the checks, in order.
+        names: names of the checks, in the order in which they run.
         env: environment variables to set, e.g. RANK.
         config: the user's configuration.
         out: folder of the reports.

@@ -16,10 +16,11 @@ def root() -> Path:
 
 
 def locate(path: str) -> str:
-    """Return `path`, or root()/path if the folder of `path` exists in root() but not in the working directory.
+    """Return the path of a file that may be in the working directory, or come with the package (in the folder `root()`).
 
-    So presets can name the demo data, such as data/emoji-demo/train-0000.tar, in any working directory. An absolute path, or
-    a file name without a folder, is returned unchanged.
+    It is `path`, or root()/path if the folder of `path` exists in root() but not in the working directory. So presets can
+    name the demo data, such as data/emoji-demo/train-0000.tar, in any working directory. An absolute path, or a file name
+    without a folder, is returned unchanged.
     """
     folder = Path(path).parent
     if Path(path).is_absolute() or folder == Path() or folder.is_dir() or not (root() / folder).is_dir():
@@ -28,7 +29,7 @@ def locate(path: str) -> str:
 
 
 def git_commit() -> str:
-    """Return the git commit (12 hex digits) of the code, with "+" at the end if files have changed since; "" if unknown."""
+    """Return the git commit (12 hex digits) of the code, plus "+" if files have changed since; "" if unknown."""
     built = _PACKAGE / "assets" / "commit"
     if built.is_file():
         return built.read_text().strip()

@@ -14,7 +14,7 @@ from raphael_dist.text import shorten
 
 
 def check_data(data: Data, image: Image, train: Train) -> Iterator[str]:
-    """Yield an error message for each pair of settings of the data set that are incompatible."""
+    """Yield an error message for each pair of incompatible settings about the data set, image sizes and micro-batch size."""
     if data.shards and data.sources:
         yield (
             f"data.shards={list(data.shards)} requires data.sources=[], but both are set. Set data.sources=[], or "
@@ -34,7 +34,7 @@ def check_data(data: Data, image: Image, train: Train) -> Iterator[str]:
 
 
 def check_diffusion(diffusion: Diffusion, edge: Edge, sample: Sample) -> Iterator[str]:
-    """Yield an error message for each mistake in the timesteps and the noise schedule."""
+    """Yield an error message for each mistake in settings of the timesteps, the noise schedule and the prediction type."""
     steps = diffusion.num_timesteps
     if edge.max_timestep > steps:
         yield (
@@ -85,7 +85,7 @@ def _check_flow(diffusion: Diffusion, sample: Sample) -> Iterator[str]:
 
 
 def check_parallel(parallel: Parallel, model: Model) -> Iterator[str]:
-    """Yield an error message for each mistake in the settings of expert parallelism."""
+    """Yield an error message for each mistake in the settings of expert parallelism (experts sharded over ranks)."""
     levels = len(model.channels)
     if len(parallel.placement) not in (1, levels):
         yield (
@@ -104,7 +104,7 @@ def check_parallel(parallel: Parallel, model: Model) -> Iterator[str]:
 
 
 def check_kernels(train: Train, model: Model, optim: Optim, lora: Lora, parallel: Parallel) -> Iterator[str]:
-    """Yield an error message for each setting that is incompatible with a kernel of `train.kernels`."""
+    """Yield an error message for each setting that is incompatible with a Triton kernel that `train.kernels` selects."""
     adapted = lora.rank > 0 and "experts" in lora.targets
     experts = (
         (model.expert_backend == "auto", "model.expert_backend=auto", f"it is {model.expert_backend}"),
@@ -132,7 +132,7 @@ def check_kernels(train: Train, model: Model, optim: Optim, lora: Lora, parallel
 
 
 def check_lora(lora: Lora, model: Model, run: RunConfig) -> Iterator[str]:
-    """Yield an error message for each setting with which LoRA training is incompatible."""
+    """Yield an error message for each setting that LoRA training (lora.rank above 0) does not allow."""
     if not lora.rank:
         return
     if run.init_from is None:
@@ -153,7 +153,7 @@ def check_lora(lora: Lora, model: Model, run: RunConfig) -> Iterator[str]:
 
 
 def check_control(control: Control, run: RunConfig, edge: Edge, lora: Lora, parallel: Parallel) -> Iterator[str]:
-    """Yield an error message for each setting with which ControlNet training is incompatible."""
+    """Yield an error message for each setting that training a ControlNet (control.enabled=true) does not allow."""
     if not control.enabled:
         return
     requirements = (

@@ -26,7 +26,7 @@ MAX_RESOLUTION = 32_768  # of generated sizes, in pixels
 
 
 class Text(Section):
-    """The text encoder."""
+    """The text encoder, whose output for a caption the U-Net reads."""
 
     encoder: PathText = free_setting(
         "minilm",
@@ -45,7 +45,7 @@ class Text(Section):
 
 
 class Image(Section):
-    """The image encoder (VAE) and the image sizes."""
+    """The image encoder (VAE) and the image sizes of training."""
 
     vae: PathText = free_setting(
         "none",
@@ -89,7 +89,7 @@ class Image(Section):
 
 
 class Filter(Section):
-    """A rule that a sample must fulfil to be used: its value in a column is from `min` to `max`, or one of `words`.
+    """A rule that a training sample must fulfil to be used: its value in `column` is from `min` to `max`, or in `words`.
 
     A column is a field in the json files or parquet tables of the samples, or a property of the sample: quoted_text (number
     of characters in double quotes in the caption), or width, height, short_side, pixels or ratio of the image.
@@ -115,13 +115,18 @@ class Filter(Section):
         return self
 
     def describe(self) -> str:
-        """Return the rule as a string, such as `score >= 0.5`."""
+        """Return this rule for samples as a string for messages, such as `score >= 0.5`."""
         bounds = [f"{sign} {bound:g}" for sign, bound in ((">=", self.min), ("<=", self.max)) if bound is not None]
         return f"{self.column} {' and '.join([*bounds, *([f'in {list(self.words)}'] if self.words else [])])}"
 
 
 class Source(Section):
-    """Shards from which samples are drawn, with a weight relative to those of the other sources."""
+    """An entry of data.sources: shards of training samples, and how often samples are drawn from them.
+
+    Attributes:
+        shards: paths or patterns of the shards (tar files).
+        weight: frequency of these samples, relative to the weights of the other sources.
+    """
 
     shards: tuple[str, ...] = Field(min_length=1)
     weight: Annotated[float, Field(gt=0)] = 1.0
@@ -135,7 +140,7 @@ class Source(Section):
 
 
 class Data(Section):
-    """The data set, and how it is read."""
+    """The data set (shards with images and captions), and how it is read."""
 
     shards: tuple[str, ...] = free_setting(
         (), "Training data: WebDataset tar files, given as paths, URLs, globs or ranges such as {000..999}."
@@ -238,8 +243,8 @@ class Data(Section):
 def generate_buckets(resolution: int, step: int = 64, max_ratio: float = 2.0) -> tuple[tuple[int, int], ...]:
     """Generate image sizes of different aspect ratios, with an area of at most `resolution` x `resolution` pixels.
 
-    There is one size for each height, a multiple of `step`. Its width is the largest multiple of `step` that the area
-    allows. Sizes with an aspect ratio beyond `max_ratio` are left out.
+    There is one size for each height that is a multiple of `step`. Its width is the largest multiple of `step` that the
+    area allows. Sizes with an aspect ratio beyond `max_ratio` are left out.
 
     Args:
         resolution: side of the largest square, in pixels.
@@ -247,7 +252,7 @@ def generate_buckets(resolution: int, step: int = 64, max_ratio: float = 2.0) ->
         max_ratio: largest ratio of the longer to the shorter side.
 
     Returns:
-        (height, width) in ascending order.
+        (height, width) of each size in pixels, in ascending order.
 
     Raises:
         ValueError: `resolution` is below `step` or above MAX_RESOLUTION.

@@ -71,18 +71,19 @@ RENAMED = {
 
 
 def known_key(name: str, config_type: type[BaseModel]) -> str | None:
-    """Return the key `section.key` of the setting that has this name in this project or in another trainer.
+    """Return the key of the setting that is called `name` in this project or in another trainer, None if there is none.
 
-    Returns None if no setting is known by `name`. `config_type`: the class of the whole configuration.
+    For example, "learning_rate" gives "optim.lr". `config_type`: the class of the whole configuration (`Config`).
     """
     plain = _plain(name).rpartition(".")[2]
     return NAMES_ELSEWHERE.get(plain) or next(iter(_keys_named(plain, config_type)), None)
 
 
 def meant_keys(name: str, config_type: type[BaseModel]) -> list[str]:
-    """Return all keys `section.name` with this name, then the key of the setting that other trainers call by this name.
+    """Return the keys `section.name` of all settings that are called `name` here, then of one called so by other trainers.
 
-    `config_type`: the class of the whole configuration. The result is empty for an unknown name.
+    For example, "weight" gives ["edge.weight"], and "learning_rate" gives ["optim.lr"]. The list is empty for an unknown
+    name. `config_type`: the class of the whole configuration (`Config`).
     """
     plain = _plain(name).rpartition(".")[2]
     elsewhere = NAMES_ELSEWHERE.get(plain)
@@ -90,10 +91,10 @@ def meant_keys(name: str, config_type: type[BaseModel]) -> list[str]:
 
 
 def near_key(name: str, config_type: type[BaseModel]) -> str | None:
-    """Return the key `section.key` that is most similar to `name`, which may lack the section; None: none is similar.
+    """Return the key (such as optim.lr) of the setting whose name is most similar to `name`; None if none is similar.
 
-    Similar means a ratio of at least 0.75 in `difflib.get_close_matches`.
-    `config_type`: the class of the whole configuration.
+    `name` may lack the section. Similar means a ratio of at least 0.75 in `difflib.get_close_matches`.
+    `config_type`: the class of the whole configuration (`Config`).
     """
     keys = keys_of(config_type)
     by_name = NAMES_ELSEWHERE | {key.partition(".")[2]: key for key in reversed(keys)} | {key: key for key in keys}

@@ -61,11 +61,14 @@ Commands:
 
 @dataclass(frozen=True)
 class Key:
-    """One key (setting) of the configuration, with what users see about it.
+    """One key (setting) of the configuration, as the reference for users describes it.
 
     Attributes:
-        name: section.key.
-        type, default, range, description: as strings.
+        name: section.key, such as optim.lr.
+        type: its type in words, such as "integer".
+        default: its default value, as in YAML.
+        range: limits of the value, such as "at least 0"; "" if there are none.
+        description: what it means.
         on_resume: whether the value may change when a run is resumed: "free", "fixed" or "never" (docs/configuration.md).
     """
 
@@ -99,11 +102,11 @@ def all_keys() -> list[Key]:
 def find_keys(word: str) -> tuple[list[Key], list[str]]:
     """Search the keys of the configuration for a word.
 
-    The word is compared with topics (memory, resume), names of settings in other trainers, and names and descriptions of
+    `word` is compared with topics (memory, resume), names of settings in other trainers, and names and descriptions of
     keys. A part of a word is enough.
 
     Returns:
-        The keys, the best match first, and the file names of the pages in docs/ about them.
+        The keys, the best match first; and the file names of the pages in docs/ about the matching topics.
     """
     word = _spaced(word)
     topics = [topic for name, topic in TOPICS.items() if word and word in name]
@@ -120,7 +123,7 @@ def _spaced(text: str) -> str:
 
 
 def markdown() -> str:
-    """Return the text of docs/configuration.md, with all keys."""
+    """Return the text of docs/configuration.md: tables of all settings with meaning, default, type and range."""
     lines, keys = [_HEAD], all_keys()
     for section, kind in sections_of(Config).items():
         lines += [
@@ -139,9 +142,9 @@ def markdown() -> str:
 
 
 def json_schema() -> str:
-    """Return a JSON schema of configuration files as a string. Editors check YAML files with it.
+    """Return a JSON schema of configuration files as a string, by which editors check YAML files.
 
-    It includes the key `base`, which is no setting.
+    It includes the key `base`, which is not a setting: it names the preset or file that a file builds on.
     """
     schema = Config.model_json_schema()
     schema["title"] = "Configuration of raphael_dist"

@@ -23,11 +23,11 @@ MAX_BASES = 10
 
 @dataclass
 class ConfigTree:
-    """Settings that are not validated yet.
+    """Settings of a configuration that are not validated yet.
 
     Attributes:
         tree: nested dicts {section: {key: value}}.
-        places: file and line where each `section` and `section.key` was set, as a string.
+        places: file and line, such as "my.yaml, line 3", where a section or key was set, by `section` or `section.key`.
     """
 
     tree: JsonObject
@@ -36,7 +36,7 @@ class ConfigTree:
     def place(self, location: Sequence[str | int]) -> str:
         """Return where a value was set, as " (my.yaml, line 3)"; "" if it does not come from a file.
 
-        location: the names and indices that lead to the value in the tree, such as ("data", "filters", 0).
+        `location`: the names and indices that lead to the value in `tree`, such as ("data", "filters", 0).
         """
         names = [".".join(map(str, location[:depth])) for depth in (2, 1)]
         # A value from the command line has no place, even if its section is in the file.
@@ -45,13 +45,13 @@ class ConfigTree:
 
 
 def preset_names() -> list[str]:
-    """Return the names of the presets that come with the package."""
+    """Return the names of the presets (configurations that come with the package), such as "emoji-tiny"."""
     folder = resources.files("raphael_dist.config") / "presets"
     return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
 
 
 def check_size(tree: object) -> None:
-    """Raise UserError if nested dicts and lists contain more than MAX_VALUES values.
+    """Raise UserError if a configuration, as nested dicts and lists, contains more than MAX_VALUES (100,000) values.
 
     A few lines of YAML aliases can expand to billions of values.
     """
@@ -227,9 +227,9 @@ def check_repeated_keys(overrides: Sequence[str], config_type: type[BaseModel]) 
 
 
 def apply_override(config: ConfigTree, override: str, config_type: type[BaseModel]) -> None:
-    """Set a value of `config` by an override `section.key=value`. Raises UserError if it does not have this form.
+    """Set a value of `config` by a text `section.key=value` from the command line. UserError: it does not have this form.
 
-    config_type: the class that is made from `config` later. The types of its fields decide how the value is read.
+    `config_type`: the class that is made from `config` later. The types of its fields decide how the value is read.
     """
     key, separator, text = override.partition("=")
     section, dot, name = key.partition(".")

@@ -23,11 +23,11 @@ ENDLESS = ("constant", "inverse_sqrt")  # do not depend on train.max_steps
 
 
 def check_lr_schedule(schedule: str, arguments: Mapping[str, float]) -> Iterator[str]:
-    """Yield an error message for each argument that a schedule does not have, and for a required argument that is missing.
+    """Yield an error message for each argument that a learning-rate schedule does not have, or lacks but requires.
 
     Args:
-        schedule: the value of optim.lr_schedule.
-        arguments: the value of optim.lr_schedule_args.
+        schedule: name of the schedule, the value of optim.lr_schedule.
+        arguments: its arguments by name, the value of optim.lr_schedule_args.
     """
     names = ARGUMENTS[schedule]
     for name in arguments:

@@ -130,7 +130,7 @@ class Model(Section):
     )
 
     def num_experts(self, kind: ExpertKind) -> int:
-        """Return the number of experts in each layer of Space-MoE (kind "space") or Time-MoE (kind "time")."""
+        """Return how many experts each Space-MoE layer (`kind` = "space") or Time-MoE layer (`kind` = "time") has."""
         return self.space_experts if kind == "space" else self.time_experts
 
     @model_validator(mode="after")
@@ -153,7 +153,7 @@ class Model(Section):
 
 
 class Edge(Section):
-    """Edge supervision (Sec. 3.2)."""
+    """Edge supervision: a loss by which small networks in the U-Net learn to predict edges of the image (Sec. 3.2)."""
 
     weight: NonNegativeFloat = setting(
         1.0,

@@ -21,9 +21,9 @@ FINGERPRINTS = {
 
 
 def changed_fields(old: Config, new: Config) -> dict[str, tuple[object, object]]:
-    """Return the settings that differ and affect the results of a run: {section.key: (old value, new value)}.
+    """Return the settings that differ and affect the results of a run, as {section.key: (old value, new value)}.
 
-    `old` is the configuration of the checkpoint, `new` that of the run that resumes it.
+    `old`: the configuration of a checkpoint. `new`: that of the run that resumes from it.
     """
     free = FREE_FIELDS | staged_keys(old) | staged_keys(new)  # train.stages itself is compared
     if new.optim.lr_schedule not in ENDLESS:
@@ -75,7 +75,7 @@ def check_same_data(manifest: JsonObject, current: Mapping[str, str], config: Co
 
     Args:
         manifest: the checkpoint's manifest. After a conversion it has only the fingerprint of the shards.
-        current: the fingerprints of this run, by the setting that they belong to.
+        current: the fingerprints of this run's data and encoders, by the setting that names them (such as data.shards).
         config: this run's configuration.
         folder: name of the checkpoint in messages.
 

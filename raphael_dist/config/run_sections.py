@@ -31,8 +31,8 @@ class RunConfig(Section):
 
     dir: Path = free_setting(
         Path("runs/default"),
-        "Folder of the run. A run resumes from the newest checkpoint in this folder. If it is not set: runs/ and the name "
-        "of the preset or YAML file (--config), e.g. runs/emoji-tiny.",
+        "Folder of the run. A run resumes from the newest checkpoint in this folder. Without this setting it is "
+        "runs/NAME, where NAME is the preset or the name of the YAML file given as --config, e.g. runs/emoji-tiny.",
     )
     seed: NonNegative = setting(0, "Seed of the initial weights, the data order, the noise and the timesteps.")
     ignore_damaged: bool = free_setting(
@@ -117,7 +117,7 @@ class Optim(Section):
 
     @property
     def has_moments(self) -> bool:
-        """Whether the optimizer keeps moments of the gradients (AdamW and Muon do, SGD does not)."""
+        """Whether the optimizer stores moments, running averages of gradients (AdamW and Muon do, SGD does not)."""
         return self.kind != "sgd"
 
 
@@ -131,7 +131,7 @@ class Stage(Section):
 
 
 class Train(Section):
-    """Steps, batches, precision, and what ends or reports a run."""
+    """Training: number of steps, batch sizes, precision, logging and validation, and what ends a run."""
 
     max_steps: Positive = free_setting(1000, "Number of optimizer steps after which the run is complete.")
     global_batch_size: Positive = setting(
@@ -154,7 +154,7 @@ class Train(Section):
     )
     kernels: tuple[Kernel, ...] = free_setting(
         (),
-        "Parts of a step that run in Triton kernels of this project instead of torch's operations, on a GPU only. The "
+        "Parts of a step that run in Triton kernels of this project instead of torch's operations. Requires a GPU. The "
         "results agree up to rounding. group_norm: GroupNorm with SiLU. layer_norm: the backward pass of LayerNorm. "
         "space_moe, time_moe: experts of the Space-MoE or Time-MoE layers, each only on the tokens that are routed to it. "
         "adamw: AdamW, the moving average (EMA) and the model's copy of the weights in one pass; requires ZeRO stage 1 or "
@@ -260,7 +260,7 @@ class EmaConfig(Section):
 
 
 class CheckpointConfig(Section, json_schema_extra=FREE):
-    """When checkpoints are saved, and which are kept."""
+    """When checkpoints of a run are saved, and which of them are kept."""
 
     every: NonNegative = setting(1000, "Number of steps between two checkpoints. 0: save only at the end of the run.")
     keep: Positive = setting(
@@ -278,7 +278,7 @@ class CheckpointConfig(Section, json_schema_extra=FREE):
 
 
 class Parallel(Section, json_schema_extra=FREE):
-    """Expert parallelism."""
+    """Expert parallelism: experts of a layer are sharded over ranks, and tokens are sent to them."""
 
     space_ep: Positive = setting(
         1,
@@ -294,9 +294,9 @@ class Parallel(Section, json_schema_extra=FREE):
     )
     elastic: bool = setting(
         False,
-        "What happens if the number of ranks is not a multiple of parallel.space_ep or parallel.time_ep. true: this option "
-        "is lowered to the largest size that divides the numbers of ranks and of experts. false: the run ends with an "
-        "error.",
+        "What happens if the number of ranks is not a multiple of parallel.space_ep or parallel.time_ep. true: the one that "
+        "does not fit is lowered to the largest value that divides the number of ranks and the number of its experts. "
+        "false: the run ends with an error.",
     )
     dispatch: Dispatch = setting(
         "auto",
@@ -318,12 +318,12 @@ class Parallel(Section, json_schema_extra=FREE):
         return (value,) if isinstance(value, str) else value
 
     def ep(self, kind: ExpertKind) -> int:
-        """Return the expert-parallel size of the Space-MoE (kind "space") or the Time-MoE (kind "time")."""
+        """Return the number of ranks over which the experts of Space-MoE ("space") or Time-MoE ("time") are sharded."""
         return self.space_ep if kind == "space" else self.time_ep
 
     @property
     def uses_expert_parallelism(self) -> bool:
-        """Whether experts are sharded over ranks."""
+        """Whether experts are sharded over several ranks (in Space-MoE, Time-MoE or both)."""
         return self.space_ep > 1 or self.time_ep > 1
 
 

@@ -29,7 +29,7 @@ _LENIENT: JsonObject = {}  # as the context of a validation: sections may contra
 
 
 class Config(Section):
-    """All settings of a run, by section."""
+    """All settings of a run. Each field is a section: `config.optim.lr` is the setting optim.lr."""
 
     run: RunConfig = RunConfig()
     model: Model = Model()
@@ -85,7 +85,7 @@ class Config(Section):
         return self.lora.rank > 0 or self.control.enabled
 
     def find_warnings(self) -> list[str]:
-        """Return a warning for each setting that has no effect because the run ends before the step that it names."""
+        """Return a warning for each setting (such as ema.start_step) that names a step after the end of the run."""
         return list(checks.check_steps(self.train, self.optim, self.model, self.ema))
 
 
@@ -108,7 +108,11 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
 def load_leniently(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[Config | None, list[str]]:
     """Load a configuration, with default values in place of the values that `load_config` would refuse.
 
-    It serves --dry-run, which reports all mistakes at once. The arguments are those of `load_config`.
+    It serves --dry-run, which reports all mistakes at once.
+
+    Args:
+        name_or_path: name of a preset, or path of a YAML file.
+        overrides: settings as `section.key=value`, which override those of the file.
 
     Returns:
         The configuration (None if a mistake cannot be replaced by a default), and an error message for each mistake.
@@ -158,7 +162,7 @@ def default_run_dir(name_or_path: str) -> str:
 
 
 def config_from_tree(tree: JsonObject) -> Config:
-    """Make a Config from nested dicts {section: {key: value}}. Raises UserError with one line per mistake."""
+    """Make and validate a Config from nested dicts {section: {key: value}}. UserError, with one line per mistake."""
     return _validated(ConfigTree(tree))
 
 
@@ -171,7 +175,7 @@ def _validated(config: ConfigTree) -> Config:
 
 
 def stored_tree(config: Config) -> JsonObject:
-    """Return all settings as nested dicts for files of a run, checkpoint or export. Secrets in addresses are hidden."""
+    """Return all settings as nested dicts of JSON values, to be stored in files. Secrets in addresses (URLs) are hidden."""
     tree: JsonObject = hide_secrets_in_tree(config.model_dump(mode="json"))
     return tree
 

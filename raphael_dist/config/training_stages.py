@@ -17,14 +17,17 @@ KEYS_OF_STAGES = (
 
 
 def staged_keys(config: Config) -> set[str]:
-    """Return the keys `section.key` that entries of train.stages set; these may differ between stages."""
+    """Return the keys (such as optim.lr) that stages of a run (entries of train.stages) set, each to its own value."""
     return {key for stage in config.train.stages for key in stage.set}
 
 
 class StageSpan(NamedTuple):
-    """A stage of a run (an entry of train.stages): its configuration and its steps.
+    """A stage of a run (an entry of train.stages). A run without stages is one stage.
 
-    The stage consists of the steps from `since` + 1 to `until`, counted from 1. A run without stages is one stage.
+    Attributes:
+        config: the run's configuration with the settings of this stage.
+        since: number of steps before the stage: its first step is since + 1, counted from 1.
+        until: number of its last step.
     """
 
     config: Config
@@ -33,7 +36,7 @@ class StageSpan(NamedTuple):
 
 
 def stage_at(config: Config, step: int) -> StageSpan:
-    """Return the stage to which the next step belongs after `step` steps are done.
+    """Return the stage of the run (entry of train.stages) to which the next step belongs after `step` steps.
 
     Raises UserError if the settings of the stage are not valid.
     """

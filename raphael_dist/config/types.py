@@ -51,7 +51,7 @@ SHAPES: JsonDict = {"on_resume": "never"}  # the shapes of the weights depend on
 
 
 def setting(default: object, description: str, mark: JsonDict | None = None, min_length: int | None = None) -> Any:
-    """Define a field of a section. By default its value affects results: it may change on resume only if allowed.
+    """Define a setting: a field of a section of the configuration (pydantic model). By default its value affects results.
 
     Args:
         default: the default value.
@@ -64,12 +64,18 @@ def setting(default: object, description: str, mark: JsonDict | None = None, min
 
 
 def free_setting(default: object, description: str) -> Any:
-    """Define a field of a section whose value may change whenever a run is resumed (mark FREE)."""
+    """Define a setting (field of a section of the configuration) whose value may change whenever a run is resumed.
+
+    `default`: the default value. `description`: what the setting means, for users.
+    """
     return setting(default, description, FREE)
 
 
 def shape_setting(default: object, description: str, min_length: int | None = None) -> Any:
-    """Define a field of a section whose value decides shapes of weights, so that it can never change on resume (SHAPES)."""
+    """Define a setting (field of a section of the configuration) that decides shapes of weights: it is fixed on resume.
+
+    `default`: the default value. `description`: what it means, for users. `min_length`: fewest entries of a list.
+    """
     return setting(default, description, SHAPES, min_length)
 
 
@@ -93,18 +99,18 @@ class Section(BaseModel):
 
 
 def sections_of(config_type: type[BaseModel]) -> dict[str, type[BaseModel]]:
-    """Return the class of each section of a configuration, by the section's name."""
+    """Return the class of each section of the configuration class `config_type`, by the section's name."""
     types = {name: field.annotation for name, field in config_type.model_fields.items()}
     return {name: kind for name, kind in types.items() if isinstance(kind, type) and issubclass(kind, BaseModel)}
 
 
 def keys_of(config_type: type[BaseModel]) -> list[str]:
-    """Return all keys of a configuration as `section.key`."""
+    """Return the names of all settings of the configuration class `config_type`, as `section.key` (such as optim.lr)."""
     return [f"{section}.{name}" for section, kind in sections_of(config_type).items() for name in kind.model_fields]
 
 
 def keys_marked(config_type: type[BaseModel], mark: JsonDict) -> list[str]:
-    """Return the keys `section.key` of a configuration whose field or section has a mark.
+    """Return the settings (as `section.key`) of the class `config_type` that have a mark, directly or by their section.
 
     `mark`: FREE (the value may change whenever a run is resumed) or SHAPES (never).
     """
@@ -139,7 +145,7 @@ def _contains_null(value: object) -> bool:
 
 
 def bytes_per_element(dtype: Dtype) -> int:
-    """Return the size of one element of a dtype, in bytes."""
+    """Return the size in bytes of one element of the dtype "float32" (4) or "bfloat16" (2)."""
     return 2 if dtype == "bfloat16" else 4
 
 

@@ -7,7 +7,7 @@ COLOURS = 3
 
 
 class Upscale(Section):
-    """Super-resolution: the U-Net receives a small image as well."""
+    """Super-resolution: the U-Net gets a small image as a second input, and generates a larger one."""
 
     factor: NonNegative = shape_setting(
         0,
@@ -34,7 +34,7 @@ class Upscale(Section):
 
     @property
     def channels(self) -> int:
-        """Number of input channels that hold the small image, in addition to the latents."""
+        """Number of input channels of the U-Net for the small image, in addition to those for latents; 0 without one."""
         return COLOURS * self.patch**2 if self.factor else 0
 
 

@@ -49,11 +49,11 @@ def value_text(value: object) -> str:
 
 
 def explain(error: ErrorDetails, config_type: type[BaseModel]) -> list[str]:
-    """Return the messages for users about one error of a pydantic ValidationError, usually one message.
+    """Translate one error of pydantic into messages for users about the configuration; usually it is one message.
 
     Args:
         error: an element of `ValidationError.errors()`.
-        config_type: the class that was validated, for suggestions.
+        config_type: the class of the configuration that was validated, for suggestions of similar keys.
     """
     context = error.get("ctx", {})
     cause = context.get("error")

@@ -10,10 +10,10 @@ from raphael_dist.errors import UserError
 
 
 def export_adapter(source_layout: str, run: Path, target_format: str, folder: Path, weights: str | None = None) -> str:
-    """Write the LoRA adapters or the ControlNet of a run in the format of another library.
+    """Write the LoRA adapters or the ControlNet of a run in the format of another library (peft or diffusers).
 
     Args:
-        source_layout: "auto" or "raphael". Only runs of this trainer have adapters and ControlNets.
+        source_layout: value of the option --from: "auto" or "raphael" (a run of this trainer). Others raise UserError.
         run: a run directory, of which the newest undamaged checkpoint is read, or one of its step-* folders.
         target_format: "peft" (LoRA adapters) or "controlnet" (a ControlNet of diffusers).
         folder: the new folder; it must not exist.

@@ -17,7 +17,7 @@ from raphael_dist.storage.files import atomic_folder
 def export_folder(folder: Path) -> Iterator[Path]:
     """Return a context that yields a temporary folder to write into, and renames it to `folder` when its block succeeds.
 
-    Raises UserError if `folder` exists already or cannot be written.
+    If the block raises, the temporary folder is removed. Raises UserError if `folder` exists already or cannot be written.
     """
     if folder.exists():
         raise UserError(f"--to {folder} exists already, and nothing is overwritten. Choose a new path.")
@@ -33,7 +33,8 @@ def open_run(path: Path, config_name: str, option: str) -> CheckpointReader:
 
     Args:
         path: the run directory, or one of its step-* folders.
-        config_name: file name in an exported folder, which the error message suggests as an alternative to a run.
+        config_name: name of a file, such as "config.json". The error message suggests an exported folder with this file as
+            an alternative to a run.
         option: name of the command line option that gave `path`, for messages.
 
     Raises:
@@ -46,7 +47,7 @@ def open_run(path: Path, config_name: str, option: str) -> CheckpointReader:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return all tensors of a safetensors file by name, float32. Raises UserError if the file cannot be read."""
+    """Return all tensors of a safetensors file by name, converted to float32. Raises UserError if it cannot be read."""
     try:
         return {name: tensor.float() for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:

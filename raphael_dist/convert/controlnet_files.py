@@ -34,13 +34,14 @@ _PREFIX = "control."
 
 
 def read_control(path: Path, config: Config, weights: str | None = None, option: str = "--control-from") -> ControlNet:
-    """Read a ControlNet. It is returned in float32 and eval mode on the CPU.
+    """Read a trained ControlNet from a run or an exported folder. Return it in float32 and eval mode on the CPU.
 
     Args:
         path: a run directory, of which the newest undamaged checkpoint is read; one of its step-* folders; or a folder of
             diffusers.
-        config: configuration of the base model.
-        weights: "ema" (moving average) or "master" (fp32 weights) of a run. None: the EMA if the run has one.
+        config: configuration of the base model that the ControlNet is used with.
+        weights: which weights of a run to read, "ema" (moving average) or "master" (fp32 weights). None: the EMA if the run
+            has one. Not used for a folder of diffusers.
         option: name of the command line option that gave `path`, for messages.
 
     Raises:
@@ -69,10 +70,10 @@ def read_control(path: Path, config: Config, weights: str | None = None, option:
 
 
 def control_weights(reader: CheckpointReader, weights: str | None, option: str) -> dict[str, Tensor]:
-    """Return the weights of the ControlNet in a checkpoint, float32, by name.
+    """Return the weights of the ControlNet in a checkpoint, float32, by the name of the parameter in the ControlNet.
 
     Args:
-        reader: the checkpoint.
+        reader: the opened checkpoint of the run that trained the ControlNet.
         weights: "ema" (moving average) or "master" (fp32 weights). None: the EMA if the checkpoint has one.
         option: name of the command line option that gave the checkpoint's path, for messages.
 
@@ -92,9 +93,9 @@ def write_control(values: dict[str, Tensor], config: Config, folder: Path) -> No
     """Write a ControlNet as a new folder for diffusers. The folder appears only when it is complete.
 
     Args:
-        values: its weights by name.
+        values: the weights of the ControlNet, by parameter name.
         config: the configuration of the base model.
-        folder: the new folder.
+        folder: the new folder. UserError: it exists already, or cannot be written.
     """
     with export_folder(folder) as temporary:
         content = control_json(config)
@@ -107,7 +108,7 @@ def write_control(values: dict[str, Tensor], config: Config, folder: Path) -> No
 
 
 def control_json(config: Config) -> JsonObject:
-    """Return the content of config.json for the ControlNet of a base model with the configuration `config`.
+    """Return the content of diffusers' config.json for the ControlNet of a base model with the configuration `config`.
 
     A model without experts has the fields of diffusers' ControlNetModel; a model with experts has additional fields.
     """

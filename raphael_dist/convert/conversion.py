@@ -35,11 +35,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a conversion's report: what was written of one kind of values ("master", "ema", ...).
+    """One row of the report about a conversion: how much was written of one kind of values.
 
     Attributes:
-        kind: the kind; "copies" for values that are stored a second time.
-        tensors, parameters, bytes, files: number of parameter tensors, of their elements, of bytes and of files.
+        kind: "master" (fp32 weights), "exp_avg", "exp_avg_sq" (Adam moments), "ema" (moving average), "zeros" (padding and
+            missing moments), "step" (the optimizer's step), or "copies" for values that are stored a second time.
+        tensors: number of parameters of the model of which values were written.
+        parameters: number of elements that were written.
+        bytes: their size.
+        files: number of files that contain them.
     """
 
     kind: str
@@ -51,13 +55,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """The result of a conversion, for the user.
+    """What the conversion of a checkpoint did, for the user.
 
     Attributes:
-        source, target: names of the two layouts (formats on disk).
+        source, target: names of the layouts (formats on disk) from which and to which the checkpoint was converted.
         rows: what was written, one row for each kind of values (weights, EMA, each of Adam's moments).
-        notes: further lines for the user.
-        verified: how the source's files were checked.
+        notes: further lines for the user, such as which values were not written.
+        verified: a phrase that states how the source's files were checked.
         seconds: duration of the conversion.
     """
 
@@ -87,7 +91,7 @@ def convert(
         path: the source checkpoint.
         to_layout: name of the target's layout.
         target: the new folder, which must not exist.
-        options: options of the target.
+        options: options of the target, such as the number of ranks or the dtype.
         config: the model with experts that a dense source is upcycled to (experts become copies of its feed-forward layers);
             or the configuration of a source whose files do not describe the model, such as DeepSpeed's. None: neither.
         ranks: the processes of `mpirun`. None: this process only.
@@ -95,8 +99,8 @@ def convert(
         lora_scale: factor on what these adapters add to the weights.
 
     Raises:
-        UserError: the source is damaged or incomplete, the target exists, or its layout does not support the model. The
-            conversion leaves no files then.
+        UserError: the source is damaged or incomplete, `target` exists, or the target's layout does not support the model.
+            The conversion leaves no files then.
     """
     ranks, began = ranks or MpiRanks(), time.monotonic()
     layout_of("--to", to_layout)
@@ -136,10 +140,11 @@ def write_target(
         plan: the files to write.
         target: the new folder.
         ranks: the processes that share the work.
-        checksummed_files: size and SHA-256 of each file of the source. The files are verified while the target is written.
+        checksummed_files: size and SHA-256 of each file of the source, by path; {} if it has no manifest. The files are
+            verified while the target is written.
 
     Raises:
-        UserError: as in `convert`; no files are left then.
+        UserError: a file of the source is damaged, or `target` cannot be written. No files are left then.
     """
     temporary = target.parent / f".converting-{target.name}"
     new_parents = [parent for parent in temporary.parents if not parent.exists()]  # the innermost first

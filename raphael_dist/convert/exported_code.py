@@ -46,7 +46,7 @@ _LICENCE = """# Copyright the authors of raphael_dist. Licensed under the Apache
 
 @cache
 def pipeline_code() -> str:
-    """Return the text of pipeline.py for an exported model folder, which defines the pipeline classes.
+    """Return the text of pipeline.py for an exported model folder. It defines this project's pipelines for diffusers.
 
     The text imports only torch, diffusers, transformers and packages that these require.
     """
@@ -55,7 +55,10 @@ def pipeline_code() -> str:
 
 @cache
 def model_code(kind: type) -> tuple[str, str]:
-    """Return (module name, text) of the Python file that defines a model class. kind: the class, such as RaphaelUNet2D."""
+    """Return (module name, text) of a Python file that defines a model class without importing this package.
+
+    Exported model folders contain this file. `kind`: the class, such as RaphaelUNet2D.
+    """
     own = kind.__module__.rpartition(".")[2]
     name = MODEL if own == "diffusers_model" else f"modeling_{own}"
     return name, standalone_module(((kind.__module__, kind.__name__),), f"{kind.__name__}, for diffusers and transformers.")
@@ -63,6 +66,8 @@ def model_code(kind: type) -> tuple[str, str]:
 
 def standalone_module(roots: tuple[tuple[str, str], ...], title: str) -> str:
     """Return the text of one Python file that defines some classes of this package without importing the package.
+
+    It is assembled from the source of the classes and of everything in this package that they use.
 
     Args:
         roots: (module, name) of each class. All of their methods are kept.

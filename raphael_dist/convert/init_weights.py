@@ -38,9 +38,10 @@ INPUT_CONV = "conv_in.weight"  # its input channels: the latents, then the small
 
 
 def part_of(name: str) -> str:
-    """Return the part of the model, as named in `run.reinit`, to which the parameter `name` belongs; else "".
+    """Return the part of the model to which the parameter `name` belongs; "" if it belongs to none of the parts below.
 
-    The parts are "edge" (edge modules), "space" and "time" (experts and gates), and "text" (layers that read text tokens).
+    The setting run.reinit names the same parts: "edge" (edge modules), "space" and "time" (experts and gates), and "text"
+    (layers that read text tokens).
     """
     if ".edge." in name:
         return "edge"
@@ -53,12 +54,12 @@ def part_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """Which parameters of a new run are read from the checkpoint of run.init_from, as tuples of names.
+    """Which parameters of a new run are read from the checkpoint that it starts from (the setting run.init_from).
 
     Attributes:
-        loaded: parameters that are read from the checkpoint.
+        loaded: names of the parameters that are read from the checkpoint.
         reinitialised: parameters that get the random weights of a new run.
-        unused: parameters of the checkpoint that the model does not have.
+        unused: parameters of the checkpoint that the model does not have, or has in another shape.
         upcycled: parameters of experts that are computed from the feed-forward layers of a dense checkpoint.
     """
 
@@ -70,7 +71,7 @@ class InitialWeights:
     def describe(self, path: Path) -> str:
         """Return one log line with the numbers of loaded, upcycled, reinitialised and unused parameters.
 
-        path: the checkpoint that the loaded ones come from.
+        `path`: the checkpoint that parameters are loaded from.
         """
         texts = [f"{len(self.loaded)} parameters were loaded from {path}"]
         groups = ((self.upcycled, "upcycled to experts"), (self.reinitialised, "reinitialised"), (self.unused, "not loaded"))
@@ -158,12 +159,19 @@ def load_initial(
 def adapted_base(config: Config, *, verify: bool = True, report: Reporter = no_report) -> tuple[RaphaelUNet, str]:
     """Build a model from the frozen weights of run.init_from, with newly initialised LoRA adapters or ControlNet.
 
-    The model is whole and the same on every rank; expert parallelism and ZeRO shard it afterwards. Arguments and errors are
-    those of `load_initial`.
+    The model is whole and the same on every rank; expert parallelism and ZeRO shard it afterwards.
+
+    Args:
+        config: the run's configuration, which names the checkpoint of the base model (run.init_from).
+        verify: whether to compare the files of the checkpoint with their checksums first.
+        report: called with a line of progress for each parameter.
 
     Returns:
         The model on the CPU, and the SHA-256 (hex) of the base model's weights. The hash does not depend on the checkpoint's
         format on disk.
+
+    Raises:
+        UserError: the checkpoint cannot be read, is damaged, or does not fit the model.
     """
     assert config.run.init_from is not None  # config.checks requires it
     with torch.device("meta"):
@@ -182,9 +190,9 @@ def adapted_base(config: Config, *, verify: bool = True, report: Reporter = no_r
 
 
 def open_initial(path: Path) -> Checkpoint:
-    """Open the checkpoint of run.init_from, in any layout (format on disk), without reading its values.
+    """Open the checkpoint from which a new run starts, in any layout (format on disk), without reading its values.
 
-    Raises UserError, which names run.init_from, if it cannot be read.
+    `path`: value of the setting run.init_from. Raises UserError, which names this setting, if it cannot be read.
     """
     try:
         return open_checkpoint("auto", path)

@@ -26,13 +26,14 @@ _SAMPLE = 1 << 16  # elements of each tensor by which two experts with equal nor
 
 @dataclass(frozen=True)
 class LayerReport:
-    """Statistics of the experts of the layer `name`. Experts are numbered from 0.
+    """Statistics of the weights of a layer's experts. Experts are numbered from 0.
 
     Attributes:
-        norms: L2 norm over all weights of each expert.
+        name: name of the layer in the model.
+        norms: for each expert, the L2 norm over all of its weights.
         dead: numbers of the experts whose weights are all zero.
-        not_finite: numbers of the experts with NaN or infinity.
-        same: pairs of numbers of experts with equal weights.
+        same: (a, b) for every two experts a < b with equal weights.
+        not_finite: numbers of the experts with NaN or infinity in their weights.
     """
 
     name: str
@@ -50,15 +51,16 @@ class LayerReport:
 
 
 def open_for_inspection(path: Path, unpickle: bool, config: Config | None) -> Checkpoint:
-    """Open a checkpoint in any layout (format on disk).
+    """Open a checkpoint in any layout (format on disk) to inspect it. Pickle files must be verified before.
 
     Args:
         path: the checkpoint.
-        unpickle: whether to open pickle files without a checksum in a manifest, too. Only weights are unpickled in any case.
+        unpickle: whether to open pickle files, too, whose checksum is in no manifest. In any case, only weights are
+            unpickled.
         config: the configuration of the model, for files that do not describe it; else None.
 
     Raises:
-        UserError: the checkpoint cannot be read, or contains such a pickle file without `unpickle`.
+        UserError: the checkpoint cannot be read, or contains such a pickle file and `unpickle` is false.
     """
     if not unpickle and path.exists():
         layout = detect(path)
@@ -83,7 +85,10 @@ def _check_pickles(path: Path, pickles: list[Path], layout: str) -> None:
 
 
 def inspect_layers(checkpoint: Checkpoint) -> Iterator[LayerReport]:
-    """Yield the statistics of the experts of each layer with experts. One tensor of one expert is in memory at a time."""
+    """Yield statistics of the experts' weights (norms; which are zero, equal or not finite) for each layer with experts.
+
+    The fp32 weights are used, if the checkpoint has them. One tensor of one expert is read at a time.
+    """
     kind = "master" if "master" in checkpoint.kinds() else checkpoint.kinds()[0]
     for layer in dict.fromkeys(owner[0] for name in checkpoint.shapes if (owner := stacked(name))):
         names = [f"{layer}.{leaf}" for leaf in ("w1", "b1", "w2", "b2")]

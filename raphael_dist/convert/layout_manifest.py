@@ -16,7 +16,7 @@ from raphael_dist.storage.versions import versions
 def base_manifest(layout: str, source: Source) -> Manifest:
     """Return the content of manifest.json for a converted checkpoint, without the list of its files.
 
-    layout: the name of the target's layout. source: the checkpoint that is converted.
+    `layout`: name of the target's layout (format on disk). `source`: the checkpoint that is converted.
     """
     return {
         "layout": layout,
@@ -31,18 +31,19 @@ def base_manifest(layout: str, source: Source) -> Manifest:
 def read_optional_manifest(folder: Path, layout: str) -> Manifest | None:
     """Return the content of a folder's manifest.json; None if the folder has none, because another program wrote it.
 
-    `layout`: name of the layout (format on disk) that the manifest must state. Raises the UserErrors of `read_manifest`.
+    `layout`: name of the layout (format on disk) that the manifest must state. UserError: it states another one, or is
+    damaged.
     """
     return read_manifest(folder / MANIFEST, layout) if (folder / MANIFEST).is_file() else None
 
 
 def checkpoint_of(folder: Path, manifest: Manifest, spans: dict[Key, list[StoredTensor]]) -> Checkpoint:
-    """Make a Checkpoint from a manifest and the positions of its tensors in the files.
+    """Return an opened checkpoint, made from its manifest and from where the parameters' values are in its files.
 
     Args:
         folder: the checkpoint's folder.
-        manifest: its manifest.
-        spans: for each (kind, parameter), the parts of files that hold its values.
+        manifest: content of its manifest.json: configuration, progress, and size and SHA-256 of each file.
+        spans: for each (kind of values such as "master", name of a parameter), the parts of files that hold the values.
 
     Raises:
         UserError: `spans` do not hold every element of every parameter exactly once.
@@ -60,5 +61,5 @@ def checkpoint_of(folder: Path, manifest: Manifest, spans: dict[Key, list[Stored
 
 
 def checksummed_files(folder: Path, manifest: Manifest) -> dict[Path, FileEntry]:
-    """Return the size and SHA-256 of each file in a manifest, by the file's path."""
+    """Return the size and SHA-256 of each file that the manifest of a checkpoint `folder` lists, by the file's path."""
     return {folder / name: entry for name, entry in manifest["files"].items()}

@@ -58,7 +58,7 @@ class Adapter:
     factors: Mapping[str, tuple[Tensor, Tensor]]
 
     def delta(self, name: str) -> Tensor:
-        """Return the term scale B A that is added to the parameter `name`, float32 in the parameter's shape."""
+        """Return the term (scale B A) that these adapters add to the parameter `name`, float32 in the parameter's shape."""
         a, b = self.factors[name]
         return self.scale * (b @ a)
 
@@ -95,7 +95,7 @@ class MergedSource:
         """Merge `adapter` into the values that are read from `source`, which does not change.
 
         Args:
-            source: the base model.
+            source: the checkpoint of the base model.
             adapter: the adapters. UserError: they belong to another model.
             strength: a factor on the term that is added, in addition to the adapter's own scale.
             option: name of the command line option that gave the adapters, for messages.
@@ -107,7 +107,10 @@ class MergedSource:
         self._last: tuple[str, Tensor] = ("", torch.empty(0))
 
     def kinds(self) -> tuple[str, ...]:
-        """Return the kinds of values: "master" and, if the source has it, "ema". Adam moments do not fit merged weights."""
+        """Return the kinds of values that can be read: "master" (fp32 weights) and, if the base has it, "ema" (average).
+
+        Adam moments are left out, because they do not fit merged weights.
+        """
         return tuple(kind for kind in self._source.kinds() if kind in ("master", "ema"))
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
@@ -130,7 +133,7 @@ def read_adapter(path: Path, weights: str | None = None, option: str = "--lora")
         path: a folder of peft; a run directory, of which the newest undamaged checkpoint is read; or one of its step-*
             folders.
         weights: "ema" (moving average) or "master" (fp32 weights) of a run. None: the EMA if the run has one.
-        option: name of the command line option, for messages.
+        option: name of the command line option that gave `path`, for messages.
 
     Raises:
         UserError: there are no adapters at `path`, or they are of a kind that is not supported.
@@ -144,9 +147,9 @@ def adapter_of(reader: CheckpointReader, weights: str | None = None, option: str
     """Return the LoRA adapters in a run's checkpoint. Raises UserError if the run trained none.
 
     Args:
-        reader: the checkpoint.
+        reader: the opened checkpoint.
         weights: "ema" (moving average) or "master" (fp32 weights). None: the EMA if the run has one.
-        option: name of the command line option, for messages.
+        option: name of the command line option that gave the run's path, for messages.
     """
     lora = reader.config().lora
     if not lora.rank:
@@ -170,9 +173,9 @@ def write_adapter(adapter: Adapter, lora: Lora, base: str, folder: Path) -> None
 
     Args:
         adapter: the adapters.
-        lora: the run's settings of LoRA.
+        lora: the run's settings of LoRA (rank, alpha, adapted layers).
         base: name or path of the base model, which adapter_config.json states.
-        folder: the new folder.
+        folder: the new folder. UserError: it exists already, or cannot be written.
     """
     attention, experts = "attention" in lora.targets, "experts" in lora.targets
     config = import_peft().LoraConfig(
@@ -207,7 +210,7 @@ def read_peft_folder(folder: Path, option: str) -> Adapter:
     """Read the LoRA adapters in a folder that peft wrote.
 
     Raises UserError if they are not plain LoRA, or if the tensors do not match the folder's adapter_config.json.
-    `option`: name of the command line option, for messages.
+    `option`: name of the command line option that gave `folder`, for messages.
     """
     config = _read_config(folder, option)
     rank, alpha = int(config["r"]), float(config["lora_alpha"])

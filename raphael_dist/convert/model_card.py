@@ -27,7 +27,7 @@ def model_card(source: Source, kind: str, options: Options, pipeline: str, has_i
         source: the exported checkpoint.
         kind: which weights are exported: "ema" (moving average) or "master" (fp32 weights).
         options: options of the conversion; `licence` is an identifier that model hubs use, e.g. "apache-2.0".
-        pipeline: name of the pipeline's class.
+        pipeline: name of the pipeline's class, such as "StableDiffusionPipeline".
         has_image: whether the folder contains samples.png (see `samples_image`), which the card shows.
     """
     config, steps, licence = source.config, source.progress, options.licence
@@ -112,9 +112,9 @@ def _super_resolution(config: Config) -> dict[str, str]:
 
 
 def samples_image(source: Source) -> bytes | None:
-    """Return the content of the last PNG file with sampled images that the run wrote until the step of the checkpoint.
+    """Return the newest PNG file (its bytes) of images that the run of `source` sampled, up to the step of `source`.
 
-    None if there is no such file in the folder `samples` of the run.
+    The trainer writes such files into the folder `samples` of the run. None if there is none.
     """
     images: list[tuple[int, Path]] = []
     for folder in (source.path, *source.path.parents[:2]):

@@ -12,7 +12,12 @@ _LAUNCHED = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
 
 
 class MpiRanks:
-    """This process as one of the `size` processes that mpirun started. Every method is collective: all processes call it."""
+    """This process as one of the processes that mpirun started. Every method is collective: all processes call it.
+
+    Attributes:
+        rank: number of this process, from 0.
+        size: number of processes; 1 without mpirun.
+    """
 
     def __init__(self) -> None:
         self._comm: Any = None

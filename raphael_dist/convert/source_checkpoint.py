@@ -61,7 +61,10 @@ class Checkpoint:
         self._reader = FileReader()
 
     def kinds(self) -> tuple[str, ...]:
-        """Return the kinds of values in the checkpoint: those of "master", "exp_avg", "exp_avg_sq", "ema" that it has."""
+        """Return which kinds of values the checkpoint has.
+
+        Possible kinds: "master" (fp32 weights), "exp_avg", "exp_avg_sq" (Adam moments) and "ema" (moving average).
+        """
         return tuple(kind for kind in KINDS if any(k == kind for k, _ in self.spans))
 
     def check(self) -> None:
@@ -112,8 +115,8 @@ class Checkpoint:
             )
         if not self.says_prediction and prediction is None:
             raise UserError(
-                f"{self.path} must have a scheduler file that states its prediction type, but it has none. Add "
-                "--prediction epsilon or --prediction v_prediction."
+                f"{self.path} must state the prediction type with which the model was trained, but it has no "
+                "scheduler/scheduler_config.json with prediction_type. Add --prediction epsilon or v_prediction."
             )
         diffusion = self.config.diffusion.model_copy(update={"prediction": prediction or stored})
         self.config, self.says_prediction = self.config.model_copy(update={"diffusion": diffusion}), True
@@ -122,14 +125,14 @@ class Checkpoint:
         """Raise UserError unless the files state the prediction type, and it is `prediction`, the type of the new run."""
         if not self.says_prediction:
             raise UserError(
-                f"run.init_from={self.path} must have a scheduler file that states its prediction type, but it has none. "
-                "Copy the folder scheduler/ of the model into it, or convert it with tools/convert_checkpoint.py "
-                "--prediction epsilon or --prediction v_prediction."
+                f"run.init_from={self.path} must state the prediction type with which the model was trained, but it has no "
+                "scheduler/scheduler_config.json with prediction_type. Copy the folder scheduler/ of the original pipeline "
+                "into it, or convert it by tools/convert_checkpoint.py with --prediction epsilon or v_prediction."
             )
         check_same_prediction("run.init_from", self.path, self.config, prediction)
 
     def integrity_error(self) -> str | None:
-        """Compare the files with size and checksum in the manifest; return a message about the first damaged one.
+        """Compare size and SHA-256 of the files with the manifest; return a message about the first damaged file.
 
         None: no file is damaged, or there is no manifest.
         """
@@ -164,7 +167,7 @@ def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def block_levels(config: Config) -> dict[str, int]:
-    """Return the U-Net level of each transformer block of the model, by the block's name, in order of execution."""
+    """Return the U-Net level (0: highest resolution) of each transformer block by the block's name, in execution order."""
     return dict(_structure_of(config)[1])
 
 

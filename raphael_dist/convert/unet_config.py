@@ -26,7 +26,7 @@ def config_of_unet(unet: JsonObject, where: Path, diffusion: JsonObject | None =
     Args:
         unet: the content of the U-Net's config.json.
         where: path of this file, for messages.
-        diffusion: settings of the section `diffusion` that the folder states (`scheduler_settings`).
+        diffusion: settings of the section `diffusion` (noise schedule), from `scheduler_settings`. None: the defaults.
 
     Raises:
         UserError: the structure differs from that of Stable Diffusion 2.
@@ -52,7 +52,8 @@ def config_of_unet(unet: JsonObject, where: Path, diffusion: JsonObject | None =
 def sizes_of_unet(unet: JsonObject, where: Path) -> JsonObject:
     """Return the settings of the section `model` that follow from the config.json of a U-Net of diffusers.
 
-    Raises UserError if the structure differs from that of Stable Diffusion 2. where: path of the file, for the message.
+    `unet`: the content of config.json. `where`: path of the file, for messages.
+    Raises UserError if the structure differs from that of Stable Diffusion 2.
     """
     try:
         channels = list(unet["block_out_channels"])
@@ -104,9 +105,9 @@ def unet_json(config: Config, where: str) -> JsonObject:
 
 
 def unet_fields(config: Config) -> JsonObject:
-    """Return the fields of a U-Net's config.json that diffusers' class UNet2DConditionModel has.
+    """Return diffusers' config.json for the U-Net of `config`: the fields of the class UNet2DConditionModel.
 
-    A model with experts has them too; the caller adds the fields of the experts.
+    They also describe a model with experts, but for the experts: the caller adds fields for these.
     """
     m = config.model
     kinds = ["CrossAttn" * has + "DownBlock2D" for has in m.attention]

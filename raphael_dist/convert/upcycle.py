@@ -40,7 +40,8 @@ class UpcycledSource:
     def __init__(self, source: Source, config: Config, *, any_text_width: bool = False) -> None:
         """Upcycle the dense checkpoint `source` to the model of `config`. UserError: they differ in more than experts.
 
-        any_text_width: allow another width of the text tokens. The layers that read them are not taken from the source.
+        `any_text_width`: allow another width of the text tokens. Do not read the layers that take these tokens as input
+        then: the values of the source do not fit.
         """
         self._source, self.config, self.path = source, config, source.path
         self.progress, self.dataset = START, ""
@@ -53,7 +54,10 @@ class UpcycledSource:
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
 
     def kinds(self) -> tuple[str, ...]:
-        """Return the kinds of values: only "master" (weights). They are the EMA of the dense checkpoint if it has one."""
+        """Return the kinds of values that can be read: only "master" (weights).
+
+        They are computed from the EMA (moving average) of the dense checkpoint if it has one.
+        """
         return ("master",)
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:

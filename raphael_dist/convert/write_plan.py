@@ -91,9 +91,12 @@ def piece(kind: str, name: str, start: int, numel: int, rows: int = 0) -> Piece:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file to write: the concatenation of pieces (ranges of elements of the source's parameters).
+    """One tensor of a file to write.
 
-    `key`: its name in the file.
+    Attributes:
+        key: its name in the file.
+        shape, dtype: its shape and dtype in the file.
+        pieces: ranges of elements of the source's parameters, whose concatenation is the tensor.
     """
 
     key: str
@@ -201,7 +204,7 @@ def check_complete(plan: ConversionPlan, source: Source) -> None:
 def values(entry: Entry, source: Source) -> Iterator[Tensor]:
     """Read the elements of a planned tensor from the source; yield them in order.
 
-    They are yielded as 1-D tensors of bounded size in the dtype of `entry`, or as one matrix if a piece is transposed.
+    They are yielded as 1-D tensors of at most 2**20 elements in the dtype of `entry`; a transposed piece as one matrix.
     """
     for p in entry.pieces:
         if p.kind == STEP:
@@ -243,10 +246,12 @@ def entries_of(tree: object) -> Iterator[Entry]:
 def parts(entries: Iterable[Entry], stem: str, part_bytes: int) -> tuple[list[OutFile], dict[str, bytes]]:
     """Divide planned tensors over safetensors files of about `part_bytes` bytes, named as Hugging Face's libraries do.
 
-    The names are STEM-00001-of-00003.safetensors, and so on, or STEM.safetensors if one file is enough.
+    With `stem` = "model" the names are model-00001-of-00003.safetensors, and so on, or model.safetensors if one file is
+    enough.
 
     Returns:
-        The files, and {name: content} of the index STEM.safetensors.index.json; {} for one file.
+        The planned files; and {name: content} of model.safetensors.index.json, which states which tensor is in which file,
+        or {} for one file.
     """
     groups: list[list[Entry]] = [[]]
     size = 0
@@ -270,7 +275,8 @@ def parts(entries: Iterable[Entry], stem: str, part_bytes: int) -> tuple[list[Ou
 def chosen_weights(source: Source, options: Options) -> str:
     """Return which weights are written to a layout that can contain only one kind: "ema" or "master" (fp32 weights).
 
-    It is the option --weights; without it, the EMA if the source has one. UserError: the source lacks this kind.
+    It is the option --weights (`options.weights`); without it, the EMA if the source has one.
+    Raises UserError if the source lacks this kind.
     """
     kind = options.weights or default_weights(source.kinds())
     if kind not in source.kinds():

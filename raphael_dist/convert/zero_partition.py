@@ -108,15 +108,15 @@ class Group:
 
     @property
     def name(self) -> str:
-        """The name that DeepSpeed gives to a group of sharded experts: ep_size_4 for experts sharded over 4 ranks."""
+        """DeepSpeed's name of this group, if it has sharded experts: ep_size_4 for experts sharded over 4 ranks."""
         return f"ep_size_{self.ep_size}"
 
 
 def local(name: str, shape: tuple[int, ...], topology: Topology, rank: int) -> tuple[tuple[int, ...], int]:
-    """Return (shape, first element) of the part of a parameter that a rank has under expert parallelism, before ZeRO.
+    """Return which part of a parameter a rank has under expert parallelism, before ZeRO divides it further.
 
-    `name`, `shape`: of the whole parameter. The part is a range of consecutive elements of the flattened parameter, and
-    begins at `first element`.
+    `name` and `shape` are those of the whole parameter. Returns the part's shape, and its first element in the flattened
+    parameter: (shape, 0) unless the parameter has sharded experts.
     """
     ep_size = topology.ep_size(name)
     if ep_size == 1:
@@ -126,9 +126,10 @@ def local(name: str, shape: tuple[int, ...], topology: Topology, rank: int) -> t
 
 
 def groups(shapes: Shapes, topology: Topology, rank: int) -> list[Group]:
-    """Return a rank's parameter groups under ZeRO-1 or 2: replicated parameters, then experts by ascending `ep_size`.
+    """Return the optimizer parameter groups under ZeRO-1 or 2, each with the part that the rank `rank` owns.
 
-    `shapes`: shape of every parameter of the whole model, by name.
+    The first group has the replicated parameters; then there is one of sharded experts for each `ep_size`, in ascending
+    order. `shapes`: shape of every parameter of the whole model, by name. `topology`: how parameters are divided over ranks.
     """
     by_ep_size: dict[int, list[str]] = {1: []}
     for name in shapes:
@@ -177,7 +178,7 @@ def zero3(shapes: Shapes, world: int, rank: int) -> tuple[dict[Span, int], int]:
 
 
 def spans(shapes: Shapes, topology: Topology, rank: int) -> Iterator[Span]:
-    """Yield the spans (ranges of elements of parameters) of fp32 weights that a rank writes into a checkpoint.
+    """Yield the spans (ranges of elements of flattened parameters) of fp32 weights that `rank` writes into a checkpoint.
 
     `shapes`: shape of every parameter of the model, by name. `topology`: how parameters are divided over the ranks. Under
     ZeRO-0 every rank has all weights, and whole parameters are assigned to the ranks in turn.

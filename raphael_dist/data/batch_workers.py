@@ -38,7 +38,7 @@ class BatchPrefetcher(Prefetcher[Any, Batch]):
     """Iterates over micro-batches in order. Worker processes or a thread of the rank build them ahead.
 
     - The thread builds all batches if there are no workers, if samples must be encoded, or if /dev/shm is too small.
-    - The thread builds a single batch if one of its samples is not encoded yet, or if ATTEMPTS workers died building it.
+    - The thread builds a single batch if one of its samples is not encoded yet, or if 3 workers died while building it.
     - If a worker dies, all workers are replaced. The new ones build the batches again that were not delivered yet.
     """
 
@@ -48,7 +48,7 @@ class BatchPrefetcher(Prefetcher[Any, Batch]):
         Args:
             builder: Builds a micro-batch.
             slots: For each micro-batch: (position, weight) of each of its samples. The position is the sample's number in
-                the order of training. The weight is 1 for a sample, and 0 for a place that only pads the batch.
+                the endless order of training. The weight is 1 for a sample, and 0 for a place that only pads the batch.
             depth: Number of batches built ahead.
             workers: Number of worker processes; 0: a thread builds the batches.
             processes: Number of ranks on this host, which share its /dev/shm.

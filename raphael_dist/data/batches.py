@@ -24,7 +24,8 @@ class BatchBuilder:
     batch.
 
     Attributes:
-        phase: Position of the first sample of every training step, modulo `global_batch_size`. The caller may set it.
+        phase: Position of the first sample of a training step, modulo `global_batch_size`; it is the same for all steps. The
+            caller may set it.
     """
 
     def __init__(
@@ -58,17 +59,18 @@ class BatchBuilder:
         self.gate_noise = gate_noise and config.model.gate_noise > 0
 
     def build(self, slots: Sequence[tuple[int, float]]) -> Batch:
-        """Read, encode and assemble one micro-batch. `slots`: (position, weight) of each sample, as the class describes.
+        """Read, encode and assemble one micro-batch.
 
-        Raises UserError if samples cannot be used, as `TrainStream.sample`.
+        `slots`: (position, weight) of each sample. The position is the sample's number in the endless order of training. The
+        weight is 1, or 0 for a sample that only pads the batch. Raises UserError if too many samples cannot be used.
         """
         samples = self.stream.samples([position for position, _ in slots])
         return self.finalize(self._assemble(slots, self.encoder.encode(samples)))
 
     def finalize(self, batch: Batch) -> Batch:
-        """Return the batch, copied to pinned memory if the builder was created with `pin`.
+        """Return `batch`, copied to pinned memory if the builder was created with `pin=True`.
 
-        The duration of the copy, in seconds, is stored in `batch.seconds["copying"]`.
+        The duration of the copy, in seconds, is stored in `seconds["copying"]` of the returned batch.
         """
         began = time.monotonic()
         batch = batch.pack() if self.pin else batch
@@ -78,9 +80,9 @@ class BatchBuilder:
     def dummy_batch(self, slots: Sequence[tuple[int, float]]) -> Batch:
         """Return a micro-batch with the shapes of `build(slots)`, but with zeros as samples and all weights 0.
 
-        `slots`: (position, weight) of each sample. The image size is that of the first position.
-        A rank that has failed to read its data runs the step with this batch. Otherwise the other ranks would wait for it
-        forever in collective operations, before all ranks know about the failure.
+        `slots`: (position, weight) of each sample, as for `build`. The image size is that of the sample at the first
+        position. A rank that has failed to read its data runs the step with this batch. Otherwise the other ranks would
+        wait for it forever in collective operations, before all ranks know about the failure.
         """
         source, place = self.stream.source, self.stream.order.lookup(slots[0][0])
         height, width = (side // source.latent_factor for side in source.buckets[place.bucket])

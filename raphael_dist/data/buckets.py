@@ -32,6 +32,8 @@ def nearest_buckets(widths: np.ndarray, heights: np.ndarray, buckets: Sequence[t
 def factor_errors(buckets: Sequence[tuple[int, int]], factor: int) -> list[str]:
     """Return an error message for each bucket (image size) whose height or width is not a multiple of `factor`.
 
+    The list is empty if all are multiples.
+
     Args:
         buckets: (height, width) of each bucket in pixels.
         factor: Image pixels per side of a latent position: 8 if the VAE turns 512 pixels into 64 latents.
@@ -45,7 +47,7 @@ def factor_errors(buckets: Sequence[tuple[int, int]], factor: int) -> list[str]:
 
 
 def fit(image: Image.Image, size_hw: tuple[int, int], flip: bool, resample: Image.Resampling) -> Image.Image:
-    """Resize `image` to cover `size_hw`, and crop the centre to this size.
+    """Resize `image`, with its aspect ratio kept, until it covers `size_hw`; crop its centre to this size, and return it.
 
     Args:
         image: An image of any mode and size.

@@ -37,12 +37,14 @@ _JOINED = re.compile(f"({_EMOJI}(?:\u200d{_EMOJI}){{1,9}}|\U0001f3f4[\U000e0020-
 
 @dataclass(frozen=True)
 class CaptionChoice:
-    """Where the captions of a sample come from (data.caption_from and data.caption_weights).
+    """Where the captions of a sample come from: the settings data.caption_from and data.caption_weights.
+
+    A sample is a group of files in a tar: an image KEY.jpg, and KEY.json or KEY.txt.
 
     Attributes:
-        source: The sample's file with the captions: "json", "txt", or "auto" (the json if it has captions, else the txt).
-        weights: If not empty, used instead of `source`: (name, probability weight) of each field. A name is a field of the
-            json, or "txt" for the txt file.
+        source: The file with the captions: "json", "txt", or "auto" (the json if it has captions, else the txt).
+        weights: If not empty, used instead of `source`: (name, relative probability) of each text that may be the caption.
+            A name is a field of the json, or "txt" for the txt file.
     """
 
     source: Literal["auto", "json", "txt"] = "auto"
@@ -80,14 +82,14 @@ def pick(weights: Sequence[float], draw: np.random.Generator) -> int:
 
 
 def read_captions(members: Mapping[str, bytes], choice: CaptionChoice) -> tuple[list[str], list[float]]:
-    """Return a sample's cleaned captions, at least one, and the relative probability of each.
+    """Return (cleaned captions of a sample, at least one; relative probability of each).
 
     Args:
-        members: Content of the sample's files "json" and "txt", by these names, if it has them.
-        choice: Which of their fields are captions. The captions of a json field that is a list share its weight equally.
+        members: Content of the sample's json and txt files, with the keys "json" and "txt". Either may be missing.
+        choice: Which of their texts are captions. The captions of a json field that is a list share its weight equally.
 
     Raises:
-        ValueError: As in `read_texts`.
+        ValueError: There is no caption, or one of the files cannot be read; the message is the reason.
     """
     if not choice.weights:
         captions = read_texts({ext: data for ext, data in members.items() if choice.source in ("auto", ext)})[1]
@@ -107,12 +109,12 @@ def read_captions(members: Mapping[str, bytes], choice: CaptionChoice) -> tuple[
 
 
 def read_texts(members: Mapping[str, bytes]) -> tuple[dict[str, object], list[str]]:
-    """Return the fields of a sample's json ({} without one) and its cleaned captions, at least one.
+    """Return (fields of a sample's json, {} without one; cleaned captions of the sample, at least one).
 
     The captions are the json's list `captions`. Without it, the json's string `caption`. Without both, the txt.
 
     Args:
-        members: Content of the sample's files "json" and "txt", by these names, if it has them.
+        members: Content of the sample's json and txt files, with the keys "json" and "txt". Either may be missing.
 
     Raises:
         ValueError: The sample has no caption; a file is not UTF-8 or larger than 1 MiB; the json is not an object; or its
@@ -127,14 +129,15 @@ def read_texts(members: Mapping[str, bytes]) -> tuple[dict[str, object], list[st
 
 
 def first_texts(fields: Mapping[str, object], names: Iterable[str]) -> tuple[list[str], str]:
-    """Return the captions in the first of the fields `names` that has any.
+    """Return the captions, not cleaned, in the first of the fields `names` that has any.
 
     Args:
-        fields: A sample's json, or a row of a table.
+        fields: The fields of a sample's json, or of a table row, by name.
         names: Names of fields that may contain captions, in order of priority.
 
     Returns:
-        (captions, ""), or ([], reason) if no field has a caption. The reason is for a message, and "" if it is unknown.
+        (captions, ""), or ([], reason) if no field has a caption. The reason is a text for a message: the type of the first
+        field of a wrong type, or "" if there is no such field.
     """
     problems = []
     for name in names:
@@ -146,10 +149,10 @@ def first_texts(fields: Mapping[str, object], names: Iterable[str]) -> tuple[lis
 
 
 def texts_in(value: object) -> tuple[list[str], str]:
-    """Return the captions in the value of a field: (captions, ""), or ([], problem) if the value has a wrong type.
+    """Return (captions in the value of a json field or table cell, ""), or ([], problem) if the value has a wrong type.
 
-    The value may be a string or a list of strings; null and empty strings are left out. Other types, such as a dict, are
-    wrong. The problem is for a message.
+    The value may be a string or a list of strings; null and empty strings are left out, so that the list may be empty. Other
+    types, such as a dict, are wrong. `problem` is a text for a message.
     """
     values = value if isinstance(value, list) else [value]
     texts = [item for item in values if isinstance(item, str) and item.strip()]

@@ -16,10 +16,10 @@ _NOT_PLAIN = re.compile("bold|italic|oblique|mono|light|thin|condensed|display|s
 
 
 def drawable(text: str, size: int) -> tuple[str, Font]:
-    """Return `text` as one line that can be drawn, and the font to draw it with.
+    """Return (`text` as one line, the font to draw it with).
 
-    The font is Pillow's own if it has all characters, otherwise the installed font that lacks the fewest. A character that
-    the font lacks is escaped, for example as \\u65e5. `size`: height of the font in pixels.
+    The font is Pillow's default font if that has all characters, otherwise the installed font that lacks the fewest of them.
+    A character that the font lacks is escaped in the line, for example as \\u65e5. `size`: height of the font in pixels.
     """
     text = " ".join(text.split())
     letters = frozenset(text) - {" "}

@@ -49,10 +49,16 @@ ImageFile.LOAD_TRUNCATED_IMAGES = False
 def decode_image(
     data: bytes, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = IMAGE_FORMATS, background: str = "white"
 ) -> Image.Image:
-    """Decode the bytes of an image file to an upright RGB image. Transparent pixels get the colour `background`.
+    """Decode the bytes of an image file to an RGB image, rotated as its EXIF data states.
+
+    Args:
+        data: Content of the image file.
+        max_pixels: Largest number of pixels (width times height) that the file's header may state.
+        formats: Allowed formats, by Pillow's names.
+        background: Colour for transparent pixels.
 
     Raises:
-        ValueError: The format is not in `formats`, or the header states over `max_pixels` pixels; nothing was decoded.
+        ValueError: The format is not allowed, the header is damaged, or it states too many pixels; nothing was decoded.
         Exception: Decoders raise exceptions of many types for damaged images.
     """
     image = _open(data, formats)
@@ -83,9 +89,10 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
 
 
 def read_image(path: Path, option: str, background: str = "white") -> Image.Image:
-    """Read an image file that a command line option names, as upright RGB. UserError: it cannot be read.
+    """Read an image file as RGB, rotated as its EXIF data states. Raises UserError if it cannot be read.
 
-    `option`: name of the option, for the message. `background`: colour for transparent pixels.
+    `option`: name of the command line option that gave the path, for the message. `background`: colour for transparent
+    pixels.
     """
     Image.init()
     try:
@@ -101,7 +108,7 @@ def upright_size(data: bytes) -> tuple[int, int]:
     Usually only the header is read. Pixels are decoded only if the header does not state the size and the orientation.
 
     Raises:
-        ValueError: The bytes are not an image in a supported format; the message names the format.
+        ValueError: The bytes are not a WEBP, PNG or JPEG image; the message names the format if it is known.
         Exception: Decoders raise exceptions of many types for damaged images.
     """
     image = _open(data, IMAGE_FORMATS)
@@ -114,12 +121,15 @@ def upright_size(data: bytes) -> tuple[int, int]:
 
 
 def image_ext(data: bytes) -> str:
-    """Return the file extension for an image file's content: "webp", "png" or "jpg". Errors as in `upright_size`."""
+    """Return the file extension for an image file's content: "webp", "png" or "jpg". ValueError: another format."""
     return _EXT_OF[str(_open(data, IMAGE_FORMATS).format)]
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the message of an exception without object addresses (0x7f...), so that equal errors count as one reason."""
+    """Return a short text with the cause of an exception, for a message.
+
+    It has no object addresses (0x7f...), so that equal errors give equal texts, which can be counted.
+    """
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"

@@ -43,7 +43,8 @@ class MixedOrder:
         """Create the mixture.
 
         Args:
-            parts: For each source, the order of its samples. All of them must use the same index and view.
+            parts: For each source, the order of its samples. All must have the same index (table of the samples of all
+                sources) and the same view (which samples pass the filters).
             weights: For each source, its weight: the fraction of samples that come from it is in proportion to the weight.
             seed: Seed of the order of sources.
 
@@ -66,10 +67,10 @@ class MixedOrder:
 
     @property
     def samples_per_epoch(self) -> int:
-        """The number of samples of all sources together, which counts as one epoch of the mixture.
+        """Number of samples of all sources together. So many positions count as one epoch of the mixture.
 
-        The weights decide how often a source is used in it: a source with a large weight may be repeated, and one with a
-        small weight may not be used completely.
+        The weights decide how often a source is used in an epoch: a source with a large weight may be repeated, and one
+        with a small weight may not be used completely.
         """
         return sum(part.samples_per_epoch for part in self._parts)
 
@@ -84,15 +85,15 @@ class MixedOrder:
         return hashlib.sha256(" ".join([self._parts[0].fingerprint, *weights, *first_shards]).encode()).hexdigest()
 
     def lookup(self, position: int) -> SamplePosition:
-        """Return the sample at a global position, its number in the order of training. ValueError: it is negative."""
+        """Return the sample at a position: its number in the endless order of training. ValueError: it is negative."""
         source, source_position = self._find(position)
         return self._parts[source].lookup(source_position)
 
     def shards_from(self, position: int, windows: int = 2) -> list[int]:
-        """Return the numbers of the shards that are read next, over all sources, if training is at a global position.
+        """Return the numbers of the shards (tar files), of all sources, whose samples are read from `position` on.
 
-        `windows`: number of windows of each source, beginning with the current one. A window is a group of shards whose
-        samples are shuffled together.
+        `position`: number of a sample in the endless order of training. `windows`: how many windows of each source to
+        return, beginning with the current one. A window is a group of shards whose samples are shuffled together.
         """
         block = position // self.run_length // BLOCK
         firsts = [block * share * self.run_length for share in self.shares]

@@ -33,8 +33,9 @@ _MAX_STORED_TEXT = 64 << 10  # bytes of a caption's tokens up to which data.cach
 def open_encoders(config: Config, device: torch.device) -> Encoders:
     """Return the encoders of a run without their weights. Collective: all ranks call it.
 
-    Rank 0 reads the encoders' widths and fingerprints for all ranks. A rank loads weights when it first encodes a sample.
-    Raises UserError on all ranks if files are damaged, or as `check_encoders`.
+    Rank 0 reads the encoders' widths and hashes for all ranks. A rank loads weights when it first encodes a sample.
+    `device`: on which this rank's encoders run. Raises UserError on all ranks if files are missing or damaged, or if the
+    encoders do not fit the configuration.
     """
     dtype, image_dtype = getattr(torch, config.train.dtype), getattr(torch, config.image.dtype)
 
@@ -57,9 +58,10 @@ def edge_encoder(config: Config, device: torch.device) -> EdgeEncoder | None:
 
 
 def load_encoders(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[TextEncoder, ImageEncoder]:
-    """Load the text encoder (in `dtype`) and the image encoder. For a single process, such as a tool.
+    """Load the text encoder and the image encoder that a configuration names, with weights. For a single process.
 
-    Raises UserError if files of an encoder cannot be read, or as `check_encoders`.
+    `device`: on which they run. `dtype`: in which the text encoder computes; that of the image encoder is image.dtype.
+    Raises UserError if files of an encoder cannot be read, or if the encoders do not fit the configuration.
     """
     text = TextEncoder.load(config.text.encoder, config.text.max_tokens, device, dtype, config.text.layer)
     image = ImageEncoder.load(config.image.vae, device, getattr(torch, config.image.dtype))
@@ -99,7 +101,10 @@ def check_encoders(config: Config, text: TextEncoder | TextFacts, image: ImageEn
 
 
 def open_stream(config: Config, ranks: Ranks, encoders: Encoders, *, training: bool) -> TrainStream:
-    """Index the shards, fill the feature cache, and return the stream of samples. Collective: the ranks divide the work.
+    """Return the stream of training or validation samples. Collective: all ranks call it, and divide the work.
+
+    First the shards (tar files of samples) are indexed. With data.features=cached, samples that are not in the cache yet are
+    encoded, now or (data.cache_fill=during) in a background thread.
 
     Args:
         config: The configuration of the run.
@@ -163,20 +168,22 @@ def _fill(cache: FeatureCache, encoders: Encoders, config: Config, ranks: Ranks)
 
 
 def fill_cache(config: Config, encoders: Encoders, part: int, num_parts: int, *, training: bool) -> tuple[int, int]:
-    """Fill a part of the feature cache. For a single process; `num_parts` processes can divide the work.
+    """Encode the samples of some shards (tar files) that are not in the feature cache yet, and store them there.
+
+    It needs no process group: several processes can divide the work, each with another `part`.
 
     Args:
         config: The configuration of a run.
         encoders: The encoders of the run.
-        part: Number of this part, from 0. It has the shards number `part`, `part + num_parts`, ...
-        num_parts: Number of parts.
+        part: Number of the part to encode, from 0. It has the shards number `part`, `part + num_parts`, ...
+        num_parts: Number of parts into which the shards are divided.
         training: Use the training shards. False: the validation shards.
 
     Returns:
-        The number of shards whose features were computed, and the number of all shards.
+        (number of shards that were encoded now, number of all shards).
 
     Raises:
-        UserError: See `open_stream`.
+        UserError: Shards are missing or cannot be used, or the cache cannot be written.
     """
     d = config.data
     index = build_index(find_shards(config, training=training), store=store_of(d))
@@ -194,8 +201,8 @@ def dataset_of(config: Config, index: DatasetIndex, *, training: bool, edges: Ed
 
     Args:
         config: The configuration of the run.
-        index: The index of the shards.
-        training: Whether these are the training shards, for the message.
+        index: The index: a table of all samples of the shards.
+        training: Whether these are the training shards, for the error message.
         edges: Where edge maps come from, such as "stored", instead of data.edge_maps. None: data.edge_maps.
 
     Raises:
@@ -235,10 +242,10 @@ def _cache_of(config: Config, dataset: ImageDataset, encoders: Encoders, trainin
 
 
 def stores_text(config: Config, text: TextEncoder) -> bool:
-    """Return whether the feature cache stores encoded captions (data.cached_text). False: it stores strings.
+    """Return whether the feature cache stores captions encoded, as tokens (data.cached_text). False: as strings.
 
-    Strings are encoded again in each step, which saves disk space. With data.cached_text=auto, an encoded caption of more
-    than 64 KiB is not stored. `text`: the text encoder.
+    Strings need less disk space, but are encoded again in each step. With data.cached_text=auto, the result is true if the
+    tokens of a caption have at most 64 KiB. `text`: the text encoder.
     """
     setting = config.data.cached_text
     return setting == "stored" or (setting == "auto" and 2 * text.max_tokens * text.width <= _MAX_STORED_TEXT)

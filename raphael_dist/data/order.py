@@ -27,9 +27,9 @@ class SamplePosition:
     """The sample at one global position (number of a sample in the endless order of training).
 
     Attributes:
-        epoch: Number of the epoch.
-        sample_id: Number of the sample in the index of the shards.
-        bucket: Number of its image size.
+        epoch: Number of the epoch, from 0.
+        sample_id: Number of the sample, counted over all shards (tar files).
+        bucket: Number of its image size (bucket) in the list of image sizes.
     """
 
     epoch: int
@@ -61,7 +61,7 @@ class SampleOrder:
     Attributes:
         buckets: (height, width) of each bucket in pixels.
         bucket_of: [num_samples], the number of each sample's bucket; -1 if a filter drops the sample.
-        run_length: Length of a run; 1 if there is only one bucket.
+        run_length: Number of positions in a run; 1 if all samples are in one bucket.
         samples_per_epoch: Number of positions in an epoch.
         dropped_per_epoch: Number of samples that each epoch leaves out, since they do not fill a run.
     """
@@ -79,11 +79,11 @@ class SampleOrder:
         """Create the order.
 
         Args:
-            index: The index of the shards.
+            index: The index: a table of all samples of the shards (tar files).
             buckets: (height, width) of each bucket (image size) in pixels.
             seed: Seed of the permutations.
             window_shards: Number of shards whose samples are shuffled together (a window).
-            run_length: Number of consecutive samples of the same bucket.
+            run_length: Number of consecutive samples of the same bucket (a run).
             view: Which samples pass the filters, and their buckets (default: all samples pass).
             shards: Numbers of the shards to use (default: all).
 
@@ -115,20 +115,20 @@ class SampleOrder:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the samples and the filters, on which the order depends. A resumed run must have the same hash."""
+        """Hashes of the samples and the filters, on which the order depends. A resumed run must have the same ones."""
         return f"{self.index.fingerprint} {self.view.digest}" if self.view.dropped else self.index.fingerprint
 
     def lookup(self, position: int) -> SamplePosition:
-        """Return the sample at a global position: its number in the order of training. ValueError: it is negative."""
+        """Return the sample at a position: its number in the endless order of training. ValueError: it is negative."""
         epoch, window, offset = self._find(position)
         sample_id = int(self._window(epoch, window)[offset])
         return SamplePosition(epoch, sample_id, int(self.bucket_of[sample_id]))
 
     def shards_from(self, position: int, windows: int = 2) -> list[int]:
-        """Return the numbers of the shards that are read next if training is at a global position.
+        """Return the numbers of the shards (tar files) whose samples are read from `position` on, window by window.
 
-        `windows`: number of windows, beginning with the current one. A window is a group of shards whose samples are
-        shuffled together.
+        `position`: number of a sample in the endless order of training. `windows`: how many windows to return, beginning
+        with that of `position`. A window is a group of shards whose samples are shuffled together.
         """
         epoch, window, _ = self._find(position)
         numbers: list[int] = []

@@ -16,8 +16,8 @@ def read_samples(
     """Decode and yield the samples of shards in the order in which they are stored. Unusable samples are skipped.
 
     Args:
-        patterns: Paths, globs or URLs of the shards.
-        cache_dir: Folder for the index of the shards, which is built if it is missing.
+        patterns: Paths, globs or URLs of the shards (tar files of samples).
+        cache_dir: Folder for the index (table of all samples of the shards), which is built if it is missing.
         size_hw: (height, width) in pixels to which images are resized and cropped.
         option: Name of the option or setting in which the user named the shards, for messages.
         limit: Largest number of samples; None: all.

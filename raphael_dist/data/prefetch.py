@@ -11,7 +11,9 @@ V = TypeVar("V")
 
 
 class Prefetcher(Generic[K, V]):
-    """Iterates over the results of `fn(key)` for each key, in order. `workers` threads compute up to `depth` of them ahead.
+    """Iterates over the results of `fn(key)` for each of `keys`, in order. Threads compute results ahead.
+
+    `depth`: largest number of results that are computed ahead. `workers`: number of threads.
 
     If `fn` or `keys` raises an exception, the iteration first yields the results of the keys before, and then raises it. The
     threads stop at the end of the iteration, when `close` is called, or at the end of a `with` block.
@@ -48,7 +50,7 @@ class Prefetcher(Generic[K, V]):
             self._futures.append(self._pool.submit(self._fn, key))
 
     def close(self) -> None:
-        """Stop: discard the values that were computed ahead, and wait for running calls. May be called twice."""
+        """Stop the threads: discard results that were computed ahead, and wait for running calls. May be called twice."""
         self._end = StopIteration()
         self._futures.clear()
         self._pool.shutdown(wait=True, cancel_futures=True)

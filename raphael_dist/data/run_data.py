@@ -21,12 +21,12 @@ from raphael_dist.runtime.ranks import Ranks
 class DataSource:
     """The opened data of a run: encoders, training samples and validation samples.
 
-    The trainer calls a function that returns this object, such as `open_source`. Tests pass another function.
+    `open_source` creates it.
 
     Attributes:
         encoders: Text encoder, image encoder and edge detector.
-        training: Returns the training sample at any position.
-        held_out: Returns validation samples; None if the run has none.
+        training: Stream of training samples: returns the sample at any position of the endless order of training.
+        held_out: Stream of validation samples; None if the run has none.
     """
 
     encoders: Encoders
@@ -42,9 +42,9 @@ class DataSource:
         return self.encoders.image
 
     def fingerprints(self) -> dict[str, str]:
-        """Return hashes of the data and the encoders for the checkpoints of the run, by setting, such as "data.shards".
+        """Return hashes that identify the training data and the encoders, by the setting they belong to ("image.vae", ...).
 
-        A run that resumes from a checkpoint must have the same hashes.
+        Checkpoints store them. A run that resumes from a checkpoint must have the same hashes.
         """
         index = self.training.order.index
         return {
@@ -57,11 +57,11 @@ class DataSource:
 
     @property
     def replaced(self) -> int:
-        """The number of bad samples that this rank has replaced by other samples since the process started."""
+        """Number of training samples that this rank could not use and has replaced by others since the process started."""
         return self.training.replaced
 
     def describe(self) -> str:
-        """Return a line with the number of images in an epoch, and how many samples are left out for which reason."""
+        """Return a log line: the number of training images per epoch, and how many samples are left out for which reason."""
         order = self.training.order
         trained, short = order.samples_per_epoch, order.dropped_per_epoch
         left_out = [
@@ -73,20 +73,31 @@ class DataSource:
         return f"{trained} images" + (f" (left out: {details})" if details else "")
 
     def key(self, position: int) -> str:
-        """Return the name of a training sample in its shard. `position`: its number in the endless order of training."""
+        """Return the name of a training sample in its shard (tar file).
+
+        `position`: number of the sample in the endless order of training, from 0.
+        """
         return self.training.sample(position).key
 
     def builder(self, config: Config, num_blocks: int, device: torch.device) -> BatchBuilder:
-        """Return a builder of training batches for a model with `num_blocks` transformer blocks."""
+        """Return a builder of training batches.
+
+        `config`: configuration of the run. `num_blocks`: number of the model's transformer blocks. `device`: that of the
+        model; batches for a GPU are put into pinned memory.
+        """
         return self.batches_of(self.training, config, num_blocks, device)
 
     def batches_of(
         self, stream: TrainStream, config: Config, num_blocks: int, device: torch.device, **options: Any
     ) -> BatchBuilder:
-        """Return a builder of batches from the samples of `stream`, for a model with `num_blocks` transformer blocks.
+        """Return a builder of batches from the samples of `stream`, which is `training` or `held_out`.
 
-        `device`: that of the model; batches for a GPU are put into pinned memory. `options`: keyword arguments of
-        `BatchBuilder`.
+        Args:
+            stream: The stream that returns the samples.
+            config: Configuration of the run.
+            num_blocks: Number of the model's transformer blocks.
+            device: That of the model; batches for a GPU are put into pinned memory.
+            options: Further keyword arguments of `BatchBuilder`.
         """
         encoder = BatchEncoder(self.encoders, with_edges=config.edge.weight > 0)
         return BatchBuilder(config, stream, encoder, num_blocks, pin=is_gpu(device), **options)
@@ -99,9 +110,10 @@ class DataSource:
 
 
 def open_source(config: Config, ranks: Ranks, device: torch.device) -> DataSource:
-    """Open the encoders and the data that a configuration names. Collective: all ranks call it, and divide the work.
+    """Open the encoders and the data that a configuration names.
 
-    `device`: on which this rank's encoders run. Raises UserError on all ranks, as `open_encoders` and `open_stream`.
+    Collective: all ranks call it, and divide the work of indexing and encoding the data. `device`: on which this rank's
+    encoders run. Raises UserError on all ranks if the encoders or the data cannot be used with the configuration.
     """
     encoders = open_encoders(config, device)
     training = open_stream(config, ranks, encoders, training=True)

@@ -35,20 +35,21 @@ _MIN_SAMPLES = 1000  # below which the share of bad samples is not significant
 
 @dataclass(frozen=True, eq=False)
 class StreamSample:
-    """One training sample. Its image and caption are encoded if the feature cache or the shard stores them encoded.
+    """One sample for training or validation. Its image and caption are each encoded (if they are stored so) or raw.
 
-    Otherwise they are raw, and `BatchEncoder` encodes them later.
+    `BatchEncoder` encodes the raw ones later. A shard is a tar file of samples.
 
     Attributes:
         position: Number of the sample in the endless order of training.
-        sample_id: Number of the sample in the index of the shards.
+        sample_id: Number of the sample, counted over all shards.
         key: Name of the sample in its shard.
-        bucket: Number of its image size.
+        bucket: Number of its image size in the list of image sizes (image.buckets).
         latents: Encoded image, float32 [C, h, w]. None: it is not encoded yet, and `image` is set.
         image: RGB image, uint8 [3, H, W]. None: `latents` is set.
         noise: Standard normal noise, float32 [C, h, w], with which latents are drawn from the VAE's distribution.
         caption: The caption as a string, if its tokens are not stored.
-        text: The encoded caption, if its tokens are stored, else None.
+        text: The encoded caption, if it is stored, else None: (tokens float32 [Y, D], mask bool [Y], index of the
+            end-of-text token).
         edge: Edge map at the latents' size, float32 [h, w] in 0..1, or None.
         flipped: Whether the image was mirrored left to right.
         dropped: Whether the caption was replaced by the empty one (caption dropout).
@@ -134,7 +135,10 @@ class TrainStream:
         self._lock = threading.Lock()
 
     def samples(self, positions: Sequence[int]) -> list[StreamSample]:
-        """Return the samples at these positions (numbers in the order of training). Worker processes, if any, decode."""
+        """Return the samples at these positions: numbers of samples in the endless order of training.
+
+        If the stream has worker processes, they decode the images. Raises UserError if too many samples cannot be used.
+        """
         if self._reader is not None and len(positions):
             decodes = self.source.decodes_images
             self._reader.prefetch(positions[0], [self._request(position) for position in positions] if decodes else [])
@@ -153,9 +157,11 @@ class TrainStream:
     def sample(self, position: int) -> StreamSample:
         """Return the sample at a global position (its number in the endless order of training). Thread-safe.
 
+        A sample that cannot be used is replaced by another one of the same image size.
+
         Raises:
-            UserError: More than the fraction data.max_bad_fraction of the samples cannot be used, or none of an image size;
-                or one cannot be used and data.on_error=stop.
+            UserError: More than the fraction data.max_bad_fraction of the samples cannot be used; no sample of this image
+                size can be used; or a sample cannot be used and data.on_error=stop.
         """
         place = self.order.lookup(position)
         flipped = self._flips(position)

@@ -46,12 +46,12 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class Report:
-    """The result of writing one shard.
+    """The result of writing one shard (tar file of samples).
 
     Attributes:
         written: Number of samples in the shard.
-        bad: (file or key, reason) of each sample that was left out.
-        skipped: By reason, (number, first name) of the files that belong to no sample.
+        bad: (name of its source file or key, reason) of each sample that was left out.
+        skipped: Input files that belong to no sample: from the reason to (how many, name of the first one).
     """
 
     written: int
@@ -60,7 +60,7 @@ class Report:
 
 
 class Preparer:
-    """Writes prepared shards into a folder: one shard for each `Part`, its input."""
+    """Writes shards (tar files of samples) with edge maps into a folder: one shard for each `Part`, which is its input."""
 
     def __init__(
         self, out: Path, edges: str, hed: EdgeEncoder | None, config: Config | None, encoders: Encoders | None
@@ -69,10 +69,11 @@ class Preparer:
 
         Args:
             out: The output folder.
-            edges: Where edge maps come from: "hed" or "canny" (computed), "stored" (the input has them), or "none".
+            edges: Where edge maps come from: "hed" or "canny" (computed by this detector), "stored" (the input has them), or
+                "none" (no edge maps).
             hed: The edge detector if `edges` is "hed", else None.
             config: Settings for encoding the samples, such as image sizes. None if nothing is encoded.
-            encoders: Encode images and captions, which are stored in the shards as features. None: nothing is encoded.
+            encoders: Encode images and captions, which are then also stored encoded. None: nothing is encoded.
         """
         self.out, self.edges, self._hed, self._config, self._encoders = out, edges, hed, config, encoders
         about: list[object] = [edges, None if hed is None else hed.fingerprint]
@@ -82,9 +83,9 @@ class Preparer:
         self._settings = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
     def finished_report(self, part: Part) -> Report | None:
-        """Return the report of a part (input of one shard) whose shard is already written; None if it is not.
+        """Return the stored report about the shard of `part`; None if this shard is not completely written yet.
 
-        Raises UserError if the shard was written with other settings.
+        `part`: the input of one shard. Raises UserError if the shard was written with other settings.
         """
         try:
             about = json.loads((self.out / f"{part.name}.json").read_text())
@@ -100,9 +101,9 @@ class Preparer:
         return report if report.written == 0 or (self.out / f"{part.name}.tar").is_file() else None
 
     def make(self, part: Part, report_progress: Callable[[], None] = lambda: None) -> Report:
-        """Write the shard of a part (its input) and a report, and return the report.
+        """Read the input samples that `part` describes, write them as one shard with a report file, and return the report.
 
-        Raises UserError if a file cannot be written. `report_progress`: called once for each sample of the part.
+        `report_progress`: called once for each input sample. Raises UserError if a file cannot be written.
         """
         bad: list[BadSample] = []
         path = self.out / f"{part.name}.tar"
@@ -231,7 +232,10 @@ def _write_tar(path: Path, samples: Iterator[RawSample]) -> int:
 
 
 def summary(reports: Sequence[Report]) -> str:
-    """Return a line with the number of samples written, and the most frequent reasons for which others were left out."""
+    """Return a line of text about the written shards: how many samples they have, and why others were left out.
+
+    `reports`: for each shard, its report. Only the most frequent reasons are listed.
+    """
     bad = [sample for report in reports for sample in report.bad]
     text = f"{sum(report.written for report in reports)} samples in {sum(report.written > 0 for report in reports)} shards"
     if bad:

@@ -14,9 +14,9 @@ _GAP, _LINE, _LINES = 8, 14, 3
 
 
 def contact_sheet(samples: Sequence[tuple[DecodedSample, str]], columns: int = 4) -> Image.Image:
-    """Draw a sheet of samples: each image, its edge map to the right if it has one, and the caption below.
+    """Draw samples in a grid, as one RGB image: each with its edge map to the right, if any, and its caption below.
 
-    `samples`: (sample, caption) pairs. `columns`: number of samples in a row.
+    `samples`: (decoded sample, caption to show) of each. `columns`: number of samples in a row of the grid.
     """
     with_edges = any(sample.edge is not None for sample, _ in samples)
     width, height = CELL * (2 if with_edges else 1) + _GAP, CELL + _LINES * _LINE + _GAP

@@ -35,12 +35,12 @@ class SourceImage:
     """An image in the folder or table from which shards are made, with its captions.
 
     Attributes:
-        name: Its file name relative to the folder, or "TABLE, row N" for an image that lies in a table.
-        read: Returns the bytes of the image file; raises ValueError or OSError.
-        captions: Its captions as they are stored, not cleaned.
-        problem: Why it has no caption; "" if it has one.
-        meta: The fields of its json file, or the plain values of its table row.
-        edge: Path of its edge map NAME.edge.png, or None.
+        name: File name of the image relative to the folder, or "TABLE, row N" for an image that lies in a table.
+        read: Function that returns the bytes of the image file; it raises ValueError or OSError.
+        captions: The captions of the image as they are stored, not cleaned; may be empty.
+        problem: Why the image has no caption; "" if it has one or the reason is unknown.
+        meta: The fields of the image's json file, or the numbers and strings in its table row, by name.
+        edge: Path of the image's edge map NAME.edge.png, or None.
     """
 
     name: str
@@ -52,7 +52,7 @@ class SourceImage:
 
 
 def find_images(folder: Path, caption: str | None = None) -> tuple[list[SourceImage], SkipCounts]:
-    """Return the images in a folder with their captions, in a fixed order, and counts of the files that are not used.
+    """Return (images in a folder with their captions, in a fixed order; counts of the files that are not used).
 
     Args:
         folder: The folder. It may have a table of images and captions (metadata.jsonl, CSV, parquet or arrow).
@@ -92,7 +92,7 @@ def find_images(folder: Path, caption: str | None = None) -> tuple[list[SourceIm
 
 
 def image_files(folder: Path) -> tuple[list[Path], SkipCounts]:
-    """Return the images in a folder and its subfolders, sorted, and counts of the files that are not used.
+    """Return (paths of the images in a folder and its subfolders, sorted; counts of the files that are not used).
 
     A symbolic link to a file is used; a symbolic link to a folder is not followed. Edge maps NAME.edge.png are not images.
     """

@@ -27,10 +27,10 @@ _TARS = (".tar", ".tar.gz", ".tgz")
 
 @dataclass(frozen=True)
 class RawSample:
-    """A sample that is not decoded.
+    """A sample as the bytes of its files, not decoded.
 
     Attributes:
-        key: Name of the sample in its shard.
+        key: Name of the sample in its shard (tar file).
         members: Content of each of its files by extension, such as "jpg", "json", "edge.png".
     """
 
@@ -40,14 +40,14 @@ class RawSample:
 
 @dataclass(frozen=True)
 class Part:
-    """The input of one shard.
+    """The samples from which data preparation makes one shard (tar file).
 
     Attributes:
-        name: The shard's name without .tar.
-        read: Yields the samples, with a `BadSample` in place of a sample that cannot be used.
+        name: File name of the shard to write, without .tar.
+        read: Function that yields the samples, with a `BadSample` in place of a sample that cannot be used.
         held_out: Whether the shard is for validation.
-        file_of: Name of the source file of each key, if it differs from the key.
-        skipped: Counts of the files that belong to no sample; complete when `read` has ended.
+        file_of: From the key (name) of a sample to the name of its source file; without keys that are the same.
+        skipped: Counts of the input files that belong to no sample; complete when the iterator of `read` has ended.
     """
 
     name: str
@@ -60,15 +60,15 @@ class Part:
 def parts_of(
     sources: Sequence[str], per_shard: int, held_out: float, caption: str | None, out: Path | None = None
 ) -> list[Part]:
-    """Divide existing shards, or a folder of images, into parts. Each part becomes one shard.
+    """Divide existing shards (tar files), or a folder of images, into parts. A part is the input of one new shard.
 
     Args:
-        sources: Patterns of shards (paths, globs, ranges), a folder with tar files, or one folder with images. Each existing
-            shard becomes one part, or two with `held_out`.
+        sources: Paths, URLs or patterns of shards, a folder with tar files, or a folder with images. Each existing
+            shard becomes one part, or two if `held_out` is above 0.
         per_shard: For a folder of images: number of images in a part.
-        held_out: Fraction of the samples for validation; 0: none. These samples are taken at equal distances (at least one),
-            and go to shards val-*, the others to train-*.
-        caption: For a folder of images: name of the column or field with the captions, as in `find_images`.
+        held_out: Fraction of the samples for validation; 0: none. These samples are taken at equal distances, at least one,
+            and become the shards val-*; the others become train-*.
+        caption: For a folder of images: name of the column or json field with the captions. None: search the usual names.
         out: The output folder, which must not be a source.
 
     Raises:
@@ -94,7 +94,7 @@ def parts_of(
 
 
 def shards_in(folder: Path) -> list[str]:
-    """Return the paths of the tar files in a folder, sorted."""
+    """Return the paths of the files .tar, .tar.gz and .tgz in a folder, sorted. Hidden files are left out."""
     return [str(path) for path in sorted(folder.iterdir()) if path.name.endswith(_TARS) and not is_hidden(path.name)]
 
 
@@ -168,8 +168,8 @@ def _shard_parts(paths: Sequence[str], held_out: float, skipped: SkipCounts) -> 
             name = name.removesuffix(suffix)
         if name in parts or f"val-{name}" in parts:
             raise UserError(
-                f"SOURCE must have shards with different names, but two are named {name}.tar. Prepare them into two output "
-                "folders."
+                f"SOURCE must have shards with different names, but two are named {name}.tar. Rename one of them, or run "
+                "the command once for each, with different --out folders."
             )
         if held_out:
             parts[f"val-{name}"] = _part_of_shard(f"val-{name}", path, held_out, validation=True)

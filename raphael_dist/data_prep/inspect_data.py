@@ -29,14 +29,14 @@ class Findings:
     """Statistics of the samples that `inspect` has decoded, and images for a contact sheet.
 
     Attributes:
-        num_inspected: Number of decoded samples.
-        members: By extension, in how many samples a file occurs.
-        fields: By json field, how often each type of value occurs.
-        errors: (sample, reason) of samples that cannot be decoded.
-        captions: All captions.
-        captions_each: Number of samples by their number of captions.
-        thumbnails: (key, difference hash, thumbnail float32 [8, 9, 3]) of each image.
-        sheet: (sample, caption) of the samples for the contact sheet.
+        num_inspected: Number of samples that `inspect` has read, with those that cannot be decoded.
+        members: From a file extension, such as "json", to the number of samples that have such a file.
+        fields: From the name of a json field to the types of its values, and how often each type occurs.
+        errors: ("SHARD:KEY", reason) of each sample that cannot be decoded.
+        captions: The captions of all these samples.
+        captions_each: From a number of captions to how many samples have so many.
+        thumbnails: (key, difference hash, thumbnail float32 [8, 9, 3] in 0..255) of each image. A key is a sample's name.
+        sheet: (decoded sample, caption) of the samples for the contact sheet.
     """
 
     num_inspected: int = 0
@@ -53,10 +53,10 @@ def inspect(dataset: ImageDataset, buckets: Sequence[int], count: int, num_image
     """Decode `count` samples, taken at equal distances from the whole data set, and return statistics about them.
 
     Args:
-        dataset: Loads the samples.
-        buckets: For each sample id, the number of its bucket (image size).
-        count: Number of samples to decode.
-        num_images: Number of samples to keep for the contact sheet.
+        dataset: Loads the samples by id.
+        buckets: For each sample id, the number of its bucket (image size) in `dataset.buckets`.
+        count: Number of samples to decode; if there are fewer, all are decoded.
+        num_images: Largest number of samples to keep for the contact sheet.
     """
     findings, total = Findings(), dataset.index.num_samples
     ids = np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int)).tolist()
@@ -103,22 +103,21 @@ def _thumbnail(image: np.ndarray) -> np.ndarray:
 
 
 def difference_hash(thumbnail: np.ndarray) -> int:
-    """Return the difference hash (64 bits) of a thumbnail, float32 [8, 9, 3] with values 0..255.
+    """Return the difference hash of a thumbnail: an integer of 64 bits. Those of similar images differ in few bits.
 
     A bit belongs to a pixel and its right neighbour: it is 1 if the neighbour is darker by more than 4 grey levels
-    (of 255), which exceeds JPEG noise. Similar images have hashes that differ in few bits.
+    (of 255), which exceeds JPEG noise. `thumbnail`: float32 [8, 9, 3] (height, width, RGB) in 0..255.
     """
     grey = thumbnail.mean(axis=2)
     return int.from_bytes(np.packbits(grey[:, 1:] < grey[:, :-1] - _STEP).tobytes(), "big")
 
 
 def find_duplicates(thumbnails: Sequence[tuple[str, int, np.ndarray]]) -> list[list[str]]:
-    """Return groups of the keys of images that look the same.
+    """Return groups of images that look the same, each group as the list of its images' keys.
 
-    Their hashes differ in at most 4 of 64 bits, and their thumbnails by less than 6 (of 255) on average.
-
-    `thumbnails`: (key, difference hash, thumbnail float32 [8, 9, 3]) of each image. Images without a duplicate are in no
-    group.
+    In a group, the hash of each image differs from that of the first in at most 4 of 64 bits, and the thumbnail by less than
+    6 (of 255) on average. Images without a duplicate are in no group. `thumbnails`: (key, which is the image's name;
+    `difference_hash` of the thumbnail; thumbnail float32 [8, 9, 3] in 0..255) of each image.
     """
     codes = np.array([code for _, code, _ in thumbnails], np.uint64)
     groups, is_grouped = [], np.zeros(len(codes), bool)
@@ -134,11 +133,11 @@ def find_duplicates(thumbnails: Sequence[tuple[str, int, np.ndarray]]) -> list[l
 
 
 def report_lines(findings: Findings, dataset: ImageDataset, view: View) -> Iterator[str]:
-    """Yield the lines of the report about a data set.
+    """Yield the lines of the report about a data set: its numbers of samples, problems, captions and image sizes.
 
     Args:
-        findings: Statistics of some decoded samples.
-        dataset: The data set.
+        findings: Statistics of some decoded samples, from `inspect`.
+        dataset: The data set from which they come.
         view: Which samples pass data.filters, and how many have which bucket (image size).
     """
     index, n = dataset.index, findings.num_inspected
@@ -169,7 +168,7 @@ def report_lines(findings: Findings, dataset: ImageDataset, view: View) -> Itera
 def truncated_captions(captions: Sequence[str], spec: str, max_tokens: int) -> str:
     """Return a line for the report: how many captions have more than `max_tokens` tokens, or why this is unknown.
 
-    `spec`: value of text.encoder, whose tokenizer is used.
+    `spec`: value of the setting text.encoder; the tokenizer of this text encoder counts the tokens.
     """
     from raphael_dist.data.features.encoder_models import tokenizer_of
     from raphael_dist.data.features.encoders import count_longer
@@ -199,6 +198,9 @@ def _caption_lines(findings: Findings) -> Iterator[str]:
 
 
 def buckets_of(dataset: ImageDataset) -> np.ndarray:
-    """Return the number of each sample's bucket (image size), computed from its size in the index; int64 [num_samples]."""
+    """Return, for each sample, the number of its bucket in `dataset.buckets`, int64 [num_samples].
+
+    The bucket is the image size with the aspect ratio nearest to that of the sample's image.
+    """
     sizes = np.concatenate([shard.sizes for shard in dataset.index.shards])
     return nearest_buckets(sizes[:, 0], sizes[:, 1], dataset.buckets)

@@ -24,8 +24,9 @@ EDGES = ("auto", "hed", "canny", "stored", "none")
 def select_part(part: int | None, parts: int | None) -> tuple[int, int]:
     """Return which part of the work this process does: (number of the part, from 0; number of parts).
 
-    They are the options --part and --parts if given, otherwise rank and world size under a launcher such as torchrun,
-    otherwise (0, 1). Raises UserError if `part` is not from 0 to `parts - 1`.
+    `part`, `parts`: values of the options --part and --parts. If both are None, the result is (rank, world size) under a
+    launcher such as torchrun, otherwise (0, 1). If one is None, 0 stands for `part` and 1 for `parts`. Raises UserError if
+    `part` is not from 0 to `parts - 1`.
     """
     if part is None and parts is None:
         ranks = discover()
@@ -37,10 +38,16 @@ def select_part(part: int | None, parts: int | None) -> tuple[int, int]:
 
 
 def choose_edges(edges: str, config: Config, device: torch.device) -> tuple[str, EdgeEncoder | None]:
-    """Return the method for edge maps ("hed", "canny", ...), and the edge detector if the method is "hed", else None.
+    """Return (method for edge maps: "hed", "canny", "stored" or "none"; the detector HED, or None for other methods).
 
-    `edges`: value of --edges. "auto" means "hed" if HED's weights are installed, otherwise "canny". Raises UserError for
-    "hed" without weights.
+    Args:
+        edges: Value of the option --edges: one of these methods, or "auto": "hed" if HED's weights are installed, otherwise
+            "canny".
+        config: The configuration; data.hed_weights is the path of HED's weights.
+        device: Device on which HED runs.
+
+    Raises:
+        UserError: The method is "hed", but HED's weights do not exist.
     """
     if edges == "auto":
         try:
@@ -59,10 +66,12 @@ def prepare(
     sources: Sequence[str], out: Path, config: Config, *, edges: str, features: bool, caption: str | None, per_shard: int,
     held_out: float, part: int, parts: int,
 ) -> list[Report]:  # fmt: skip
-    """Write this process's part of the shards, print a summary, and return a report for each shard.
+    """Write prepared shards (tar files of samples) from images or other shards; return a report for each of them.
+
+    This process writes its part of the shards, and prints a summary. Shards that are already complete are left as they are.
 
     Args:
-        sources: Patterns of shards, or one folder with images.
+        sources: Patterns of existing shards, or one folder with images or shards.
         out: The output folder.
         config: The configuration of the run: encoders and image sizes.
         edges: How edge maps are made: "hed", "canny", "stored" (keep existing ones), "none", or "auto" (see `choose_edges`).
@@ -117,12 +126,12 @@ class _Progress(ProgressBar):
         self._shards, self._total, self._samples = 0, total, 0
 
     def count_sample(self) -> None:
-        """Add one to the number of samples."""
+        """Count one more input sample of the shard that is being written, and show the numbers."""
         self._samples += 1
         self.report(f"{self._samples} samples", self._shards, self._total)
 
     def count_shard(self) -> None:
-        """Add one to the number of shards."""
+        """Count one more finished shard, and show the numbers."""
         self._shards += 1
         self.report(f"{self._samples} samples", self._shards, self._total)
 
@@ -141,10 +150,10 @@ def _print_summary(out: Path, parts: Sequence[Part], reports: Sequence[Report], 
 
 
 def fill_caches(config: Config, part: int, parts: int) -> None:
-    """Fill the feature cache (data.features=cached) before a run. `parts` processes can divide the work.
+    """Fill the feature cache (data.features=cached) before a run: encode the samples that are not in it yet.
 
-    This process encodes the shards of part number `part`, for training and validation. Raises the UserErrors of
-    `fill_cache`.
+    `parts` processes can divide the work. This process encodes the training and validation shards (tar files) of part number
+    `part`, from 0: every `parts`-th shard. Raises UserError if shards cannot be used or the cache cannot be written.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     text, image = load_encoders(config, device, getattr(torch, config.train.dtype))

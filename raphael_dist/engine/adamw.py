@@ -54,13 +54,15 @@ def adamw(
     master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Tensor, average: Tensor | None, copy: Tensor,
     numbers: Tensor, corrections: Tensor, beta1: float, beta2: float, eps: float,
 ) -> None:  # fmt: skip
-    """Update weights and moments in place by one step of AdamW without weight decay. Tensors are flat [n].
+    """Update weights and moments in place by one step of AdamW without weight decay.
+
+    Tensors are flat, with one value for each of n weights, except `numbers` and `corrections`.
 
     Args:
-        master: fp32 weights.
-        exp_avg: Adam's first moment.
-        exp_avg_sq: Adam's second moment.
-        gradient: float32 or bfloat16.
+        master: float32 weights.
+        exp_avg: Adam's first moment, float32.
+        exp_avg_sq: Adam's second moment, float32.
+        gradient: gradient of the weights, float32 or bfloat16.
         average: moving average of the weights, float32; None: there is none.
         copy: the weights that the model computes with, float32 or bfloat16; overwritten.
         numbers: learning rate, factor by which the gradient is multiplied, and share of the new weights in the average,
@@ -85,7 +87,8 @@ def _(*_: object) -> None:
 class FusedUpdate:
     """Updates the trained weights with the Triton kernel `adamw`, in place of DeepSpeed's optimizer step.
 
-    For each step call `prepare`, and then `launch`. (`engine.zero.Zero12Contiguous.replace_step` makes the engine do so.)
+    For each step call `prepare`, and then `launch`. (`engine.zero.Zero12Contiguous.replace_step` makes DeepSpeed's step call
+    `launch`.)
     """
 
     def __init__(self, fragments: Fragments, optim: Optim, device: torch.device) -> None:
@@ -109,7 +112,10 @@ class FusedUpdate:
         self._numbers.copy_(from_host([lr, factor, share], self._numbers.device), non_blocking=True)
 
     def launch(self, parts: Sequence[FlatPart]) -> None:
-        """Update this rank's parts of the weights, with the values given to `prepare`. Nothing is copied from the host."""
+        """Run one step of AdamW on this rank's parts of the weights, in place, with the values that `prepare` copied.
+
+        `parts`: weights, gradients and the model's copy of the weights. Nothing is copied from the host.
+        """
         if self._fragments.moment_addresses() == []:
             self._fragments.create_moments(0)
         beta1, beta2 = self._optim.betas

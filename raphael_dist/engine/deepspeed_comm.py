@@ -20,7 +20,7 @@ _BROADCAST_BYTES = 1 << 28  # of one call
 
 
 def import_deepspeed() -> DeepSpeedObject:
-    """Import and return `deepspeed`, with its shared-memory all-reduce turned off.
+    """Import and return the package `deepspeed`, with its shared-memory all-reduce turned off.
 
     That all-reduce is for CPUs. It would be compiled on first use, which takes about a minute, and gloo does not need it.
     """
@@ -39,9 +39,10 @@ def deepspeed_comm() -> DeepSpeedObject:
 
 
 def count_collectives(traffic: Traffic) -> "CountedBackend":
-    """From now on, add the bytes that DeepSpeed's collectives send to `traffic`; return DeepSpeed's wrapped backend.
+    """Make DeepSpeed's collectives add the bytes that this rank sends to the counter `traffic`, from now on.
 
-    Reductions count as `traffic.gradients`, gathers as `traffic.weights`.
+    Reductions count as `traffic.gradients`, gathers as `traffic.weights`. Returns the object that counts: a wrapper that
+    replaces DeepSpeed's communication backend.
     """
     comm = deepspeed_comm()
     comm.init_distributed(dist_init_required=False, verbose=False)
@@ -51,7 +52,9 @@ def count_collectives(traffic: Traffic) -> "CountedBackend":
 
 
 def broadcast_weights(model: nn.Module, groups: Mapping[str, dist.ProcessGroup]) -> None:
-    """Copy every parameter from the first rank that has it to the others that have it, in a few broadcasts. Collective.
+    """Copy every parameter of `model` from the first rank that has it to the other ranks that have it. Collective.
+
+    It takes a few large broadcasts instead of one per parameter.
 
     `groups`: for sharded experts, the process groups of ranks that have the same experts. The keys are the values of the
     parameters' attribute `group_name`. Parameters without this attribute are on all ranks.
@@ -79,10 +82,10 @@ class CountedBackend:
 
     @contextmanager
     def without_broadcasts(self) -> Iterator[None]:
-        """Return a context manager inside which DeepSpeed's broadcasts are skipped.
+        """Return a context manager inside which the broadcasts that DeepSpeed calls do nothing.
 
-        DeepSpeed broadcasts every parameter in a call of its own, which takes minutes on a slow network. The caller sends
-        the weights with `broadcast_weights` instead.
+        When DeepSpeed is initialised it broadcasts every parameter in a call of its own, which takes minutes on a slow
+        network. The caller sends the weights with `broadcast_weights` instead.
         """
         self._skips_broadcasts = True
         try:

@@ -68,7 +68,10 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> Tree:
 
 
 def zero_stage(tree: Tree) -> int:
-    """Return the ZeRO stage (0 to 3) of a DeepSpeed configuration; 0 if it has none. Raises UserError for another value."""
+    """Return the ZeRO stage (0 to 3) of the DeepSpeed configuration `tree`; 0 if it has none.
+
+    Raises UserError for another value.
+    """
     zero = tree.get("zero_optimization", {})
     stage = zero.get("stage", 0) if isinstance(zero, dict) else None
     if type(stage) is not int or stage not in (0, 1, 2, 3):
@@ -82,8 +85,8 @@ def zero_stage(tree: Tree) -> int:
 def sums_in_float32(dtype: Dtype, accumulation: int) -> bool:
     """Return whether the gradients of a step's micro-steps are added up in float32 instead of in `dtype`.
 
-    This is so for bfloat16 if a step has several micro-steps (`accumulation`). In a bfloat16 sum the gradients of later
-    micro-steps would mostly be rounded away.
+    This is so for bfloat16 if an optimizer step has several micro-steps (`accumulation` is their number). In a bfloat16 sum
+    the gradients of later micro-steps would mostly be rounded away.
     """
     return dtype == "bfloat16" and accumulation > 1
 
@@ -108,9 +111,10 @@ def uses_contiguous_gradients(
 
 
 def offload_device(tree: Tree, name: str = "offload_optimizer") -> str | None:
-    """Return the device to which the DeepSpeed JSON offloads the optimizer state, e.g. "cpu"; None: no offload.
+    """Return the device to which a DeepSpeed JSON offloads the optimizer state (or weights), e.g. "cpu"; None: no offload.
 
-    `name`: the section to look at: "offload_optimizer", or "offload_param" for the weights.
+    `tree`: the JSON. `name`: the key of its section zero_optimization to look at: "offload_optimizer", or "offload_param"
+    for the weights.
     """
     section = tree.get("zero_optimization", {}).get(name)
     device = section.get("device") if isinstance(section, dict) else None
@@ -224,7 +228,7 @@ def _allowed_sizes(config: Config, kind: ExpertKind, world_size: int) -> list[in
 def check_expert_parallel(config: Config, tree: Tree, world_size: int) -> None:
     """Raise UserError if expert parallelism does not suit the number of ranks, the DeepSpeed JSON or the expert backend.
 
-    `tree`: the merged DeepSpeed configuration.
+    `tree`: the merged DeepSpeed configuration (`merge`). `world_size`: number of ranks.
     """
     for kind in EXPERT_KINDS:
         size = config.parallel.ep(kind)

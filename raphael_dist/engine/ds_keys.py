@@ -95,7 +95,7 @@ _BECAUSE = {
 
 
 def without_unset(tree: Tree) -> Tree:
-    """Return a copy of a DeepSpeed JSON without comments (keys that start with _) and without the values "auto" and null."""
+    """Return a copy of a DeepSpeed JSON without comments (keys that start with _) and keys with the value "auto" or null."""
     plain = {key: without_unset(value) if isinstance(value, dict) else value for key, value in tree.items()}
     return {key: value for key, value in plain.items() if not key.startswith("_") and value not in ("auto", None)}
 
@@ -104,7 +104,7 @@ def check_keys(tree: Tree, section: str = "") -> None:
     """Raise UserError for the first key or value of a DeepSpeed JSON that is not supported.
 
     Args:
-        tree: the JSON, or one of its sections.
+        tree: the JSON as a dict, or one of its sections.
         section: dotted name of that section with a final dot, e.g. "zero_optimization."; "": the whole file.
     """
     for key, value in tree.items():

@@ -16,7 +16,9 @@ PIECE = 2**24  # elements that are swapped at a time: 64 MiB
 
 
 class Ema:
-    """The moving average: `ema = decay * ema + (1 - decay) * weights` after every optimizer step, in float32.
+    """The moving average of the weights: `ema = decay * ema + (1 - decay) * weights` after every optimizer step, in float32.
+
+    A rank averages only those fp32 weights that it stores under ZeRO, its fragments.
 
     Attributes:
         values: the average of each fragment (this rank's part of a parameter), float32 [numel].
@@ -42,24 +44,27 @@ class Ema:
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Set the average to the current weights."""
+        """Set the moving average to the current fp32 weights."""
         torch._foreach_copy_(self.values, self._fragments.masters())
 
     def decay(self, step: int) -> float:
-        """Return the decay of the average after optimizer step `step` (from 1). It rises from about 0.2 to `ema.decay`.
+        """Return the factor (0..1) on the old average in the update after optimizer step `step` (counted from 1).
 
-        Without `ema.warmup` it is `ema.decay` from the start.
+        It rises from about 0.2 to `ema.decay`. Without `ema.warmup` it is `ema.decay` from the start.
         """
         target, step = self._config.decay, step - self._config.start_step
         return min(target, (1 + step) / (10 + step)) if self._config.warmup else target
 
     def share(self, step: int) -> float:
-        """Return the factor on the new weights in the update after step `step`: 1 - decay, or 1 up to ema.start_step."""
+        """Return the factor on the new weights in the average's update after optimizer step `step` (counted from 1).
+
+        It is 1 - `decay`, or 1 up to step `ema.start_step`.
+        """
         return 1.0 if step <= self._config.start_step else 1 - self.decay(step)
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Update the average with the weights after optimizer step `step` (from 1)."""
+        """Add the current weights, those after optimizer step `step` (counted from 1), to the moving average."""
         share = self.share(step)
         if self.values and share == 1:
             self.restart()

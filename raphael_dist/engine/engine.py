@@ -141,7 +141,7 @@ class Engine:
         return update
 
     def create_ema(self) -> Ema | None:
-        """Return a new moving average of the weights; None if `ema.enabled` is false."""
+        """Return a new moving average that starts at the current weights; None if `ema.enabled` is false."""
         flat = self._fused is not None
         return Ema(self.fragments, self.config.ema, flat) if self.config.ema.enabled else None
 
@@ -213,7 +213,9 @@ class Engine:
 
     @torch.no_grad()
     def update(self, lr: float, norm: float, ema: Ema | None = None, step: int = 1) -> None:
-        """Clip the accumulated gradients, update the weights, and add the new weights to the moving average. Collective.
+        """Finish a step: clip the gradients, update the weights, and add them to the moving average. Collective.
+
+        Call it after the last `backward` of a step.
 
         Args:
             lr: learning rate.
@@ -237,13 +239,16 @@ class Engine:
             ema.update(step)
 
     def discard_gradients(self) -> None:
-        """Drop the gradients of the current step; weights and moments stay unchanged. Call it on all ranks or on none."""
+        """End the current step without an update: drop its gradients, and leave weights and moments unchanged.
+
+        Call it on all ranks or on none. `grad_norm` becomes infinite.
+        """
         self.grad_norm, self._micro_step = math.inf, 0
         with self._zero.skip_step():
             self._engine.step()
 
     def save_deepspeed(self, folder: Path) -> None:
-        """Write a checkpoint in DeepSpeed's own format, for benchmarks. This project never reads it. Collective."""
+        """Write a checkpoint in DeepSpeed's own format to `folder`, for benchmarks. Nothing here reads it. Collective."""
         self._engine.save_checkpoint(str(folder), tag="benchmark")
 
 
@@ -257,7 +262,7 @@ def _compile(model: RaphaelUNet, config: Config, stage: int, device: torch.devic
 
 
 def square_sum(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the sum of the squares of all elements of all tensors, float64 [].
+    """Return the sum of the squares of all elements of all tensors, a float64 scalar tensor.
 
     Blocks of up to 65,536 consecutive squares are added up in float32, and the sums of the blocks in float64.
     """

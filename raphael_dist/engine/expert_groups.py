@@ -13,7 +13,7 @@ ParameterGroup = dict[str, Any]  # of an optimizer: "params", and settings
 
 
 def create_groups(size: int, traffic: Traffic) -> ExpertGroup:
-    """Create this rank's two process groups for experts that are sharded over `size` ranks. Collective.
+    """Create this rank's two process groups for experts that are sharded over `size` ranks each. Collective.
 
     - The first group has `size` consecutive ranks, which together have every expert once ("ep" in DeepSpeed).
     - The second has every `size`-th rank. These have the same experts and reduce their gradients ("edp" in DeepSpeed).
@@ -22,7 +22,7 @@ def create_groups(size: int, traffic: Traffic) -> ExpertGroup:
     no timeout.
 
     Returns:
-        The first group. It adds the bytes that it sends to `traffic`.
+        The first group. Its methods add the bytes that this rank sends to the counter `traffic`.
     """
     from deepspeed.utils import groups
 
@@ -39,7 +39,8 @@ def create_groups(size: int, traffic: Traffic) -> ExpertGroup:
 def copies() -> dict[str, dist.ProcessGroup]:
     """Return the process groups of ranks that have the same sharded experts, such as {"ep_size_2": group}.
 
-    The keys are the values of the parameters' attribute `group_name`; the number is that of ranks that share the experts.
+    The number in a key is that of ranks over which the experts are sharded. The experts' parameters have the key in their
+    attribute `group_name`. The groups are those of `create_groups`; {} if there are none.
     """
     from deepspeed.utils import groups
 
@@ -47,9 +48,10 @@ def copies() -> dict[str, dist.ProcessGroup]:
 
 
 def add_moe_marker(model: nn.Module, num_experts: int) -> None:
-    """Add a module without parameters by which DeepSpeed's engine recognises that the model has sharded experts.
+    """Add a module without parameters to `model`, by which DeepSpeed recognises that the model has sharded experts.
 
-    Nothing is added if no trained experts are sharded. DeepSpeed reads `num_experts` from the module.
+    Nothing is added if no trained experts are sharded. `num_experts`: the model's number of experts per block, which
+    DeepSpeed reads from the module.
     """
     from deepspeed.moe.layer import MoE
 
@@ -75,10 +77,11 @@ def add_moe_marker(model: nn.Module, num_experts: int) -> None:
 
 
 def parameter_groups(model: nn.Module) -> list[ParameterGroup]:
-    """Return the optimizer's parameter groups: the replicated parameters, then sharded experts by their number of ranks.
+    """Return the optimizer's parameter groups: one of replicated parameters, then one per size of sharded experts' groups.
 
-    The order is the same on all ranks. DeepSpeed's own function iterates over a set of strings, whose order can differ
-    between ranks; they would then wait for each other forever.
+    The size is the number of ranks over which the experts are sharded, ascending. Frozen parameters are left out.
+    Collective. The order is the same on all ranks. DeepSpeed's own function iterates over a set of strings, whose order can
+    differ between ranks; they would then wait for each other forever.
     """
     members: dict[str, list[tuple[str, nn.Parameter]]] = {"": []}
     for name, p in model.named_parameters():

@@ -22,7 +22,7 @@ class Fragments:
 
     Attributes:
         shapes: shape of every whole trained parameter, by name.
-        all: the fragments, a list.
+        all: list of the fragments.
         owners: the distinct tensors that the optimizer updates; each contains one or more fragments.
     """
 
@@ -47,14 +47,18 @@ class Fragments:
         return [f.master for f in self.all]
 
     def optimizer_state(self, owner: Tensor) -> dict[str, Tensor]:
-        """Return the optimizer's state ("step", "exp_avg", ...) of a tensor in `owners`; {} before the first step."""
+        """Return the optimizer's state ("step", "exp_avg", ...) of a tensor that it updates; {} before the first step.
+
+        `owner`: one of the tensors in the attribute `owners`.
+        """
         state: dict[str, Tensor] = self._optimizer.state.get(owner, {})
         return state
 
     def moment(self, fragment: Fragment, kind: str) -> Tensor | None:
-        """Return one of Adam's moments for a fragment, as a view, float32 [numel].
+        """Return one of Adam's moments for the weights in a fragment, as a view, float32 [numel].
 
-        `kind`: "exp_avg" or "exp_avg_sq". Returns None before the first step, or if the optimizer has no moments.
+        A fragment is the part of a parameter that this rank stores. `kind`: "exp_avg" or "exp_avg_sq". Returns None before
+        the first step, or if the optimizer has no moments.
         """
         state = self.optimizer_state(fragment.owner)
         if kind not in state:
@@ -67,9 +71,9 @@ class Fragments:
         return [state[kind].data_ptr() for state in states for kind in MOMENTS if kind in state]
 
     def create_moments(self, steps_taken: int) -> None:
-        """Create Adam's state as it is after `steps_taken` steps, with moments of zero. Does nothing for SGD.
+        """Create Adam's state on this rank, with `steps_taken` as its step count and moments of zero. No effect on SGD.
 
-        The caller fills the moments, or leaves them at zero before the first step.
+        The caller then fills the moments (to resume), or leaves them at zero before the first step.
         """
         if not isinstance(self._optimizer, torch.optim.Adam):  # AdamW is a subclass; SGD has no state
             return

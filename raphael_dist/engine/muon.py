@@ -51,7 +51,7 @@ class Muon(torch.optim.AdamW):
     def set_layouts(self, layouts: Iterator[FlatLayout], names: dict[nn.Parameter, str]) -> None:
         """Record where the matrices lie in the tensors that the optimizer updates.
 
-        `layouts`: for each of these tensors, the parameters in it and their places. `names`: the name of each parameter.
+        `layouts`: for each of these tensors, the parameters in it and where they start. `names`: the name of each parameter.
         """
         for layout in layouts:
             matrices = [(start, matrix_shape(p)) for p, start in layout.places if is_hidden_matrix(names[p])]
@@ -60,9 +60,10 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Update all tensors that have a gradient. Collective with ZeRO-1 and 2, where a rank has only parts of matrices.
+        """Update all tensors that have a gradient: matrices by Muon, the others by AdamW.
 
-        `closure`: as for torch's optimizers; its result is returned.
+        Collective with ZeRO-1 and 2, where a rank has only parts of matrices. `closure`: as for torch's optimizers, a
+        function that computes the loss again, or None; its result is returned.
         """
         groups = [(group, p) for group in self.param_groups for p in group["params"]]
         updated = [(group, p, p.clone()) for group, p in groups if p.grad is not None and id(p) in self._layouts]
@@ -113,5 +114,8 @@ def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
 
 
 def matrix_shape(p: Tensor) -> tuple[int, ...]:
-    """Return the shape of the matrices in a parameter: [m, n]; of experts [K, m, n]; of kernels [out, in * h * w]."""
+    """Return the shape in which Muon treats a parameter as a matrix, or as a stack of matrices.
+
+    A matrix [m, n] and K stacked experts [K, m, n] keep their shape; a convolution kernel becomes [out, in * h * w].
+    """
     return tuple(p.shape) if p.ndim <= 3 else (p.shape[0], prod(p.shape[1:]))

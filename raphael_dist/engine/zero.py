@@ -36,7 +36,7 @@ def adapter(optimizer: DeepSpeedObject, module: nn.Module, world_size: int) -> Z
 
 
 class Zero0(Zero):
-    """ZeRO-0: torch's optimizer on the float32 weights of the model; every rank has all weights."""
+    """Adapter for ZeRO-0: torch's optimizer on the float32 weights of the model; every rank has all weights."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, module: nn.Module, world_size: int) -> None:
         self._optimizer, self._module, self.copies = optimizer, module, world_size
@@ -47,19 +47,19 @@ class Zero0(Zero):
                 yield Fragment(name, tuple(p.shape), 0, p.detach().view(-1), p, 0, shared=True)
 
     def layouts(self) -> Iterator[FlatLayout]:
-        """Yield the tensors that the optimizer updates: the parameters themselves."""
+        """Yield a layout for each tensor that the optimizer updates. These are the parameters, each whole and by itself."""
         for p in self._module.parameters():
             if p.requires_grad:
                 yield FlatLayout(p, None, [(p, 0)])
 
     def sync_model(self) -> None:
-        """Do nothing, because the optimizer updates the model's own weights."""
+        """Do nothing. With ZeRO-0 the optimizer updates the model's own weights, so there is no copy to update."""
 
     def gradients(self) -> Sequence[Tensor]:
         return [p.grad for p in self._module.parameters() if p.grad is not None]
 
     def disable_builtin_clipping(self) -> None:
-        """Do nothing, because without ZeRO no clipping is configured in DeepSpeed."""
+        """Do nothing. With ZeRO-0 clipping is a part of DeepSpeed's engine, not of the optimizer; `Engine` turns it off."""
 
     @contextmanager
     def skip_step(self) -> Iterator[None]:
@@ -68,14 +68,17 @@ class Zero0(Zero):
 
 
 class DeepSpeedZero(Zero):
-    """Base class of the adapters `Zero12`, `Zero1Bf16` and `Zero3` around DeepSpeed's ZeRO optimizers."""
+    """Base class of the adapters that give DeepSpeed's optimizers for ZeRO-1, 2 and 3 the interface `Zero`."""
 
     def __init__(self, optimizer: DeepSpeedObject) -> None:
         self._zero = optimizer
 
 
 class Zero12(DeepSpeedZero):
-    """ZeRO-1 and 2, with or without CPU offload: parameters lie in flat buffers, of which each rank stores a part."""
+    """Adapter for ZeRO-1 and 2, with or without CPU offload.
+
+    Parameters lie in flat buffers, one after another, and each rank stores a part of the fp32 weights of each buffer.
+    """
 
     def fragments(self, module: nn.Module) -> Iterator[Fragment]:
         return _linked_fragments(module, self._zero.single_partition_of_fp32_groups)
@@ -118,7 +121,7 @@ class Zero12(DeepSpeedZero):
 
 
 class Zero12Contiguous(Zero12):
-    """ZeRO-1 and 2 with all gradients of a step in one buffer, which is reduced at once.
+    """Adapter for ZeRO-1 and 2 with all gradients of a parameter group in one buffer, which is reduced at once.
 
     DeepSpeed's own reduction runs a hook for every parameter (0.1 ms of host time each). It copies gradients into a bucket,
     from there into a flat part, and by default sends every bucket to all ranks. With this adapter the backward pass writes
@@ -146,7 +149,8 @@ class Zero12Contiguous(Zero12):
     def supports(zero: DeepSpeedObject) -> bool:
         """Return whether this adapter can replace the gradient reduction of `zero`, a ZeRO-1 or 2 optimizer of DeepSpeed.
 
-        It can if `ds_config.uses_contiguous_gradients` is true for its settings, and gradients are added up in `grad`.
+        It can if `ds_config.uses_contiguous_gradients` is true for its settings, and gradients are added up in the
+        parameters' attribute `grad`.
         """
         return not zero.use_grad_accum_attribute and uses_contiguous_gradients(
             2 if zero.partition_gradients else 1,
@@ -157,7 +161,7 @@ class Zero12Contiguous(Zero12):
         )
 
     def layouts(self) -> Iterator[FlatLayout]:
-        """Yield the tensors that the optimizer updates, and where the parameters lie in them."""
+        """Yield a layout for each tensor that the optimizer updates: this rank's part of it, and where parameters start."""
         zero = self._zero
         groups = zip(
             zero.single_partition_of_fp32_groups,
@@ -170,9 +174,10 @@ class Zero12Contiguous(Zero12):
             yield FlatLayout(part, group, list(zip(parameters, offsets, strict=True)))
 
     def replace_step(self, update: Callable[[Sequence[FlatPart]], None]) -> None:
-        """Call `update` in each step instead of DeepSpeed's optimizer. The model's weights are then gathered from all ranks.
+        """Make DeepSpeed call `update` in each optimizer step, in place of its own optimizer.
 
-        `update` gets this rank's part of each flat tensor, and changes weights, moments and the model's weights in place.
+        `update` gets this rank's part of each flat tensor. It changes the fp32 weights, Adam's moments and the weights that
+        the model computes with, in place. Afterwards the parts of the last ones are gathered from all ranks.
         """
         self._update, self._builtin_step = update, self._zero.step
         self._zero.step = self._step
@@ -230,7 +235,7 @@ def _reduce_scatter(whole: Tensor, group: dist.ProcessGroup, dtype: torch.dtype)
 
 
 class Zero1Bf16(DeepSpeedZero):
-    """ZeRO-1 for bfloat16 weights with gradient sums in float32. Every rank keeps the sums of all gradients."""
+    """Adapter for ZeRO-1 with bfloat16 weights and gradient sums in float32. Every rank keeps the sums of all gradients."""
 
     def fragments(self, module: nn.Module) -> Iterator[Fragment]:
         return _linked_fragments(module, self._zero.fp32_groups_flat_partition)
@@ -254,7 +259,7 @@ class Zero1Bf16(DeepSpeedZero):
 
 
 class Zero3(DeepSpeedZero):
-    """ZeRO-3, with or without CPU offload. Each rank stores one part of every parameter."""
+    """Adapter for ZeRO-3, with or without CPU offload. Each rank stores one part of every parameter."""
 
     def fragments(self, module: nn.Module) -> Iterator[Fragment]:
         zero = self._zero

@@ -15,9 +15,9 @@ class Fragment:
 
     Attributes:
         name, shape: name and shape of the whole parameter.
-        start: index of the first element in the flattened parameter.
+        start: index, in the flattened parameter, of the fragment's first element.
         master: the fp32 weights, a view, float32 [numel].
-        owner, offset: the tensor that the optimizer updates, and the index of the first element within it.
+        owner, offset: the tensor that the optimizer updates, and the index in it of the fragment's first element.
         shared: whether every rank has this fragment (ZeRO-0).
     """
 
@@ -56,7 +56,7 @@ class FlatLayout:
     Attributes:
         part: this rank's part of the fp32 weights, float32 [numel].
         group: the ranks that together store the tensor, in its order; None: `part` is the whole tensor.
-        places: parameters and the index of their first element.
+        places: for each parameter in the flat tensor, (parameter, index of its first element in that tensor).
     """
 
     part: Tensor
@@ -73,11 +73,17 @@ class Zero(Protocol):
     copies: int = 1
 
     def prepare_backward(self, first: bool) -> None:
-        """Prepare a backward pass. `first`: whether it is the first one of an optimizer step."""
+        """Prepare the parameters' gradients for the next backward pass. An adapter that needs nothing does nothing.
+
+        `first`: whether it is the first backward pass of an optimizer step.
+        """
         return
 
     def fragments(self, module: nn.Module) -> Iterator[Fragment]:
-        """Yield the parts of the fp32 weights that this rank stores, in the order of the parameters of `module`."""
+        """Yield the parts (fragments) of the fp32 weights that this rank stores, in the order of the model's parameters.
+
+        `module`: the model.
+        """
 
     def sync_model(self) -> None:
         """Copy the fp32 weights into the weights that the model computes with. Collective."""
@@ -89,10 +95,10 @@ class Zero(Protocol):
         """
 
     def disable_builtin_clipping(self) -> None:
-        """Turn off DeepSpeed's gradient norm, overflow check and clipping. `engine.Engine` does this work instead."""
+        """Turn off the gradient norm, overflow check and clipping in DeepSpeed's step. `engine.Engine` does them instead."""
 
     def skip_step(self) -> AbstractContextManager[None]:
-        """Return a context manager inside which DeepSpeed's `step` drops the gradients and changes no weights."""
+        """Return a context manager inside which a step of DeepSpeed's engine drops the gradients and changes no weights."""
 
 
 def global_shape(p: Tensor) -> tuple[tuple[int, ...], int]:

@@ -10,7 +10,7 @@ from raphael_dist.evaluation.study import Result
 
 
 def require_matplotlib() -> None:
-    """Raise UserError when matplotlib is not installed."""
+    """Raise UserError if matplotlib, with which `draw_curve` draws, is not installed."""
     if find_spec("matplotlib") is None:
         raise UserError(
             f"several --guidance values require the package matplotlib for their curve, but it is not installed. {INSTALL}"
@@ -21,7 +21,9 @@ def draw_curve(results: Sequence[Result], path: Path, title: str) -> None:
     """Draw one measure of image quality against another, with a point per guidance scale, and write it to `path` as PNG.
 
     The axes are the first two measures that `results` contain, of these: CLIP score, Frechet distance, share of images whose
-    text an OCR engine reads without an error. If there is only one, the x axis is the guidance scale.
+    text an OCR engine reads without an error. If there is only one measure, the x axis is the guidance scale.
+
+    `results`: the measured values of each guidance scale. `title`: text above the figure.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -39,11 +39,12 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """Return mean and standard deviation of the unbiased MMD^2 with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018).
 
-    They are taken over pairs of random subsets. With Inception features the mean is called KID.
+    It measures the distance between two sets of images. Both numbers are taken over pairs of random subsets. With Inception
+    features the mean is called KID.
 
     Args:
-        a_ND: features of one set.
-        b_MD: features of the other.
+        a_ND: features of one set of images, float [N, D].
+        b_MD: features of the other set, float [M, D].
         subsets: number of pairs of random subsets that are compared.
         size: images in a subset; at most as many as the smaller set has.
         seed: determines which subsets are drawn.
@@ -63,15 +64,15 @@ def _polynomial(a_ND: Tensor, b_MD: Tensor) -> Tensor:
 
 
 def precision_recall(drawn_ND: Tensor, true_MD: Tensor, neighbours: int = 3, rows: int = 4096) -> tuple[float, float]:
-    """Return (precision, recall) of generated images, compared with real images (Kynkaanniemi et al. 2019).
+    """Return (precision, recall), each 0..1, of generated images compared with real images (Kynkaanniemi et al. 2019).
 
     Precision is the share of generated images in the manifold of the real images. Recall is the share of real images in the
     manifold of the generated images. A manifold is the union of balls around the features of its images, whose radius is the
     distance to the `neighbours`-th nearest image of the same set.
 
     Args:
-        drawn_ND: features of the generated images.
-        true_MD: features of the real images.
+        drawn_ND: features of the generated images, float [N, D].
+        true_MD: features of the real images, float [M, D].
         neighbours: number of the neighbour that determines the radius.
         rows: number of images that are compared at a time, to limit memory.
     """
@@ -92,7 +93,8 @@ def bootstrap(
 ) -> tuple[float, float]:
     """Return the 95% bootstrap interval (low, high) of the mean of values [N].
 
-    `weights` [N]: for a weighted mean. `draws`: number of random resamples.
+    `weights`: [N], weights of the values in the mean; None: equal weights. `draws`: number of random resamples. `seed`: seed
+    of the random choice.
     """
     picks = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
     weights = np.ones(len(values)) if weights is None else weights

@@ -22,9 +22,9 @@ PROTOCOL = "protocol.json"
 
 
 def record_protocol(folder: Path, protocol: Mapping[str, object]) -> None:
-    """Write the settings that determine a folder's results to protocol.json, or compare them if the file exists.
+    """Write the settings that determine a folder's results to protocol.json. If the file exists, compare them with it.
 
-    Raises UserError if the folder has results of other settings, or cannot be used.
+    `protocol`: the settings by name. Raises UserError if the folder has results of other settings, or cannot be used.
     """
     path = folder / PROTOCOL
     protocol = json.loads(json.dumps(hide_secrets_in_tree(dict(protocol))))
@@ -59,9 +59,9 @@ def draw_missing(
     ranks: Ranks,
     report: Reporter,
 ) -> int:
-    """Draw this rank's share of the images, except those that are in `folder` already; return how many were drawn.
+    """Draw this rank's share of the images, except those that are in `folder` already, and write them as PNG files.
 
-    They are written as PNG.
+    Returns how many images this rank has drawn.
 
     Args:
         trained: the model to sample from.

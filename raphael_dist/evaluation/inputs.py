@@ -98,8 +98,13 @@ def _folder_captions(folder: Path) -> list[str]:
 def read_reference(spec: str, cache_dir: Path, size_hw: tuple[int, int]) -> Sequence[Path | np.ndarray]:
     """Return the real images that the option --reference names: as paths, or for shards as uint8 [H, W, 3].
 
-    `spec`: the option's value, folder=DIR or shards=PATTERN. `cache_dir`: folder for the index of the shards. `size_hw`:
-    (height, width) to which images of shards are resized and cropped. Raises UserError if there are too few images.
+    Args:
+        spec: the option's value, folder=DIR or shards=PATTERN.
+        cache_dir: folder for the index of the shards.
+        size_hw: (height, width) in pixels to which images of shards are resized and cropped.
+
+    Raises:
+        UserError: the folder has fewer than two images, or the shards cannot be read.
     """
     kind, _, where = spec.partition("=")
     if kind == "folder" and where:
@@ -111,7 +116,7 @@ def read_reference(spec: str, cache_dir: Path, size_hw: tuple[int, int]) -> Sequ
 
 
 def read_lettering(spec: str, cache_dir: Path, size_hw: tuple[int, int]) -> list[tuple[np.ndarray, str]]:
-    """Return the real images (not generated) whose captions ask for text in the image, each as (uint8 [H, W, 3], this text).
+    """Return the real (not generated) images whose captions quote text in the image: (uint8 [H, W, 3], this text) for each.
 
     Args:
         spec: the images: shards=PATTERN.
@@ -140,9 +145,9 @@ def read_lettering(spec: str, cache_dir: Path, size_hw: tuple[int, int]) -> list
 
 
 def list_images(folder: Path, option: str) -> list[Path]:
-    """Return the image files in a folder and its subfolders, sorted. Raises UserError if there are fewer than two.
+    """Return the paths of all images in a folder and its subfolders, sorted. Raises UserError if there are fewer than two.
 
-    `option`: name of the command line option, for messages.
+    `option`: the command line option that named the folder, e.g. "--reference", for messages.
     """
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if len(paths) < 2:

@@ -30,7 +30,7 @@ def requested_text(prompt: str) -> str | None:
 
 
 def normalise_text(text: str) -> str:
-    """Return `text` in capitals, without punctuation and with single spaces, for comparison with other strings."""
+    """Return `text` in capitals, with single spaces instead of punctuation, for comparison: "Open, now!" -> "OPEN NOW"."""
     return " ".join(re.sub(r"[\W_]", " ", text.upper()).split())
 
 
@@ -63,7 +63,7 @@ class TextScore:
 
     Attributes:
         exact: share of images (0..1) whose text is read without an error.
-        cer: character error rate: edits per requested character.
+        cer: character error rate: edits (insertions, deletions, replacements) per requested character.
         exact_low, exact_high: 95% interval of `exact` over images (Wilson).
         cer_low, cer_high: 95% interval of `cer` over images (bootstrap).
     """
@@ -79,7 +79,8 @@ class TextScore:
 def score_texts(requested: Sequence[str], read: Sequence[str]) -> TextScore:
     """Compare what an OCR engine has read in images with the requested text, ignoring case and punctuation.
 
-    `requested`, `read`: one string for each image. Each requested string must have at least one letter or digit.
+    `requested`: for each image, the text that it should show, with at least one letter or digit. `read`: for each image, the
+    text that the OCR engine has read.
     """
     pairs = [(normalise_text(a), normalise_text(b)) for a, b in zip(requested, read, strict=True)]
     exact = np.array([a == b for a, b in pairs])

@@ -65,9 +65,9 @@ class LineReader:
     """
 
     def __init__(self, alphabet: Collection[str]):
-        """Load the weights. `alphabet`: the only characters that it may read.
+        """Load the weights. `alphabet`: the only characters that the network may return.
 
-        Raises UserError if the packages of the extra `eval` are missing.
+        Raises UserError if the packages rapidocr or onnxruntime are missing.
         """
         package = importlib.util.find_spec("rapidocr")
         path = Path(next(iter((package and package.submodule_search_locations) or [""]))) / "models" / WEIGHTS

@@ -44,7 +44,7 @@ class Study:
     Attributes:
         folder: where images and results are stored.
         requests: captions to draw, with size and seed.
-        scheduler: name of the scheduler.
+        scheduler: name of the scheduler of the denoising steps, e.g. "ddim".
         features: function that computes image features for FID, KID, precision and recall; None: not measured.
         clip: computes the CLIP score; None: not measured.
         reader: OCR engine that reads rendered text; None: not measured.
@@ -69,9 +69,9 @@ class Result:
     Attributes:
         guidance: the guidance scale.
         images: number of images.
-        fid: Frechet distance of the features.
-        kid, kid_deviation: kernel distance and its standard deviation over subsets.
-        precision, recall: results of `distances.precision_recall`.
+        fid: Frechet distance between the features of generated and real images.
+        kid, kid_deviation: kernel distance between these features, and its standard deviation over random subsets.
+        precision, recall: share (0..1) of generated images that are similar to real images, and the reverse.
         clip: mean CLIP score.
         text: how well the OCR engine reads the requested text in the generated images.
         true_text: how well it reads the text in real images.
@@ -97,7 +97,7 @@ def run_study(
     reference: Sequence[Path | np.ndarray],
     ranks: Ranks,
 ) -> list[Result]:
-    """Draw images at each guidance scale and measure them. Collective: all ranks call it, and divide the images.
+    """Draw images at each guidance scale and measure them. All ranks must call this function; they divide the images.
 
     results.json and results.csv are written after each guidance scale.
 
@@ -249,7 +249,7 @@ def _save_rows(path: Path, count: int, row_of: dict[int, np.ndarray]) -> np.ndar
 
 
 def write_results(folder: Path, results: Sequence[Result]) -> None:
-    """Write results.json and results.csv into `folder`, with a row for each guidance scale."""
+    """Write the measured values of a study to results.json and results.csv in `folder`, a row for each guidance scale."""
     rows = [_as_row(result) for result in results]
     replace_bytes(folder / "results.json", json.dumps(rows, indent=1).encode())
     _write_csv(folder / "results.csv", list(rows[0]), (row.values() for row in rows))

@@ -21,6 +21,8 @@ _ALIGNMENT = 64  # bytes; kernels read vectors of up to 16 bytes
 class Batch:
     """A micro-batch with all of its random numbers. Floating-point tensors are float32.
 
+    In shapes: B samples, C latent channels, h and w latent size, Y text tokens of width D, Hs and Ws size of small images.
+
     Attributes:
         position: int64 [B], number of each sample in the order of training. It counts on from one epoch to the next.
         weight: [B], weight of each sample in the loss: 1, or 0 if it only pads the micro-batch.
@@ -52,9 +54,9 @@ class Batch:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def pack(self) -> "Batch":
-        """Return a copy of the batch whose host tensors lie in one block of pinned memory.
+        """Return a copy of the batch whose CPU tensors lie in one block of pinned memory.
 
-        `to` can then copy all of them to a GPU at once, without making the host wait. Tensors on a device stay there.
+        `to` can then copy all of them to a GPU at once, without making the host wait. Tensors on a GPU stay there.
         """
         offsets: dict[int, int] = {}
         size = 0
@@ -89,7 +91,10 @@ class Batch:
         return batch
 
     def scale_gate_noise(self, deviation: float) -> None:
-        """Multiply the gate noise by `deviation`, in place. It is drawn with a standard deviation of 1."""
+        """Multiply the noise for the gates' logits (`gate_noise`), which has a standard deviation of 1, by `deviation`.
+
+        The batch is changed in place. Nothing happens if it has no such noise.
+        """
         if self.gate_noise is not None:
             self.gate_noise = GateNoise(*torch._foreach_mul(self.gate_noise, deviation))
 
@@ -100,7 +105,7 @@ class Batch:
         return required + [tensor for tensor in optional if tensor is not None]
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        """Return a new batch with `function` applied to every tensor. `memory` of the new batch is None."""
+        """Return a new batch with `function` applied to every tensor except `memory`, which is None in the new batch."""
 
         def optional(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else function(tensor)

@@ -47,10 +47,10 @@ def compile_parts(model: nn.Module, device: torch.device, dynamic: bool) -> None
 
 
 def uncompiled() -> AbstractContextManager[object]:
-    """Return a context manager inside which the compiled parts run uncompiled.
+    """Return a context manager inside which parts compiled by torch.compile run uncompiled.
 
-    Tools that intercept operations, such as FLOP counters, require it. Without it, torch notices such a tool, runs the part
-    uncompiled, and never compiles it again.
+    Tools that intercept single operations, such as FLOP counters, require it. Without it, torch notices such a tool, runs
+    the compiled part uncompiled, and never compiles it again.
     """
     context: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
     return context

@@ -30,7 +30,7 @@ class ControlNet(RaphaelUNet):
     """
 
     def __init__(self, config: "Config") -> None:
-        """Build the ControlNet for a U-Net with this configuration, without modules that predict edges."""
+        """Build the ControlNet for a U-Net that has the configuration `config`. Modules that predict edges are left out."""
         super().__init__(config, with_edges=False)
         del self.up_blocks, self.conv_norm_out, self.conv_out
         levels = cast(list[UNetLevel], [*self.down_blocks, self.mid_block])
@@ -53,11 +53,11 @@ class ControlNet(RaphaelUNet):
                     nn.init.zeros_(p)
 
     def forward(self, inputs: UNetInput, edge_Bhw: Tensor) -> ControlResiduals:  # type: ignore[override]
-        """Return the residuals to add to the U-Net's skip connections and to its middle.
+        """Return the tensors (residuals) to add to the U-Net's skip connections and to the output of its middle block.
 
         Args:
-            inputs: the inputs of the U-Net.
-            edge_Bhw: edge map in 0..1 at the size of the latents.
+            inputs: the inputs of the U-Net: noised latents, timesteps, text tokens.
+            edge_Bhw: edge maps in 0..1 at the size of the latents, [B, h, w].
         """
         x_BCHW = inputs.x_BCHW
         # The copy's blocks select experts as the first blocks of the U-Net do, with the same noise.

@@ -10,11 +10,11 @@ GPU_KINDS: tuple[str, ...] = ("cuda",)
 
 
 def is_gpu(device: torch.device) -> bool:
-    """Return whether `device` is a GPU: it executes a queue of operations, so that the host waits if it reads a result."""
+    """Return whether `device` is a GPU. It executes a queue of operations, so the host waits when it reads a result."""
     return device.type in GPU_KINDS
 
 
 def from_host(values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return numbers as a vector [n] on `device`. The host does not wait, because a GPU copies from pinned memory."""
+    """Return the numbers `values` as a tensor [n] on `device`. The host does not wait: a GPU copies from pinned memory."""
     tensor = torch.tensor(values, dtype=dtype)
     return tensor.pin_memory().to(device, non_blocking=True) if is_gpu(device) else tensor.to(device)

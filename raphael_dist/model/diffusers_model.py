@@ -155,9 +155,16 @@ class _Wrapper(ModelMixin, ConfigMixin):
         offload_type: str = "leaf_level",
         **options: Any,
     ) -> None:
-        """Offload weights between uses, as the method of diffusers does. Only `offload_type="leaf_level"` is supported.
+        """Keep the weights on `offload_device` while they are not used, as the method of diffusers does.
 
-        Raises ValueError for another `offload_type`.
+        Args:
+            onload_device: device on which the network computes.
+            offload_device: device on which weights are between uses.
+            offload_type: only "leaf_level" (each layer by itself) is supported.
+            options: further arguments of the method of diffusers.
+
+        Raises:
+            ValueError: another `offload_type`.
         """
         if offload_type != "leaf_level":
             raise ValueError(
@@ -197,12 +204,12 @@ class RaphaelUNet2D(_Wrapper):
         mid_block_additional_residual: Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DConditionOutput | tuple[Tensor]:
-        """Predict the noise (or v, or the flow), as UNet2DConditionModel does; [B, C, h, w].
+        """Predict the noise (or v, or the flow) in latents, as UNet2DConditionModel does; [B, C, h, w].
 
         Args:
             sample: noised latents [B, C, h, w].
             timestep: one number for all samples, or a tensor [B].
-            encoder_hidden_states: text tokens [B, Y, D].
+            encoder_hidden_states: Y text tokens of width D for each sample, [B, Y, D].
             encoder_attention_mask: bool [B, Y], False at padding. None: no padding.
             end_of_text: int64 [B], index of the end-of-text token. None: the last token that is not padding. It affects only
                 predicted edges, not the result.
@@ -235,16 +242,16 @@ class RaphaelControlNet(_Wrapper):
         encoder_attention_mask: Tensor | None = None,
         return_dict: bool = True,
     ) -> ControlNetOutput | tuple[list[Tensor], Tensor]:
-        """Return the residuals for the U-Net's skip connections (outermost first) and middle, as ControlNetModel does.
+        """Return tensors to add to the U-Net's skip connections (outermost first) and middle, as ControlNetModel does.
 
         Args:
             sample: noised latents [B, C, h, w].
             timestep: one number for all samples, or a tensor [B].
-            encoder_hidden_states: text tokens [B, Y, D].
+            encoder_hidden_states: Y text tokens of width D for each sample, [B, Y, D].
             encoder_attention_mask: bool [B, Y], False at padding. None: no padding.
             controlnet_cond: edge map in 0..1 at the size of the latents, [B, 3, h, w] with three equal channels.
-            conditioning_scale: factor by which the residuals are multiplied.
-            return_dict: True returns a ControlNetOutput, False a tuple.
+            conditioning_scale: factor by which the returned tensors are multiplied.
+            return_dict: True returns a ControlNetOutput, False a tuple (list for the skip connections, one for the middle).
         """
         inputs = self._inputs(sample, timestep, encoder_hidden_states, encoder_attention_mask, None)
         residuals = self._predict(inputs, controlnet_cond[:, 0])

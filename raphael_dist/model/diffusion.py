@@ -21,7 +21,10 @@ NoiseScheduler = Any  # a scheduler of diffusers; their base class has none of t
 
 
 def alphas_cumprod(config: Diffusion) -> Tensor:
-    """Return abar_t, the cumulative product of (1 - beta), for t = 0 .. T-1; float32 [T], computed in float64."""
+    """Return a noise schedule's abar_t, the product of 1 - beta up to timestep t, for t = 0 .. T-1; float32 [T].
+
+    abar_t is the share of the signal's variance in latents noised to timestep t. It is computed in float64.
+    """
     if config.schedule == "scaled_linear":
         roots = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, config.num_timesteps, dtype=torch.float64)
         betas = roots**2
@@ -34,7 +37,8 @@ def alphas_cumprod(config: Diffusion) -> Tensor:
 def zero_terminal_snr(abar_T: Tensor) -> Tensor:
     """Rescale a noise schedule so that its last timestep is pure noise (Alg. 1 of arXiv 2305.08891).
 
-    sqrt(abar) is shifted and scaled: the last value becomes 0, the first is unchanged. Returns the new abar [T].
+    `abar_T`: for each of T timesteps, the cumulative product of (1 - beta). Its square root is shifted and scaled: the last
+    value becomes 0, the first is unchanged. Returns the new abar [T].
     """
     roots = abar_T.sqrt()
     return ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])).square()
@@ -101,7 +105,7 @@ def late_start_warning(scheduler: NoiseScheduler) -> str | None:
 
 
 def draw_timestep(config: Diffusion, seed: int, position: int, global_batch_size: int, phase: int = 0) -> int:
-    """Return the timestep of a training sample, an integer drawn uniformly from 0 .. T-1.
+    """Return the diffusion timestep of a training sample, drawn uniformly from 0 .. `config.num_timesteps` - 1.
 
     With diffusion.stratified, the range is divided into `global_batch_size` equal strata (subranges). Each sample of a
     global batch gets its own stratum, in an order that depends on (seed, step). So a batch covers the range evenly. So does
@@ -125,9 +129,14 @@ def draw_timestep(config: Diffusion, seed: int, position: int, global_batch_size
 
 
 def draw_offset(seed: int, position: int, channels: int) -> Tensor:
-    """Return the noise of `diffusion.offset_noise` for a training sample: one number per channel, float32 [C, 1, 1].
+    """Return the offset noise of a training sample: one standard normal number per latent channel, float32 [C, 1, 1].
 
-    The numbers are drawn from a standard normal distribution. `position`: number of the sample in the order of training.
+    The caller multiplies it by `diffusion.offset_noise` and adds it to the noise at all positions of the latents.
+
+    Args:
+        seed: `run.seed`.
+        position: number of the sample in the order of training.
+        channels: number of latent channels, C.
     """
     drawn = generator(seed, Purpose.OFFSET, position).standard_normal((channels, 1, 1), dtype=np.float32)
     return torch.from_numpy(drawn)
@@ -162,9 +171,11 @@ def _scramble(indices: np.ndarray, draws: Iterator[float]) -> np.ndarray:
 class NoiseSchedule:
     """The noise schedule x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (the paper prints the two roots swapped).
 
+    x_0 are clean latents, x_t the latents noised to timestep t, eps is standard normal noise.
+
     Attributes:
-        abar_T: abar of each timestep, float32 [T].
-        prediction: what the model predicts, a value of `diffusion.prediction`.
+        abar_T: for each of T timesteps, the cumulative product of (1 - beta), float32 [T].
+        prediction: what the model predicts, "epsilon", "v_prediction" or "flow".
     """
 
     abar_T: Tensor
@@ -172,7 +183,10 @@ class NoiseSchedule:
 
     @classmethod
     def create(cls, config: Diffusion, device: torch.device | str = "cpu") -> "NoiseSchedule":
-        """Return the schedule for `config` with its table on `device`; a FlowSchedule if diffusion.prediction is flow."""
+        """Return the noise schedule of the section `diffusion`; a FlowSchedule if diffusion.prediction is flow.
+
+        `device`: where its table of abar is stored.
+        """
         kind = FlowSchedule if config.prediction == "flow" else cls
         return kind(alphas_cumprod(config).to(device), config.prediction)
 
@@ -181,12 +195,18 @@ class NoiseSchedule:
         return abar.sqrt(), (1 - abar).sqrt()
 
     def add_noise(self, x0_BChw: Tensor, noise_BChw: Tensor, timestep_B: Tensor) -> Tensor:
-        """Return the noised latents x_t, float32 [B, C, h, w], from clean latents x_0 and noise of this shape."""
+        """Return clean latents with noise added as at each sample's timestep, all float32 [B, C, h, w].
+
+        `timestep_B`: int64 [B], from 0 (least noise).
+        """
         signal, sigma = self._roots(timestep_B)
         return signal * x0_BChw + sigma * noise_BChw
 
     def target(self, x0_BChw: Tensor, noise_BChw: Tensor, timestep_B: Tensor) -> Tensor:
-        """Return what the model must predict: eps, or v = sqrt(abar) eps - sqrt(1 - abar) x_0; float32 [B, C, h, w]."""
+        """Return what the model must predict from noised latents: eps, or v = sqrt(abar) eps - sqrt(1 - abar) x_0.
+
+        eps is the noise, x_0 the clean latents; both and the result are float32 [B, C, h, w]. `timestep_B`: int64 [B].
+        """
         if self.prediction == "epsilon":
             return noise_BChw
         signal, sigma = self._roots(timestep_B)
@@ -194,14 +214,20 @@ class NoiseSchedule:
 
 
 class FlowSchedule(NoiseSchedule):
-    """The noise schedule of rectified flow (arXiv 2209.03003): x_t = (1 - sigma) x_0 + sigma eps with sigma = t / T."""
+    """The noise schedule of rectified flow (arXiv 2209.03003): x_t = (1 - sigma) x_0 + sigma eps with sigma = t / T.
+
+    x_0 are clean latents, x_t the latents noised to timestep t of T, eps is standard normal noise.
+    """
 
     def _roots(self, timestep_B: Tensor) -> tuple[Tensor, Tensor]:
         sigma = (timestep_B.float() / len(self.abar_T)).view(-1, 1, 1, 1)
         return 1 - sigma, sigma
 
     def target(self, x0_BChw: Tensor, noise_BChw: Tensor, timestep_B: Tensor) -> Tensor:
-        """Return what the model must predict: eps - x_0, the derivative of x_t by sigma; float32 [B, C, h, w]."""
+        """Return what the model must predict: noise minus clean latents, float32 [B, C, h, w].
+
+        This is the derivative of the noised latents by the noise level sigma. `timestep_B` is not used.
+        """
         return noise_BChw - x0_BChw
 
 
@@ -212,7 +238,7 @@ def min_snr_weight_B(abar_B: Tensor, gamma: float, prediction: str) -> Tensor:
     if it predicts v. The code uses abar only, so that nothing is divided by a signal of 0.
 
     Args:
-        abar_B: the schedule's abar at the sample's timestep.
+        abar_B: the noise schedule's cumulative product of (1 - beta) at each sample's timestep.
         gamma: `diffusion.min_snr_gamma`.
         prediction: what the model predicts, "epsilon" or "v_prediction".
     """
@@ -223,5 +249,8 @@ def min_snr_weight_B(abar_B: Tensor, gamma: float, prediction: str) -> Tensor:
 
 
 def denoise_loss_B(prediction_BChw: Tensor, target_BChw: Tensor) -> Tensor:
-    """Return the denoising loss of each sample: the mean squared error over its elements (Sec. 3), float32 [B]."""
+    """Return each sample's denoising loss, the mean squared error of the model's prediction (Sec. 3), float32 [B].
+
+    `target_BChw`: what it should have predicted, e.g. the noise; float32 [B, C, h, w], like the prediction.
+    """
     return (prediction_BChw.float() - target_BChw).square().mean(dim=(1, 2, 3))

@@ -13,7 +13,10 @@ from raphael_dist.config.types import FocalForm
 
 
 class EdgeModule(nn.Module):
-    """Five convolutions that predict edge logits from an attention map (P in Sec. 7.2 of the paper)."""
+    """Five convolutions that predict the image's edges, as logits, from an attention map (P in Sec. 7.2 of the paper).
+
+    `channels`: width of the layers between the first and the last convolution.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -24,13 +27,13 @@ class EdgeModule(nn.Module):
         self.net = nn.Sequential(*layers[:-1])
 
     def forward(self, map_BNY: Tensor, end_B: Tensor, size_hw: tuple[int, int]) -> Tensor:
-        """Return edge logits, float32 [B, h, w].
+        """Return the logits of the predicted edges, float32 [B, h, w].
 
         Args:
-            map_BNY: attention of each image token to each text token. Only the map of the end-of-text token is used, scaled
-                to a maximum of 1.
-            end_B: index of the end-of-text token, int64.
-            size_hw: height and width of the map, whose product is N.
+            map_BNY: attention of each of N image tokens to each of Y text tokens. Only the map of the end-of-text token is
+                used, scaled to a maximum of 1.
+            end_B: for each sample, the index of the end-of-text token, int64.
+            size_hw: height and width of the feature map whose pixels are the image tokens; h * w = N.
         """
         map_BN = map_BNY.gather(2, end_B[:, None, None].expand(-1, map_BNY.shape[1], 1)).squeeze(2).float()
         map_BN = map_BN / map_BN.amax(dim=1, keepdim=True).clamp(min=1e-12)
@@ -75,9 +78,9 @@ def edge_loss_B(
     """Compute the edge loss of each sample, L_edge in Sec. 3.2, between predicted edges and HED's edge maps.
 
     Args:
-        logits: edge logits of each transformer block, float32 [B, h, w].
+        logits: the edges predicted in each transformer block, as logits, float32 [B, h, w].
         edge_BHW: edge maps in 0..1; averaged to the h x w of each block.
-        timestep_B: int64.
+        timestep_B: diffusion timestep of each sample, int64.
         max_timestep: T_c in the paper; samples with a timestep of at least T_c have loss 0.
         alpha: weight of edge pixels, for the form "focal".
         gamma: focusing parameter: down-weights pixels that are already classified correctly.

@@ -75,8 +75,9 @@ class Experts(nn.Module):
     def add_lora(self, rank: int, alpha: float) -> None:
         """Add LoRA adapters to w1 and w2 of every expert: w_k becomes `w_k + (alpha / rank) B_k A_k`. B is zero at first.
 
-        The adapters are the parameters w1_lora_A [K, rank, D], w1_lora_B [K, F, rank], and the same for w2. They belong to
-        this module, so that ZeRO-3 gathers them with the weights and expert parallelism shards them in the same way.
+        The adapters are the parameters w1_lora_A [K, rank, D], w1_lora_B [K, F, rank], w2_lora_A [K, rank, F'] and w2_lora_B
+        [K, D, rank] for K experts with w1 [K, F, D] and w2 [K, D, F']. They belong to this module, so that ZeRO-3 gathers
+        them with the weights and expert parallelism shards them in the same way.
         """
         self.lora_scale = alpha / rank
         for name in ("w1", "w2"):
@@ -88,7 +89,7 @@ class Experts(nn.Module):
             self.register_parameter(f"{name}_lora_B", nn.Parameter(b))
 
     def lora(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """Return the LoRA matrices of a weight ("w1" or "w2"), or None if there are no adapters.
+        """Return the LoRA matrices of the weight `name` ("w1" or "w2") of all K experts, or None if there are no adapters.
 
         They are A [K, rank, in], and B [K, out, rank] already multiplied by alpha / rank. They are applied one after the
         other and never added to the weight: bfloat16 would round small changes of a weight away, and the product B A needs
@@ -99,14 +100,17 @@ class Experts(nn.Module):
         return getattr(self, f"{name}_lora_A"), self.lora_scale * getattr(self, f"{name}_lora_B")
 
     def act(self, x: Tensor) -> Tensor:
-        """Apply the layer's activation over the last dimension: GELU, or diffusers' gated GELU, which halves it."""
+        """Apply the layer's activation to hidden units [..., F]: GELU, or diffusers' gated GELU with result [..., F / 2]."""
         if self.activation == "gelu":
             return F.gelu(x)
         value, gate = x.chunk(2, dim=-1)
         return value * F.gelu(gate)
 
     def at_zero_KD(self) -> Tensor:
-        """Return each expert's output for a row of zeros, without the last bias: `e_k(0) - b2_k`, [K, D]."""
+        """Return each expert's output for a token of zeros, without its last bias b2: `e_k(0) - b2_k`, [K, D].
+
+        e_k is the function of expert k of K, and D the width of a token.
+        """
         hidden_KF = self.act(self.b1)
         at_zero_KD = torch.einsum("kdf,kf->kd", self.w2, hidden_KF)
         if (lora := self.lora("w2")) is not None:
@@ -114,7 +118,7 @@ class Experts(nn.Module):
         return at_zero_KD
 
     def apply_sorted(self, x_RD: Tensor, counts_K: Tensor, bias: bool = True) -> Tensor:
-        """Apply each expert to its rows; return their outputs [R, D], in the same order.
+        """Apply each expert to its rows (token vectors of width D); return their outputs [R, D], in the same order.
 
         Every expert takes part, with zero rows if it has none, so that every parameter gets a gradient on every rank.
         (Otherwise ZeRO would add gradients of different experts to each other.) On a GPU a grouped matrix product reads the
@@ -122,9 +126,9 @@ class Experts(nn.Module):
         instead. It reads the counts on the host, so the host waits for a GPU.
 
         Args:
-            x_RD: rows sorted by expert.
-            counts_K: number of rows of each expert, int64.
-            bias: whether to add b2.
+            x_RD: the rows of all experts, sorted by expert.
+            counts_K: number of rows of each expert, int64, on the device of the rows.
+            bias: whether to add b2, the bias of an expert's second layer.
         """
         rows = x_RD.shape[0]
         if not rows:
@@ -167,18 +171,23 @@ class Experts(nn.Module):
         return _torch_product(counts_K)
 
     def activate(self, y_RF: Tensor, onehot_RK: Tensor) -> Tensor:
-        """Return `act(y + b1_k)` for each row, with the bias of the row's expert k.
+        """Add the first bias of each row's expert and apply the activation: `act(y + b1_k)` for expert k.
 
         Args:
-            y_RF: the product `w1_k x` of each row.
-            onehot_RK: the expert of each row, one-hot.
+            y_RF: for each row (token) x, the product `w1_k x` with the first weight of its expert.
+            onehot_RK: the expert of each row, one-hot, in the dtype of y.
         """
         return self.act(add_bias(y_RF, onehot_RK, self.b1))
 
     def sparse(self, x_RD: Tensor, w_RK: Tensor, per_row: int) -> Tensor:
-        """Return the same as `dense`, [R, D], computed by Triton kernels only for the (row, expert) pairs with w > 0.
+        """Return the weighted sum over experts of each row, [R, D], by Triton kernels that skip pairs with weight 0.
 
-        `w_RK`: the weight w of each expert for each row, at least 0. `per_row`: largest possible number of w > 0 in a row.
+        The result is that of `dense`: `sum_k w[r,k] (e_k(x[r]) - b2_k)` for row r, expert e_k and its last bias b2_k.
+
+        Args:
+            x_RD: rows (tokens).
+            w_RK: weight of each expert for each row, at least 0.
+            per_row: largest possible number of experts with w > 0 in a row.
         """
         from raphael_dist.model.kernels.sparse_experts import sparse_experts
 
@@ -189,8 +198,9 @@ class Experts(nn.Module):
     def dense(self, x_RD: Tensor, w_RK: Tensor) -> Tensor:
         """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)` for each row r, [R, D]: the weighted outputs without the last bias.
 
-        Here e_k is expert k, b2_k the bias of its second layer, and w its weight for each row. Every expert processes every
-        row, so shapes are static. The weights multiply the experts' outputs, which are narrower than their hidden units.
+        Here e_k is expert k, b2_k the bias of its second layer, and `w_RK` its weight for each row (token). Every expert
+        processes every row, so shapes are static. The weights multiply the experts' outputs, which are narrower than their
+        hidden units.
         """
         fused_RKF = torch.unflatten(F.linear(x_RD, self.w1.flatten(0, 1), self.b1.flatten()), 1, self.b1.shape)
         fused_KRF = fused_RKF.transpose(0, 1)
@@ -238,9 +248,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: tuple[Tensor, 
 
 
 def expert_of_rows(counts_K: Tensor, rows: int) -> Tensor:
-    """Return the expert of each row, one-hot, bool [R, K] on the device of the counts, for rows sorted by expert.
+    """Return which of K experts each row (token) has, one-hot, bool [R, K], for rows that are sorted by expert.
 
-    `counts_K`: number of rows of each expert. `rows`: number of all rows, R.
+    `counts_K`: number of rows of each expert; the result is on its device. `rows`: number of all rows, R.
     """
     ends_K = counts_K.cumsum(0)
     row_R1 = torch.arange(rows, device=counts_K.device).unsqueeze(1)
@@ -248,11 +258,12 @@ def expert_of_rows(counts_K: Tensor, rows: int) -> Tensor:
 
 
 def add_bias(y_RF: Tensor, onehot_RK: Tensor, bias_KF: Tensor) -> Tensor:
-    """Return y [R, F] with the bias of its expert added to each row.
+    """Add to each row of y [R, F] the bias of the row's expert; return the sum [R, F].
 
-    `onehot_RK` is the expert of each row in the dtype of y. The bias is looked up by a product with this matrix, so that its
-    gradient is also a matrix product, which sums in float32 on every device. The gradient of the indexing `bias[expert]`
-    would be summed in its own dtype (bfloat16: 7 to 24% wrong for 4 to 8 thousand rows).
+    `onehot_RK` is the expert of each row, one-hot in the dtype of y. `bias_KF` has the biases of K experts. The bias is
+    looked up by a product with this matrix, so that its gradient is also a matrix product, which sums in float32 on every
+    device. The gradient of the indexing `bias[expert]` would be summed in its own dtype (bfloat16: 7 to 24% wrong for 4 to 8
+    thousand rows).
     """
     return torch.addmm(y_RF, onehot_RK, bias_KF)
 
@@ -264,10 +275,10 @@ def _torch_product(counts_K: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def grouped_gemm_product(counts_K: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a function (x, w) that multiplies each row of x with the matrix of its expert, `x w_k^T`.
+    """Return a function (x, w) that multiplies each row of x with the matrix of its expert k, `x w_k^T`, [R, out].
 
-    The rows are sorted by expert, `counts_K` is the number of rows of each, and w is [K, out, in]. The function runs
-    MegaBlocks' kernel (package grouped_gemm), for bfloat16 on a GPU. The counts stay on the device.
+    x is [R, in] with rows sorted by expert, and w is [K, out, in]. `counts_K` is the number of rows of each expert, int64.
+    The function runs MegaBlocks' kernel (package grouped_gemm), for bfloat16 on a GPU. The counts stay on the device.
 
     Raises:
         UserError: the package is not installed.

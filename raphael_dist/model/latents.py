@@ -16,7 +16,8 @@ _DEFAULT_LEVELS = {"AutoencoderTiny": 4, "AutoencoderDC": 6}  # where a configur
 def latent_factor(encoder: str) -> int:
     """Return by how much an image encoder reduces height and width: image size divided by latent size.
 
-    `encoder`: the value of image.vae. The result is 1 for "none", and 8 if no configuration file can be read.
+    `encoder`: the setting image.vae, the folder of an autoencoder or "none". The result is 1 for "none", and 8 if the folder
+    has no configuration file that can be read.
     """
     if encoder == "none":
         return 1

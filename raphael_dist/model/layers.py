@@ -61,12 +61,12 @@ class BlockSpec:
 
 
 class BlockOutput(NamedTuple):
-    """The output of a transformer block.
+    """The output of a transformer block for B samples.
 
     Attributes:
-        h_BND: image tokens.
-        edge_logits: predicted edges, float32 [B, h, w]; None without an edge module.
-        space_used_BK: share of image tokens that each space expert processes, 0..1; None without a Space-MoE.
+        h_BND: N image tokens of width D for each sample.
+        edge_logits: logits of the predicted edges, float32 [B, h, w]; None without an edge module.
+        space_used_BK: share of image tokens that each of K space experts processes, 0..1; None without a Space-MoE.
     """
 
     h_BND: Tensor
@@ -87,9 +87,16 @@ class MapProcessor:
         encoder_hidden_states: Tensor,
         attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the output [B, N, D], and the attention of each image token to each text token, float32 [B, N, Y].
+        """Compute cross-attention from N image tokens to Y text tokens, and also return the attention map.
 
-        The arguments are those that diffusers passes: image tokens, then text tokens. `attention_mask` is not used.
+        Args:
+            attn: diffusers' attention layer, whose projections are used.
+            hidden_states: image tokens [B, N, D].
+            encoder_hidden_states: text tokens [B, Y, text width].
+            attention_mask: not used; diffusers passes it.
+
+        Returns:
+            The output [B, N, D], and the attention of each image token to each text token, float32 [B, N, Y].
         """
         batch, heads = hidden_states.shape[0], attn.heads
         q, k, v = (
@@ -134,11 +141,11 @@ class TransformerBlock(nn.Module):
         """Run the block: attention, cross-attention, Time-MoE, edge prediction, Space-MoE.
 
         Args:
-            h_BND: image tokens.
-            text_BYD: text tokens.
-            end_B: index of the end-of-text token, int64.
+            h_BND: N image tokens of each sample.
+            text_BYD: Y text tokens of each sample.
+            end_B: for each sample, the index of the end-of-text token, int64.
             routing: the selected experts of the samples and text tokens.
-            size_hw: height and width of the feature map, whose product is N.
+            size_hw: height and width of the feature map whose pixels are the image tokens; h * w = N.
         """
         h_BND = h_BND + self.attn1(self.norm1(h_BND))
         attended, map_BNY = self._cross_attention(self.norm2(h_BND), text_BYD)
@@ -168,14 +175,14 @@ class TransformerBlock(nn.Module):
 
 
 def image_positions_ND(height: int, width: int, token_size: int, like: Tensor) -> Tensor:
-    """Return a sinusoidal position encoding of the image tokens, [N, D], with the device, dtype and D of `like`.
+    """Return a sinusoidal position encoding of N image tokens, [N, D], with the device, dtype and D of `like`.
 
     A quarter of the D values encodes the row, the others the column. Positions are measured in latent positions from the
     middle of the image, so they mean the same on every level and in images of every size.
 
     Args:
-        height: of the feature map.
-        width: of the feature map; height * width = N.
+        height: height of the feature map in image tokens.
+        width: width of the feature map in image tokens; height * width = N.
         token_size: side of an image token in latent positions.
         like: tensor [..., D].
     """
@@ -212,7 +219,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Linear(spec.dim, spec.dim)
 
     def to_tokens(self, x_BCHW: Tensor) -> Tensor:
-        """Convert a feature map [B, C, h, w] to image tokens [B, N, D]."""
+        """Convert a feature map [B, C, h, w] to image tokens [B, N, D], one for each of its N = h * w positions; D = C."""
         tokens_BND: Tensor = self.proj_in(self.norm(x_BCHW).flatten(2).transpose(1, 2))
         if self.token_size:
             height, width = x_BCHW.shape[2:]
@@ -220,9 +227,9 @@ class SpatialTransformer(nn.Module):
         return tokens_BND
 
     def to_feature_map(self, h_BND: Tensor, x_BCHW: Tensor) -> Tensor:
-        """Convert image tokens to a feature map, and add the residual `x_BCHW`; return [B, C, h, w].
+        """Convert image tokens [B, h * w, C] to a feature map [B, C, h, w], add the feature map `x_BCHW`; return the sum.
 
-        The result has the memory format of the residual.
+        `x_BCHW` is the input of the transformer (its residual). The result has its memory format.
         """
         # A sum has the memory format of its first term. The tokens are channels last, which is slow on a CPU.
         out_BND: Tensor = self.proj_out(h_BND)
@@ -230,7 +237,7 @@ class SpatialTransformer(nn.Module):
 
 
 class UNetLevel(nn.Module):
-    """One level of the encoder or the decoder, or the middle block.
+    """One level of the U-Net's encoder or decoder, or the middle block.
 
     It consists of residual blocks. On levels with attention, a transformer block follows each residual block, except the
     second one of the middle block. `downsamplers` or `upsamplers` holds the layer that changes the size, if there is one.

@@ -47,9 +47,9 @@ def add_lora(model: RaphaelUNet, lora: Lora, seed: int) -> None:
 
 
 def parse_adapter_name(name: str) -> tuple[str, str] | None:
-    """Split the name of an adapter parameter into the frozen parameter that it changes, and "A" or "B".
+    """Split the name of a LoRA parameter into the name of the frozen parameter that it changes, and its matrix "A" or "B".
 
-    Returns None if `name` is not the name of an adapter parameter.
+    Returns None if `name` is not the name of a LoRA parameter.
     """
     match = _ADAPTER.fullmatch(name)
     if match is None:

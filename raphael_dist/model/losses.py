@@ -22,7 +22,9 @@ from raphael_dist.model.unet_interface import UNetOutput
 
 @dataclass
 class Losses:
-    """Losses of a micro-batch, multiplied by each sample's weight (0 for padding samples). Only `total` has a gradient.
+    """Losses of a micro-batch of B samples, multiplied by each sample's weight (0 for padding samples).
+
+    Only `total` has a gradient. L is the number of transformer blocks, K the number of experts of a kind in each.
 
     Attributes:
         total: the loss that is minimised, float32 [B].
@@ -43,14 +45,16 @@ class Losses:
 def compute_losses(
     model: Callable[..., UNetOutput], batch: Batch, schedule: NoiseSchedule, config: Config, dtype: torch.dtype
 ) -> Losses:
-    """Run the model and compute L = L_denoise + L_edge (Sec. 3.2), plus the balance loss if its weight is above 0.
+    """Run the model and compute each sample's L = L_denoise + L_edge (Sec. 3.2), plus the gates' load-balance loss.
+
+    The last one is added if its weight `model.balance_weight` is above 0.
 
     Args:
-        model: the U-Net, or the engine, which calls it.
+        model: the U-Net, or the `engine.Engine` that wraps it.
         batch: the micro-batch, on the device of the model.
         schedule: the noise schedule.
         config: the run's configuration, with the weights of the losses.
-        dtype: precision of the forward pass.
+        dtype: precision of the forward pass; the losses are float32.
     """
     noised = schedule.add_noise(batch.x0, batch.noise, batch.timestep)
     if batch.small is not None:

@@ -22,10 +22,10 @@ class TimeMoE(Experts):
     """The Time-MoE layer: each sample goes through one expert, which its timestep selects (Sec. 7.3)."""
 
     def forward(self, h_BND: Tensor, expert_B: Tensor, samples_K: Tensor, factor_B: Tensor) -> Tensor:
-        """Run each sample through its expert; return [B, N, D].
+        """Run each sample through its expert; return its image tokens afterwards, [B, N, D].
 
         Args:
-            h_BND: image tokens.
+            h_BND: N image tokens of width D for each of B samples.
             expert_B: expert of each sample, int64.
             samples_K: number of samples of each expert, int64. The host does not read it, so nothing waits for the device.
             factor_B: factor on each sample's output, through which the gate gets its gradient (`routing.choose`).
@@ -71,9 +71,10 @@ class SpaceMoE(Experts):
         """Run each image token through the experts of the text tokens whose regions contain it.
 
         Args:
-            h_BND: image tokens.
+            h_BND: N image tokens of width D for each of B samples.
             mask_BNY: float32, 1 where image token n is in the region of text token y, else 0.
-            weight_BYK: float32, 1/n_y at the expert of each text token, else 0 (`routing.space_weights_BYK`).
+            weight_BYK: float32, for each of Y text tokens and K experts: 1 / (number of text tokens) at the token's expert,
+                else 0 (`routing.space_weights_BYK`).
 
         Returns:
             The output [B, N, D], and the share of image tokens that need each expert [B, K], without gradient.
@@ -93,12 +94,12 @@ class SpaceMoE(Experts):
         return out_RD.view_as(x_BND) + constant_BD.unsqueeze(1) + shared_BND, used_BK
 
     def routed_sum(self, x_RD: Tensor, w_RK: Tensor, zero_KD: Tensor) -> Tensor:
-        """Return the weighted sum over experts `sum_k w[r,k] (e_k(x[r]) - e_k(0))` for each row r, [R, D].
+        """Return the weighted sum over experts `sum_k w[r,k] (e_k(x[r]) - e_k(0))` for each image token r, [R, D].
 
         Args:
-            x_RD: image tokens.
-            w_RK: weight of each expert for each token.
-            zero_KD: `e_k(0) - b2_k` of the experts on this rank.
+            x_RD: image tokens of all samples.
+            w_RK: weight of each expert for each token, at least 0.
+            zero_KD: for each expert e_k on this rank, `e_k(0) - b2_k`, its output for a token of zeros without last bias.
         """
         if self.use_kernel:
             return self.sparse(x_RD, w_RK, self.num_experts) - w_RK @ zero_KD
@@ -106,10 +107,10 @@ class SpaceMoE(Experts):
         return run(self, x_RD, w_RK) - w_RK @ zero_KD
 
     def gathered(self, own_KD: Tensor) -> Tensor:
-        """Return a vector for each of the layer's K experts [K, D], given those of this rank's experts, `own_KD`.
+        """Return one vector for each of the layer's K experts, [K, D], given the vectors of this rank's experts, `own_KD`.
 
-        `forward` gathers the experts' outputs for a row of zeros. Here all experts are on this rank, so the result is
-        `own_KD`. Expert parallelism overrides this method.
+        In this class all experts are on this rank, so the result is `own_KD`. With expert parallelism a subclass gathers the
+        vectors of other ranks. The vectors are the experts' outputs for a token of zeros.
         """
         return own_KD
 
@@ -123,9 +124,10 @@ class SpaceMoE(Experts):
 
 
 def grouped_space_moe(experts: Experts, x_RD: Tensor, w_RK: Tensor) -> Tensor:
-    """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)` for each row r, [R, D], computed for the (row, expert) pairs with w > 0.
+    """Return the weighted sum over experts of each row r, `sum_k w[r,k] (e_k(x[r]) - b2_k)`, [R, D].
 
-    Shapes depend on the number of pairs, so the host waits for a GPU once per layer.
+    Rows are tokens, `w_RK` the weight of each expert for each row, e_k is expert k, and b2_k its last bias. Only (row,
+    expert) pairs with w > 0 are computed. Shapes depend on their number, so the host waits for a GPU once per layer.
     """
     needed_KR = (w_RK.detach() > 0).t()
     expert_P, row_P = needed_KR.nonzero(as_tuple=True)
@@ -141,9 +143,15 @@ SPACE_BACKENDS: dict[str, Callable[[Experts, Tensor, Tensor], Tensor]] = {
 
 
 def reference_space_moe(experts: Experts, x_BND: Tensor, mask_BNY: Tensor, weight_BYK: Tensor) -> Tensor:
-    """Compute the formula of Sec. 3.1 as printed: every text token runs its expert on the whole masked image.
+    """Compute the Space-MoE by the formula of Sec. 3.1 as printed: every text token runs its expert on the masked image.
 
-    It is slow and serves as a reference. The arguments are those of `SpaceMoE.forward`. Returns [B, N, D].
+    It is slow and serves as a reference for `SpaceMoE`. Returns [B, N, D].
+
+    Args:
+        experts: the K experts.
+        x_BND: normalised image tokens.
+        mask_BNY: float32, 1 where image token n is in the region of text token y, else 0.
+        weight_BYK: float32, weight of each text token at its expert, else 0.
     """
     chosen_S = weight_BYK.detach().argmax(dim=-1).flatten()
     factor_S = weight_BYK.sum(dim=-1).flatten()

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm of a feature map, followed by SiLU if `silu` is set.
+    """GroupNorm of a feature map [B, C, H, W], followed by SiLU if `silu` is True.
 
     The output has the memory format of the input, except with `use_kernel` (the Triton kernel), which returns channels last.
     """
@@ -19,7 +19,7 @@ class GroupNorm(nn.GroupNorm):
         self.silu, self.use_kernel = silu, False
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Return the normalised feature map [B, C, H, W]."""
+        """Return the normalised feature map [B, C, H, W], after SiLU if the module was built with `silu`."""
         if self.use_kernel:
             from raphael_dist.model.kernels.group_norm import group_norm
 
@@ -34,7 +34,7 @@ class LayerNorm(nn.LayerNorm):
     use_kernel = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the normalised tokens [..., D]."""
+        """Return the tokens x [..., D], each normalised over its D values."""
         if self.use_kernel:
             from raphael_dist.model.kernels.layer_norm import layer_norm
 
@@ -43,7 +43,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 def match_format(h_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
-    """Return h in the memory format of x.
+    """Return the feature map h in the memory format (contiguous or channels last) of the feature map x.
 
     Needed because, up to torch 2.13, the output of GroupNorm on CUDA is always contiguous.
     """

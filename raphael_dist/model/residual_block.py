@@ -33,7 +33,9 @@ class ResidualBlock(ResnetBlock2D):
 
 
 def feature_map_format(device: torch.device) -> torch.memory_format:
-    """Return the memory format of feature maps: channels last on GPUs, where convolutions are faster; contiguous on CPUs.
+    """Return the memory format for the U-Net's feature maps on `device`: channels last on GPUs, contiguous on CPUs.
+
+    Convolutions are faster on GPUs in channels last.
 
     Weights are contiguous everywhere, because ZeRO flattens them and checkpoints store them in that order.
     """

@@ -18,32 +18,32 @@ GateGradient = Literal["straight_through", "none", "scaled"]
 
 
 class Gate(nn.Module):
-    """A small feed-forward network that maps an embedding to one logit per expert (G in Sec. 3.1, G' in Sec. 7.3)."""
+    """A small network that selects an expert: it maps an embedding to one logit per expert (Sec. 3.1 and 7.3)."""
 
     def __init__(self, dim: int, hidden: int, num_experts: int) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, num_experts))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return one logit per expert, float32 [..., K], for embeddings x [..., D]."""
+        """Return one logit per expert, float32 [..., K], for embeddings x [..., D] of text tokens or timesteps."""
         logits: Tensor = self.net(x)
         return logits.float()
 
 
 def gate_kind(name: str) -> Literal["space", "time"] | None:
-    """Return which experts a gate selects ("space" or "time"), given the name of one of its parameters.
+    """Return whether the parameter `name` belongs to a gate for space experts ("space") or time experts ("time").
 
-    Any prefix of the name is allowed. Returns None for the name of another parameter.
+    Returns None if it belongs to no gate. Gates are the networks that select experts. The name may have any prefix.
     """
     parts = name.split(".")
     return "space" if "text_gates" in parts else "time" if "time_gates" in parts else None
 
 
 def gate_logits(gates: Sequence[Gate], x: Tensor) -> Tensor:
-    """Return the logits of all blocks' gates for the same input x [..., D], float32 [L, ..., K].
+    """Return the logits of the gates of L transformer blocks for the same input x [..., D], float32 [L, ..., K].
 
-    Two matrix products compute them. Running the gates one by one would need 3 L kernel launches, and 6 L in the backward
-    pass.
+    A gate has one logit for each of K experts. Two matrix products compute them. Running the gates one by one would need 3 L
+    kernel launches, and 6 L in the backward pass.
     """
     first, last = ([cast(nn.Linear, gate.net[i]) for gate in gates] for i in (0, 2))
     fused = nn.functional.linear(x, torch.cat([g.weight for g in first]), torch.cat([g.bias for g in first]))
@@ -54,7 +54,7 @@ def gate_logits(gates: Sequence[Gate], x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BlockRouting:
-    """The experts selected for one transformer block and one micro-batch.
+    """The experts selected for one transformer block and one micro-batch of B samples.
 
     Attributes:
         time_expert_B: int64, the time expert of each sample; None without a Time-MoE.
@@ -62,8 +62,9 @@ class BlockRouting:
             has the counts of other ranks on the host (`expert_dispatch.GroupSamples`).
         time_factor_B: float32, factor on the output of the time expert, through which the time gate gets its gradient
             (`choose`).
-        space_weight_BYK: float32, the factor of `choose` divided by the number of text tokens, at the expert of each text
-            token; 0 at other experts. The text gate gets its gradient through it.
+        space_weight_BYK: float32, for each of Y text tokens and K space experts: the factor of `choose`, divided by the
+            number of text tokens that take part, at the token's expert; 0 elsewhere. The text gate gets its gradient
+            through it. None without a Space-MoE.
         balance_B: float32, load-balance loss of the gates for each sample; None if its weight is 0 or without gradients.
     """
 
@@ -75,7 +76,7 @@ class BlockRouting:
 
 
 def one_hot(index: Tensor, num_classes: int) -> Tensor:
-    """Return the one-hot encoding of `index`, bool [..., num_classes].
+    """Return the one-hot encoding of `index` (int64 [...], from 0), bool [..., num_classes].
 
     torch's `one_hot` reads the largest index on most devices, so the host would wait.
     """
@@ -86,7 +87,7 @@ def choose(logits: Tensor, noise: Tensor | None, gradient: GateGradient) -> tupl
     """Choose experts by route = argmax softmax(logits + noise) (Sec. 3.1).
 
     Args:
-        logits: float32 [..., K].
+        logits: the gates' logits for K experts, float32 [..., K].
         noise: of the same shape, added to the logits; None: no noise.
         gradient: how the gate gets its gradient (`model.gate_gradient`).
 
@@ -104,11 +105,11 @@ def choose(logits: Tensor, noise: Tensor | None, gradient: GateGradient) -> tupl
 
 
 def band_of_timestep_B(timestep_B: Tensor, num_experts: int, num_timesteps: int) -> Tensor:
-    """Return the time expert of each timestep, int64 [B], for `model.time_routing=boundaries`.
+    """Return the time expert of each sample's timestep, int64 [B] in 0 .. K-1, for `model.time_routing=boundaries`.
 
-    The timesteps are divided into K equal bands (subranges), one for each expert. This is not in the paper; Wan 2.2 has two
-    such experts. Bands have equally many timesteps, not equal ranges of the signal-to-noise ratio. Training draws
-    timesteps evenly, also for each group of ranks that share experts, so every expert gets about equally many samples.
+    The timesteps are divided into K = `num_experts` equal bands (subranges), one for each expert. This is not in the paper;
+    Wan 2.2 has two such experts. Bands have equally many timesteps, not equal ranges of the signal-to-noise ratio. Training
+    draws timesteps evenly, also for each group of ranks that share experts, so every expert gets about equally many samples.
     """
     return (timestep_B * num_experts // num_timesteps).long().clamp(0, num_experts - 1)
 
@@ -121,8 +122,8 @@ def balance_loss_B(logits_BYK: Tensor, chosen_BY: Tensor, taking_part_BY: Tensor
     The time gate makes one choice per sample, so its loss is computed elsewhere (`RaphaelUNet.time_balance_L`).
 
     Args:
-        logits_BYK: logits of the text gate; further axes can come first, such as blocks.
-        chosen_BY: chosen experts, int64.
+        logits_BYK: logits of the text gate for Y text tokens and K experts; further axes can come first, such as blocks.
+        chosen_BY: chosen expert of each text token, int64.
         taking_part_BY: bool, False for tokens that are left out; None: all tokens count.
 
     Returns:
@@ -169,10 +170,10 @@ def region_mask_BNY(map_BNY: Tensor, threshold: float) -> Tensor:
     """Return each text token's region, Mhat of Sec. 3.1: float32 [B, N, Y] of ones and zeros, without a gradient.
 
     An image token is in the region of a text token if its attention to this token is at least `threshold` times the largest
-    one.
+    attention of any image token to it.
 
     Args:
-        map_BNY: attention of each image token to each text token.
+        map_BNY: attention of each of N image tokens to each of Y text tokens.
         threshold: alpha of Sec. 3.1, 0..1.
     """
     map_BNY = map_BNY.float()

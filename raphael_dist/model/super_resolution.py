@@ -22,7 +22,7 @@ def downscale(images_B3HW: Tensor, factor: int) -> Tensor:
 
 
 def append_small_image(x_BChw: Tensor, small_B3HsWs: Tensor, patch: int) -> Tensor:
-    """Append small images in -1..1 to latents as channels; return [B, C + 3 patch^2, h, w].
+    """Append small images in -1..1 to latents [B, C, h, w] as channels; return [B, C + 3 patch^2, h, w].
 
     Each latent position gets `patch` x `patch` pixels of the small image, each in its own three channels. If the small image
     has fewer pixels than that, they are repeated.
@@ -37,12 +37,12 @@ def append_small_image(x_BChw: Tensor, small_B3HsWs: Tensor, patch: int) -> Tens
 def back_project(images_B3HW: Tensor, small_B3HsWs: Tensor, times: int) -> Tensor:
     """Correct sampled images so that their downscaled versions approach the small images (Irani and Peleg, 1991).
 
-    The autoencoder and sampling change colours, while the small image has the right ones. The difference from the small
-    image is enlarged and added, `times` times.
+    The autoencoder and sampling change colours, while the small image has the right ones. Each correction enlarges the
+    difference between the small image and the downscaled one, and adds it.
 
     Args:
         images_B3HW: sampled images in -1..1.
-        small_B3HsWs: the small images in -1..1.
+        small_B3HsWs: the small images that were enlarged, in -1..1.
         times: number of corrections.
 
     Returns:

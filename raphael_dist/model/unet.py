@@ -38,9 +38,10 @@ TIME_GRID = 64  # timesteps at which the balance of the time gates is measured
 
 
 class ForwardState(NamedTuple):
-    """State of one forward pass: shared inputs, the routing of the blocks that have not run yet, and collected outputs.
+    """State of one forward pass: inputs of all blocks, the experts of blocks that have not run yet, and collected outputs.
 
-    `embedding_BE` is the timestep embedding. The lists get one entry for each transformer block that has run.
+    `embedding_BE`: timestep embeddings. `text_BYD`: text tokens. `end_B`: index of the end-of-text token. Each transformer
+    block appends one entry to both lists (`BlockOutput`).
     """
 
     embedding_BE: Tensor
@@ -56,9 +57,9 @@ def _present(values: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
 
 
 def count_samples(onehot_LBK: Tensor) -> Sequence[Tensor]:
-    """Return the number of samples of each time expert: for each layer int64 [K], on the device of `onehot_LBK`.
+    """Return the number of samples of each time expert: for each of L layers int64 [K], on the device of `onehot_LBK`.
 
-    `onehot_LBK`: the time expert of each sample in each layer, one-hot.
+    `onehot_LBK`: for each layer and sample, which of its K time experts it has, one-hot, bool.
     """
     return onehot_LBK.sum(dim=1).unbind(0)
 
@@ -171,7 +172,10 @@ class RaphaelUNet(nn.Module):
         edge_Bhw: Tensor | None = None,
         residuals: ControlResiduals | None = None,
     ) -> UNetOutput:
-        """Predict noise, velocity or flow of noised latents. The arguments up to `noise` are those of `UNetInput`.
+        """Predict the noise, velocity or flow in the noised latents `x_BCHW`; the prediction is [B, C, H, W].
+
+        `timestep_B`: int64. `text_BYD`, `text_mask_BY`: text tokens, and bool, False at padding. `end_B`: index of the
+        end-of-text token, int64. `noise`: noise on the logits of the gates, which select experts; None: no noise.
 
         Args:
             edge_Bhw: edge map in 0..1 for the model's own ControlNet; None: that ControlNet is not used.
@@ -195,7 +199,7 @@ class RaphaelUNet(nn.Module):
         )
 
     def begin(self, inputs: UNetInput) -> tuple[ForwardState, list[BlockRouting]]:
-        """Embed the timesteps and select all experts; return the state of the forward pass and each block's experts."""
+        """Begin a forward pass: embed timesteps and select each block's experts; return the pass's state and the experts."""
         embedding = self.time_embedding(self.time_proj(inputs.timestep_B).to(inputs.x_BCHW.dtype))
         routings = self.route_blocks(inputs.timestep_B, embedding, inputs.text_BYD, inputs.text_mask_BY, inputs.noise)
         return ForwardState(embedding, inputs.text_BYD, inputs.end_B, iter(routings), [], []), routings
@@ -210,7 +214,7 @@ class RaphaelUNet(nn.Module):
         return x
 
     def encode(self, state: ForwardState, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Run the encoder and the middle block on `x`, the first feature map (`stem`).
+        """Run the encoder and the middle block on `x`, the first feature map (`stem`). `state` is that of `begin`.
 
         Returns the output of the middle block, and the encoder's feature maps that the decoder reads, outermost first.
         """
@@ -226,7 +230,7 @@ class RaphaelUNet(nn.Module):
         return self._residual(self.mid_block, 1, x, state.embedding_BE), skips
 
     def decode(self, state: ForwardState, x: Tensor, skips: list[Tensor]) -> Tensor:
-        """Run the decoder on the results of `encode`; return the last feature map, before normalisation and convolution."""
+        """Run the decoder on `x` and `skips` from `encode`; return the input of the last normalisation and convolution."""
         skips = list(skips)
         for level in cast(list[UNetLevel], self.up_blocks):
             for i in range(len(level.resnets)):
@@ -254,7 +258,7 @@ class RaphaelUNet(nn.Module):
     ) -> list[BlockRouting]:
         """Choose the experts of every block (Sec. 3.1 and 7.3) from timesteps and captions; return one routing per block.
 
-        `embedding_BE`: timestep embeddings. The other arguments are those of `UNetInput`.
+        `embedding_BE`: timestep embeddings. `text_mask_BY`: False at padding. `noise`: on the gates' logits, or None.
         """
         m = self.config
         none: Sequence[Any] = [None] * self.num_blocks
@@ -281,10 +285,9 @@ class RaphaelUNet(nn.Module):
         ]
 
     def route_time(self, timestep_B: Tensor, embedding_BE: Tensor, noise: GateNoise | None) -> tuple[Tensor, Tensor]:
-        """Return each sample's time expert in each block, int64 [L, B], and the factor for its output [L, B].
+        """Return each sample's time expert in each of L blocks, int64 [L, B], and a factor for the expert's output [L, B].
 
         The gates get their gradient through this factor (`routing.choose`).
-
         `embedding_BE`: timestep embeddings. `noise`: added to the gates' logits; None: no noise.
         """
         m = self.config
@@ -295,7 +298,7 @@ class RaphaelUNet(nn.Module):
         return choose(logits_LBK, noise.time_BLK.transpose(0, 1) if noise else None, m.gate_gradient)
 
     def time_balance_L(self, device: torch.device) -> Tensor:
-        """Return the load-balance loss of the time gates, float32 [L]. Only the gates get a gradient from it.
+        """Return the load-balance loss of the time gate of each of L blocks, float32 [L]. Only gates get its gradient.
 
         A sample has one timestep, so its choice alone cannot be balanced. Training draws timesteps evenly. Therefore the
         loss is computed on an even grid of timesteps, without gate noise, and does not depend on how a batch is divided.
@@ -304,7 +307,7 @@ class RaphaelUNet(nn.Module):
         return balance_loss_B(logits_LGK, logits_LGK.detach().argmax(dim=-1))
 
     def time_logits(self, device: torch.device) -> Tensor:
-        """Return the time gates' logits at G = TIME_GRID evenly spaced timesteps, float32 [L, G, K].
+        """Return the logits of L blocks' time gates for K experts at G = TIME_GRID even timesteps, float32 [L, G, K].
 
         Only the gates get a gradient.
         """
@@ -314,7 +317,7 @@ class RaphaelUNet(nn.Module):
         return self._gate_logits(self.time_gates, embedding_GE)
 
     def text_logits(self, text_RD: Tensor) -> Tensor:
-        """Return the logits of the text gates for R text tokens, float32 [L, R, K]."""
+        """Return the logits of L blocks' text gates for K experts and R text tokens `text_RD`, float32 [L, R, K]."""
         return self._gate_logits(self.text_gates, text_RD.to(self.conv_in.weight.dtype))
 
     def _gate_logits(self, gates: nn.ModuleList, x: Tensor) -> Tensor:

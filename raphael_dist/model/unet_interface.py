@@ -13,8 +13,8 @@ class GateNoise(NamedTuple):
     """Noise for the logits of the gates, float32. It depends only on the seed and the sample's position in training.
 
     Attributes:
-        time_BLK: for the time gates, which select an expert for each sample.
-        space_BLYK: for the text gates, which select an expert for each text token.
+        time_BLK: for the time gates of L transformer blocks, which select one of K experts for each of B samples.
+        space_BLYK: for their text gates, which select one of K experts for each of a sample's Y text tokens.
     """
 
     time_BLK: Tensor
@@ -22,15 +22,15 @@ class GateNoise(NamedTuple):
 
 
 class UNetInput(NamedTuple):
-    """Inputs of the U-Net.
+    """Inputs of the U-Net for B samples.
 
     Attributes:
         x_BCHW: noised latents; for super-resolution with the channels of the small images.
-        timestep_B: int64.
-        text_BYD: text tokens.
+        timestep_B: diffusion timestep of each sample, int64.
+        text_BYD: Y text tokens of width D for each sample.
         text_mask_BY: bool, False at padding.
         end_B: index of the end-of-text token, int64.
-        noise: noise on the gates' logits in training; None: no noise.
+        noise: noise on the logits of the gates, which select experts, in training; None: no noise.
     """
 
     x_BCHW: Tensor
@@ -42,15 +42,15 @@ class UNetInput(NamedTuple):
 
 
 class UNetOutput(NamedTuple):
-    """Results of one forward pass.
+    """Results of one forward pass of the U-Net.
 
     This is a tuple because DeepSpeed looks for tensors only in tuples, lists and dicts. If it finds none, it does not
     prepare the backward pass, and gradients of earlier micro-steps are added twice.
 
     Attributes:
         prediction: predicted noise, velocity or flow [B, C, h, w].
-        edge_logits: for each block with an edge module, float32 [B, h, w].
-        space_used: for each block, share of image tokens that each space expert processes, [B, K].
+        edge_logits: for each transformer block with an edge module, logits of the predicted edges, float32 [B, h, w].
+        space_used: for each block, share of image tokens (0..1) that each of K space experts processes, [B, K].
         time_expert: for each block, the time expert of each sample, int64 [B].
         balance: for each block, load-balance loss of the gates, float32 [B]; empty if its weight is 0 or without gradients.
     """
@@ -63,7 +63,7 @@ class UNetOutput(NamedTuple):
 
 
 class ControlResiduals(NamedTuple):
-    """Tensors that a ControlNet adds to the U-Net's skip connections (outermost first) and to its middle."""
+    """Tensors that a ControlNet adds to the U-Net's skip connections (outermost first) and to its middle block's output."""
 
     skips: tuple[Tensor, ...]
     middle: Tensor

@@ -19,15 +19,18 @@ REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 
 
 class Work(Protocol):
-    """The handle of a collective in progress, such as torch.distributed returns with async_op=True."""
+    """The handle of a collective in progress, such as torch.distributed returns with async_op=True.
+
+    The collective's result must not be read before `wait` was called.
+    """
 
     def wait(self) -> object:
-        """Wait until the collective's result can be read."""
+        """Wait until the result of the collective (the exchange between ranks) can be read. The return value has no use."""
 
 
 @dataclass
 class Traffic:
-    """Bytes that this rank sent to other ranks.
+    """Counter of the bytes that this rank sent to other ranks, by purpose.
 
     They are computed on the host from the sizes of the tensors, not measured. For gathers and reductions a ring algorithm is
     assumed: for n ranks a rank sends (n - 1)/n of the whole tensor, and in an all-reduce twice as much.
@@ -44,16 +47,17 @@ class Traffic:
     weights: int = 0
 
     def take(self) -> "Traffic":
-        """Return the bytes since the last call as a new object, and set the counters to 0."""
+        """Return the bytes sent since the last call of `take`, as a new `Traffic`, and set this one's counters to 0."""
         taken = replace(self)
         self.experts = self.gradients = self.weights = 0
         return taken
 
 
 def reduce_scatter(out: Tensor, rows: Tensor, group: dist.ProcessGroup | None) -> Work:
-    """Start to sum `rows` over the ranks of a group; each rank gets an equal part of the sum.
+    """Start to sum the tensors `rows` of all ranks of a group; each rank gets an equal part of the sum in `out`.
 
-    `rows` is [n R, ...] for n ranks, and `out` [R, ...]. When the returned work is done, `out` contains this rank's part.
+    `rows` is [n R, ...] for n ranks, and `out` [R, ...]. Call `wait` of the returned handle before reading `out`.
+    `group`: None means all ranks.
 
     Gloo's own reduce-scatter is an all-reduce, which sends every byte twice. On gloo this function sends each part directly
     to the rank that needs it, and that rank adds the parts up.
@@ -98,13 +102,14 @@ class ExpertGroup:
 
     @property
     def name(self) -> str:
-        """The group's name in DeepSpeed's registry. DeepSpeed reads the group's size from it."""
+        """The group's name in DeepSpeed's registry of process groups, "ep_size_" and the number of its ranks."""
         return f"ep_size_{self.size}"
 
     def all_to_all(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> tuple[Tensor, Work]:
-        """Send `sent[p]` consecutive rows to each member p; return the received rows by member, and the handle to wait for.
+        """Start to send `sent[p]` consecutive rows of the tensor `rows` to each rank p of the group.
 
-        `received[p]` is the number of rows that member p sends to this rank.
+        `received[p]` is the number of rows that rank p sends to this rank. Returns the tensor of received rows, in the order
+        of the ranks, and the handle whose `wait` must be called before the tensor is read.
         """
         out = rows.new_empty(sum(received), *rows.shape[1:])
         work = dist.all_to_all_single(
@@ -114,9 +119,10 @@ class ExpertGroup:
         return out, work
 
     def all_gather(self, rows: Tensor) -> tuple[Tensor, Work]:
-        """Return the rows of all members, in the order of members, and the handle to wait for.
+        """Start to gather the tensors `rows` [R, ...] of all n ranks of the group on each of them. R must be equal on all.
 
-        All members must have equally many rows.
+        Returns the tensor [n R, ...] of all rows, in the order of the ranks, and the handle whose `wait` must be called
+        before the tensor is read.
         """
         out = rows.new_empty(self.size * rows.shape[0], *rows.shape[1:])
         work = dist.all_gather_into_tensor(out, rows.contiguous(), group=self.process_group, async_op=True)
@@ -124,7 +130,10 @@ class ExpertGroup:
         return out, work
 
     def reduce_scatter(self, rows: Tensor) -> tuple[Tensor, Work]:
-        """Sum `rows` over all members; return this member's 1/size of the summed rows, and the handle to wait for."""
+        """Start to sum the tensors `rows` [n R, ...] of all n ranks of the group, and give each rank R rows of the sum.
+
+        Returns this rank's rows [R, ...], and the handle whose `wait` must be called before they are read.
+        """
         out = rows.new_empty(rows.shape[0] // self.size, *rows.shape[1:])
         work = reduce_scatter(out, rows.contiguous(), self.process_group)
         self.traffic.experts += (self.size - 1) * out.nbytes
@@ -156,20 +165,23 @@ class Exchange:
         return received
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Send rows and wait; return the received rows."""
+        """Exchange `rows` [R, ...] with the other ranks of the group, and wait; return the result [R', ...].
+
+        This is `start` and `finish` with nothing computed in between.
+        """
         return self.finish(self.start(rows))
 
     def launch(self, rows: Tensor, forward: bool) -> Tensor:
-        """Start the collective that exchanges `rows`, without autograd.
+        """Start the exchange of `rows` [R, ...] between ranks, without autograd. `start` and `finish` call it.
 
-        `forward`: True for the exchange of the forward pass, False for that of gradients in the opposite direction.
-        Returns the collective's result, which must not be read before `wait`.
+        `forward`: True in the forward pass; False in the backward pass, where `rows` are gradients and the opposite exchange
+        is started. Returns the tensor of the result, which must not be read before `wait`.
         """
         self._pending = self._forward(rows) if forward else self._backward(rows)
         return self._pending[0]
 
     def wait(self) -> Tensor:
-        """Wait for the collective that `launch` started and return its result."""
+        """Wait for the exchange that `launch` started and return its result, e.g. the received rows [R', ...]."""
         assert self._pending is not None
         (out, work), self._pending = self._pending, None
         work.wait()
@@ -183,9 +195,10 @@ class Exchange:
 
 
 class AllToAll(Exchange):
-    """Sends `sent[p]` consecutive rows to each member p of a group, and receives `received[p]` rows from it.
+    """An exchange in which each rank sends different rows of a tensor to each other rank of a group. It is differentiable.
 
-    Gradients go in the opposite direction.
+    This rank sends `sent[p]` consecutive rows to rank p of the group, and receives `received[p]` rows from it. The result
+    has the received rows in the order of the ranks. Gradients go in the opposite direction.
     """
 
     def __init__(self, group: ExpertGroup, sent: Sequence[int], received: Sequence[int]) -> None:
@@ -200,9 +213,9 @@ class AllToAll(Exchange):
 
 
 class AllGather(Exchange):
-    """Gives every member of a group the rows of all members.
+    """An exchange that gives every rank of a group the tensor rows of all its ranks, in their order. It is differentiable.
 
-    The gradient of a row is the sum of all members' gradients for it.
+    The gradient of a row is the sum of all ranks' gradients for it.
     """
 
     def _forward(self, rows: Tensor) -> tuple[Tensor, Work]:
@@ -213,9 +226,9 @@ class AllGather(Exchange):
 
 
 class ReduceScatter(Exchange):
-    """Sums the rows over all members of a group and gives each member its part of the sum.
+    """An exchange that sums tensors over all ranks of a group and gives each rank its part of the rows of the sum.
 
-    The gradient of each summand is the gradient of the sum.
+    It is differentiable: the gradient of each summand is the gradient of the sum.
     """
 
     def _forward(self, rows: Tensor) -> tuple[Tensor, Work]:

@@ -46,12 +46,13 @@ class BatchPlan:
 
     @classmethod
     def of(cls, config: Config, world_size: int, samples_seen: Iterable[int] = ()) -> "BatchPlan":
-        """Return the plan for the training steps of a configuration.
+        """Return the plan by which a configuration's global batch is divided over ranks and micro-steps.
 
         Args:
             config: the run's configuration.
             world_size: number of ranks.
-            samples_seen: positions at which the run may resume, i.e. those of its checkpoints. They decide `aligned`.
+            samples_seen: numbers of samples after which the run may resume, i.e. those of its checkpoints. They decide
+                whether `aligned` is True.
 
         Raises:
             UserError: there are more ranks than samples in a global batch.
@@ -72,7 +73,7 @@ class BatchPlan:
     def accumulation(self) -> int:
         """Micro-steps per optimizer step, equal in all steps: enough for the step that is divided into the most chunks.
 
-        A chunk is the samples, all of one image size, that one unit processes in one micro-step.
+        A chunk is the samples, all of one image size, that `unit` consecutive ranks process in one micro-step.
         """
         return -(-self._most_chunks // max(1, self.world_size // self.unit))
 
@@ -83,12 +84,12 @@ class BatchPlan:
 
     @property
     def waste(self) -> float:
-        """Share (0..1) of the slots of a step that are empty, i.e. filled with a sample of weight 0."""
+        """Share (0..1) of the places for samples in a step's micro-batches that are filled with a sample of weight 0."""
         return 1 - self.global_batch_size / (self.accumulation * self.world_size * self.micro_batch_size)
 
     @property
     def loss_scale(self) -> float:
-        """Factor on a rank's sum of sample losses, so that the gradients become those of the mean over the global batch.
+        """Factor on a micro-step's sum of sample losses, so that gradients become those of the mean over the global batch.
 
         It cancels DeepSpeed's divisions: by `accumulation` in the backward pass, and by `world_size` in the all-reduce.
         """
@@ -97,8 +98,13 @@ class BatchPlan:
     def slots(self, samples_seen: int, rank: int, micro_step: int) -> list[tuple[int, float]]:
         """Return (position, weight) of each sample in one micro-batch of a rank. The weight is 1, or 0 for an empty slot.
 
-        A position is the number of a sample in the order of training. `samples_seen` is the first position of the step. An
-        empty slot repeats the position of another sample.
+        A slot is a place for a sample in a micro-batch; an empty one repeats the position of another sample. A position is
+        the number of a sample in the order of training.
+
+        Args:
+            samples_seen: number of samples that were processed before this step, which is its first position.
+            rank: the rank, from 0.
+            micro_step: the micro-step within the step, from 0.
         """
         chunks = _chunks(self.global_batch_size, self._span, self.run, samples_seen % self.run if self.run else 0)
         number = micro_step * (self.world_size // self.unit) + rank // self.unit
@@ -113,7 +119,7 @@ class BatchPlan:
         return self.unit * self.micro_batch_size
 
     def advice(self) -> list[str]:
-        """Return a list with a line that suggests better settings if more than 10% of the slots are empty, else [].
+        """Return a list with one line that suggests better settings if over 10% of the slots are empty, else [].
 
         A slot is one place in a micro-batch of a rank. An empty one is computed, but has weight 0 in the loss.
         """
@@ -158,8 +164,8 @@ class BatchPlan:
 def ranks_per_unit(config: Config) -> int:
     """Return how many consecutive ranks must process the same image size at the same time.
 
-    They exchange tokens or samples for sharded experts. Groups of `space_ep` and of `time_ep` ranks can overlap, so the size
-    is the least common multiple of the two.
+    They exchange tokens or samples for sharded experts. Groups of `parallel.space_ep` and of `parallel.time_ep` ranks can
+    overlap, so the number is the least common multiple of the two; 1 without sharded experts.
     """
     return math.lcm(config.parallel.space_ep, config.parallel.time_ep)
 

@@ -58,7 +58,10 @@ SampleCounts = GroupSamples | Tensor  # of a layer with and without sharded time
 
 
 class ParallelTimeMoE(TimeMoE):
-    """A TimeMoE that has K/P of the K experts; P ranks share them. Samples move to the rank of their expert and back."""
+    """A Time-MoE layer whose K experts are sharded over P ranks: this rank has K/P of them.
+
+    Samples move to the rank of their expert and back.
+    """
 
     group: ExpertGroup
 
@@ -67,9 +70,15 @@ class ParallelTimeMoE(TimeMoE):
         _take_slice(self, whole, group)
 
     def forward(self, h_BND: Tensor, expert_B: Tensor, samples: Any, factor_B: Tensor) -> Tensor:
-        """Run each sample through its expert; return [B, N, D]. Collective among the ranks that share the experts.
+        """Run each sample through its expert, which may be on another rank; return its image tokens afterwards, [B, N, D].
 
-        The arguments are those of `TimeMoE.forward`, except `samples`: the counts of all these ranks (`GroupSamples`).
+        Collective among the ranks that share the experts.
+
+        Args:
+            h_BND: N image tokens of width D for each of this rank's B samples.
+            expert_B: global index of each sample's expert, int64.
+            samples: a `GroupSamples`, the number of samples that each of these ranks sends to each expert.
+            factor_B: factor on each sample's output, through which the gate gets its gradient.
         """
         me, (host_PPK, device_PPK) = self.group.index, samples
         sent, received = host_PPK[me].sum(dim=1).tolist(), host_PPK[:, me].sum(dim=1).tolist()
@@ -103,7 +112,10 @@ class ParallelTimeMoE(TimeMoE):
 
 
 class ParallelSpaceMoE(SpaceMoE):
-    """A SpaceMoE that has K/P of the K experts; P ranks share them. Tokens move to the ranks of the experts they need."""
+    """A Space-MoE layer whose K experts are sharded over P ranks: this rank has K/P of them.
+
+    Image tokens move to the ranks of the experts that they need, and back.
+    """
 
     group: ExpertGroup
 
@@ -115,8 +127,8 @@ class ParallelSpaceMoE(SpaceMoE):
     def routed_sum(self, x_RD: Tensor, w_RK: Tensor, zero_KD: Tensor) -> Tensor:
         """Return `sum_k w[r,k] (e_k(x[r]) - e_k(0))` over the experts of all P ranks, [R, D]. Collective among these ranks.
 
-        `x_RD` are this rank's tokens, `w_RK` their weights for all K experts, and `zero_KD` is `e_k(0) - b2_k` of the
-        experts on this rank.
+        e_k is the function of expert k. `x_RD`: this rank's image tokens. `w_RK`: their weights for all K experts, at least
+        0. `zero_KD`: for this rank's experts, `e_k(0) - b2_k`: the output for a token of zeros without the last bias b2_k.
         """
         w_RPK = torch.unflatten(w_RK, 1, (self.group.size, self.num_experts))
         needed_PR = (w_RPK.detach() > 0).any(dim=2).t()
@@ -126,9 +138,9 @@ class ParallelSpaceMoE(SpaceMoE):
         return self._all_to_all(x_RD, w_RPK, zero_KD, needed_PR, counts_PP)
 
     def gathered(self, own_KD: Tensor) -> Tensor:
-        """Return a vector for each of the layer's K experts [K, D], given those of this rank's K/P experts, `own_KD`.
+        """Gather one vector for each of the layer's K experts from the P ranks that share them, [K, D]. Collective.
 
-        Collective among the P ranks. `forward` gathers the experts' outputs for a row of zeros.
+        `own_KD`: the vectors of this rank's K/P experts. They are the experts' outputs for a token of zeros.
         """
         return AllGather(self.group)(own_KD)
 
@@ -175,12 +187,12 @@ class ParallelSpaceMoE(SpaceMoE):
 
 
 def count_samples(onehot_LBK: Tensor, group: ExpertGroup, sharded: Sequence[bool]) -> list[SampleCounts]:
-    """Return the number of samples of each time expert, for each layer. Collective, once for all layers.
+    """Return the number of samples of each time expert, for each Time-MoE layer. Collective, once for all L layers.
 
     The host waits for a GPU in this function.
 
     Args:
-        onehot_LBK: the time expert of each sample in each layer, one-hot.
+        onehot_LBK: which of K time experts each of this rank's samples has in each layer, one-hot, bool.
         group: the ranks that share the experts.
         sharded: for each layer, whether its time experts are sharded.
 
@@ -213,10 +225,10 @@ def _take_slice(layer: Any, whole: Experts, group: ExpertGroup) -> None:
 def shard_experts(
     model: RaphaelUNet, config: Config, plan: BatchPlan, create_groups: Callable[[int, Traffic], ExpertGroup]
 ) -> Traffic:
-    """Keep only this rank's share of the experts on some U-Net levels. The other levels keep all experts. Collective.
+    """Shard the experts on some U-Net levels: keep only this rank's share of them. Collective.
 
-    `placement.choose_placement` decides on which levels. Call it before the optimizer is created, on models with equal
-    weights.
+    `placement.choose_placement` decides on which levels; the others keep all experts. Call this function before the
+    optimizer is created, on models with equal weights on all ranks.
 
     Args:
         model: the U-Net, changed in place.

@@ -46,14 +46,15 @@ class LevelCost:
 
     @property
     def saved(self) -> int:
-        """Number of parameters that sharding the experts saves on each rank."""
+        """Number of parameters that a rank does not have if the experts are sharded instead of replicated."""
         return self.parameters - self.parameters // self.ep
 
 
 def choose_placement(config: Config, plan: BatchPlan) -> list[LevelCost]:
-    """Return costs and decision for the experts on each U-Net level with transformer blocks.
+    """Decide on each U-Net level with transformer blocks whether its experts are sharded; return costs and decisions.
 
-    Kinds of experts whose expert-parallel size (`parallel.space_ep`, `parallel.time_ep`) is 1 are left out.
+    `plan`: how the global batch is divided over ranks. The list has one entry per kind of experts and level. Kinds of
+    experts whose expert-parallel size (`parallel.space_ep`, `parallel.time_ep`) is 1 are left out.
     """
     costs = []
     for kind in EXPERT_KINDS:
@@ -63,7 +64,10 @@ def choose_placement(config: Config, plan: BatchPlan) -> list[LevelCost]:
 
 
 def blocks_per_level(config: Config) -> list[int]:
-    """Return the number of transformer blocks of each U-Net level. The middle block counts for the last level."""
+    """Return the number of transformer blocks on each U-Net level, outermost first; 0 on levels without attention.
+
+    Encoder and decoder are added up. The middle block counts for the last level.
+    """
     m = config.model
     blocks = [(2 * m.layers_per_block + 1) * attends for attends in m.attention]
     blocks[-1] += 1
@@ -92,7 +96,9 @@ def _cost(config: Config, plan: BatchPlan, kind: ExpertKind, level: int, blocks:
 
 
 def sync_traffic(parameters: int, ranks: int) -> int:
-    """Return how many tensor elements a rank sends per step to reduce gradients and to gather new weights.
+    """Return how many tensor elements a rank sends per optimizer step to reduce gradients and to gather new weights.
+
+    A ring algorithm with ZeRO-1 or 2 is assumed.
 
     Args:
         parameters: number of parameters.
@@ -102,14 +108,17 @@ def sync_traffic(parameters: int, ranks: int) -> int:
 
 
 def mean_tokens(config: Config, level: int) -> int:
-    """Return the number of image tokens per image on a U-Net level, averaged over the image sizes."""
+    """Return the number of image tokens per image on a U-Net level (0: outermost), averaged over the run's image sizes."""
     side: int = latent_factor(config.image.vae) * 2**level
     tokens = [-(-height // side) * -(-width // side) for height, width in config.image.buckets]
     return sum(tokens) // len(tokens)
 
 
 def describe(costs: Sequence[LevelCost]) -> list[str]:
-    """Return the costs and decisions of `choose_placement` as the lines of a table; [] if there are none."""
+    """Return the lines of a text table of where experts are sharded, and what it costs; [] if `costs` is empty.
+
+    `costs`: the result of `choose_placement`.
+    """
     if not costs:
         return []
     lines = [

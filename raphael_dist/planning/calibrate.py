@@ -108,7 +108,7 @@ def _seconds_per_row_difference(work: Callable[[Tensor], object]) -> float:
 
 
 def measure_rates() -> dict[str, ClassRate]:
-    """Measure the speed of each class of operations on this machine; return it by the class's name (`op_costs.CLASSES`)."""
+    """Measure the speed of each class of torch operations on this machine; return it by name, e.g. "convolution"."""
     size = 2.0 * ROWS * WIDTH * 4  # bytes read and written by the large operation
     compute = {
         "product": (_product(4), _product(512), 2 * 512**3),
@@ -134,8 +134,8 @@ def description(rates: dict[str, ClassRate], factor: float, us: float, recompute
     """Return a cluster description of this machine for the planner, as the tree of a YAML file.
 
     Args:
-        rates: measured speed of each class of operations (`measure_rates`), with no other operations in between.
-        factor: how many times longer an operation takes within a training step than in this measurement.
+        rates: measured speed of each class of operations (e.g. "convolution"), each operation repeated alone.
+        factor: how many times longer an operation takes within a training step than alone.
         us: microseconds that every operation takes in addition, however small it is.
         recomputed: how many times longer a forward operation takes when the backward pass runs it again.
     """
@@ -161,7 +161,7 @@ def description(rates: dict[str, ClassRate], factor: float, us: float, recompute
 
 
 def measured_step(config: Config, repeats: int = 4) -> float:
-    """Return the seconds of forward and backward pass of one micro-step on the CPU: the fastest of `repeats`."""
+    """Measure the seconds of one micro-step (forward and backward pass) on the CPU: the fastest of `repeats` runs."""
     torch.manual_seed(0)
     model, schedule = RaphaelUNet(config), NoiseSchedule.create(config.diffusion)
     batch = random_batch(config, model.num_blocks)
@@ -209,7 +209,7 @@ def random_batch(config: Config, num_blocks: int) -> Batch:
 
 
 def predicted_step(config: Config, cluster: ClusterSpec) -> float:
-    """Return the seconds that the planner predicts for forward and backward pass of one micro-step in float32."""
+    """Return the predicted seconds of one micro-step (forward and backward pass) in float32 on a device of `cluster`."""
     return sum(device_times(trace(config, config.train.micro_batch_size), cluster, "float32"))
 
 
@@ -243,8 +243,10 @@ def calibrate(path: Path) -> str:
 def fit_recomputed(cluster: ClusterSpec) -> float:
     """Return how many times longer a forward operation takes when the backward pass runs it again.
 
-    `cluster` describes this machine without this factor. The factor is computed from measured steps with and without
-    recomputation of the blocks. It follows from a small difference of two long times, so it is not precise.
+    The factor is computed from measured training steps with and without recomputation of the transformer blocks, compared
+    with predictions. It follows from a small difference of two long times, so it is not precise.
+
+    `cluster`: description of this machine, in which the factor is 1. The predictions are made with it.
     """
     steps = []
     for recompute in ("none", "blocks"):
@@ -253,9 +255,12 @@ def fit_recomputed(cluster: ClusterSpec) -> float:
 
 
 def fit_reference(rates: dict[str, ClassRate]) -> tuple[float, float]:
-    """Compare measured training steps with the rates of single operations (`measure_rates`).
+    """Compute how much longer operations take within a training step than alone, from measured training steps.
 
-    Steps with one image and with eight are measured, which run the same operations with different sizes.
+    Steps with one image and with eight images are measured. They run the same operations with different sizes.
+
+    Args:
+        rates: measured speed of each class of operations (e.g. "convolution"), each operation repeated alone.
 
     Returns:
         How many times longer operations take within a step than alone; and the microseconds that every operation takes in

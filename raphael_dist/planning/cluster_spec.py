@@ -51,8 +51,9 @@ class ClusterSpec(BaseModel):
         memory_gb: GB (1e9 bytes) of a device; on a CPU, of the host.
         peak_tflops: peak TFLOP/s in the data sheet, by `train.dtype`.
         rates: achieved rates, by `train.dtype` and class of operations. Missing classes use `product` or `other`.
-        launch_us: microseconds of the host per operation.
-        node_gb_s, net_gb_s, node_hop_us, net_hop_us: links, see `communication.Cluster`.
+        launch_us: microseconds that the host needs to launch one operation.
+        node_gb_s, net_gb_s: GB/s from a device to others of its node, and through its network card.
+        node_hop_us, net_hop_us: latency in microseconds between two devices of a node, and of different nodes.
         price: dollars per device hour.
         gpu_hours_per_failure: device hours between two failures that end a run.
         storage_gb_s: GB/s that a node writes.
@@ -81,7 +82,7 @@ class ClusterSpec(BaseModel):
     recomputed: Number = Number(value=1.0, source="assumed")
 
     def with_value(self, name: str, value: float) -> "ClusterSpec":
-        """Return a copy in which the field `name` has another value. The stated source of the value is not changed."""
+        """Return a copy in which the number `name` (e.g. "price") is `value`. The stated source of the number is kept."""
         return self.model_copy(update={name: getattr(self, name).model_copy(update={"value": value})})
 
     def links(self, ranks: int) -> Cluster:
@@ -96,9 +97,9 @@ class ClusterSpec(BaseModel):
         )
 
     def rate(self, dtype: str, op_class: str) -> Rates:
-        """Return the speed of a class of torch operations (`op_costs.CLASSES`) in a dtype such as "bfloat16".
+        """Return the speed of a class of torch operations, e.g. "convolution", in a dtype, e.g. "bfloat16".
 
-        A class that is not listed has the speed of `product` (if it has FLOPs) or `other`.
+        A class that the description does not list has the speed of the class "product" (if it has FLOPs) or "other".
 
         Raises:
             UserError: the cluster description has no rates for the dtype.
@@ -114,13 +115,13 @@ class ClusterSpec(BaseModel):
 
 
 def cluster_names() -> list[str]:
-    """Return the names of the clusters that ship with the package."""
+    """Return the names of the cluster descriptions that ship with the package, e.g. "h100x8", sorted."""
     folder = resources.files("raphael_dist.planning") / "clusters"
     return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
 
 
 def load_cluster(name_or_path: str) -> ClusterSpec:
-    """Read a cluster description, given its name or the path of a YAML file.
+    """Read a cluster description, given its name (e.g. "h100x8", see `cluster_names`) or the path of a YAML file.
 
     Raises:
         UserError: there is no such cluster, or its description is invalid.

@@ -94,6 +94,9 @@ def ring(
         cluster: the links.
         stride: difference of the rank numbers of two neighbours in the ring.
         calls: number of collectives into which the tensor is divided; each has its own latency.
+
+    Returns:
+        The predicted seconds, and the GB through a rank's network card. Both are 0 for one rank.
     """
     if ranks <= 1:
         return Communication(name, 0.0, 0.0, hidden_by)
@@ -130,7 +133,7 @@ def communications(
     reductions: int = 1,
     persistent: int = 0,
 ) -> list[Communication]:
-    """Return all kinds of communication of a step, with predicted times.
+    """Predict all communication of a step: reduce gradients, gather weights, send tokens to experts of other ranks.
 
     Args:
         config: model, batch and precision.
@@ -138,7 +141,7 @@ def communications(
         cluster: the links.
         parameters: number of parameters of the whole model.
         scheme: how weights and gradients are divided over ranks and reduced, e.g. "reduce_scatter" (docs/scale.md).
-        reductions: how often a step reduces gradients, and under ZeRO-3 gathers weights.
+        reductions: how often a step reduces gradients, and under ZeRO-3 gathers weights: once, or in every micro-step.
         persistent: total elements of the small parameters (up to 100,000 elements each), which ZeRO-3 gathers only once
             in a step.
 

@@ -40,11 +40,14 @@ class DummyGroup(ExpertGroup):
 
 
 def shard_for_trace(config: Config, plan: BatchPlan) -> Callable[[RaphaelUNet, int], Traffic]:
-    """Return a function that shards a model's experts over a simulated group of ranks (argument `shard` of `trace.trace`).
+    """Return a function `shard(model, samples)` that shards a model's experts over a simulated group of ranks.
 
-    Given the model and the number of samples per rank, it returns a counter of the bytes that the rank sends.
-    `config.parallel` and the division of the batch, `plan`, determine which layers are sharded. The model then has only the
-    experts of the first rank of a group.
+    In each sharded layer, that function removes all experts but those of the group's first rank. `samples` is the number of
+    samples per rank. It returns a counter of the bytes that this rank would send to the others.
+
+    Args:
+        config: the run's configuration. `config.parallel` states over how many ranks experts are sharded.
+        plan: how the batch is divided over ranks. It determines on which U-Net levels sharding saves communication.
     """
 
     def shard(model: RaphaelUNet, samples: int) -> Traffic:

@@ -26,7 +26,7 @@ LIBRARIES = 65_000_000
 
 @dataclass(frozen=True)
 class States:
-    """Bytes of a rank for the model states.
+    """Bytes of one rank for the model states: weights, gradients, and what the optimizer stores.
 
     Attributes:
         weights: weights that the model computes with, in `train.dtype`.
@@ -106,7 +106,10 @@ class MemoryFootprint:
 
 
 def topology(config: Config, stage: int, world: int) -> Topology:
-    """Return how the parameters of a model are divided over `world` ranks in a ZeRO stage, with its expert parallelism."""
+    """Return how a model's parameters are divided over `world` ranks, by ZeRO and by the expert parallelism of `config`.
+
+    `stage`: the ZeRO stage, 0 to 3.
+    """
     parallel = config.parallel
     options = Options(world=world, space_ep=parallel.space_ep, time_ep=parallel.time_ep, stage=stage)
     return topology_of(config, options)
@@ -120,10 +123,10 @@ def model_states(
     Args:
         config: the run's configuration.
         shapes: shapes of the whole model's parameters, by name.
-        where: how they are divided over the ranks.
+        where: how these parameters are divided over the ranks, and the ZeRO stage.
         accumulation: micro-steps per optimizer step.
         rank: the rank.
-        contiguous: whether gradients lie in one buffer (`MemoryFootprint`). It matters for ZeRO-1 and 2 only.
+        contiguous: whether all gradients lie in one buffer and are reduced at once. It matters for ZeRO-1 and 2 only.
     """
     width = bytes_per_element(config.train.dtype)
     moments = 8 if config.optim.has_moments else 0  # bytes per element: two in float32
@@ -166,7 +169,7 @@ def memory_footprint(
     Args:
         config: the run's configuration.
         shapes: shapes of the whole model's parameters, by name.
-        where: how they are divided over the ranks.
+        where: how these parameters are divided over the ranks, and the ZeRO stage.
         accumulation: micro-steps per optimizer step.
         overlap: whether gradients are reduced during the backward pass.
     """
@@ -200,11 +203,11 @@ def persistent_elements(shapes: Shapes) -> int:
 
 
 def rank_memory(config: Config, footprint: MemoryFootprint, activations: int, *, allocator: bool = True) -> RankMemory:
-    """Compute the peak memory of a rank.
+    """Compute the peak memory of one rank during a step, by kind, in bytes.
 
     Args:
         config: the run's configuration.
-        footprint: memory that does not depend on the micro-batch.
+        footprint: memory of the rank that does not depend on the micro-batch (weights, optimizer states, buffers).
         activations: largest memory of activations in a micro-step, in bytes.
         allocator: whether torch's caching allocator keeps freed blocks; False on a CPU.
     """

@@ -8,13 +8,14 @@ COMPARED: tuple[Recompute, ...] = ("none", "blocks")
 
 
 def memory_table(name: str, search: Search) -> str:
-    """Return a Markdown table of the largest micro-batches, one row per ZeRO stage.
+    """Return a Markdown table of the largest micro-batch that fits into GPUs of 24, 48, 80 and 141 GB.
 
-    For each GPU memory size (SIZES_GB), a row has the largest micro-batch that fits and in brackets the GB per rank, first
-    without recomputation and then with transformer blocks recomputed; "-" if none fits.
+    There is a row for each ZeRO stage and a column for each memory size. A cell has two entries such as "8 (20.1) / 12
+    (21.5)": without recomputation, and with recomputation of transformer blocks. An entry is the micro-batch (images per
+    rank) and in brackets the memory of a rank in GB; "-" if no micro-batch fits.
 
     Args:
-        name: label of the rows.
+        name: label of the rows, e.g. the name of the preset.
         search: the model and the cluster. `search.allowed["stage"]` lists the stages; without it the only one is stage 2.
     """
     header = [

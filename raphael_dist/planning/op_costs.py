@@ -92,7 +92,7 @@ class LiveBytes(TorchDispatchMode):
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def restart(self) -> int:
-        """Return the largest number of live bytes since the last call, and start a new measurement at the current number."""
+        """Return the largest number of live bytes since the last call, and set `peak` to the current number."""
         peak, self.peak = self.peak, self.live
         return peak
 

@@ -46,8 +46,9 @@ class Recorder(LiveBytes):
     """Records every operation that launches work, and live memory by segment (a transformer block or residual block).
 
     Attributes:
-        rows: (kind, phase, class, segment, FLOPs, bytes) of each operation, as in `trace.Trace`.
-        phase: "forward" or "backward".
+        rows: (kind, phase, class, segment, FLOPs, bytes) of each operation. Kind, phase and class are indices into KINDS,
+            PHASES and op_costs.CLASSES. The segment is its number, or -1. Bytes are those of inputs and outputs.
+        phase: the current pass, "forward" or "backward".
         segments: (whether it is a transformer block, bytes that its forward pass saved) of each segment.
         peaks: for the forward and the backward pass, {number of segments started: most live bytes}.
     """
@@ -106,7 +107,8 @@ class Recorder(LiveBytes):
 
         Args:
             kind: the module's part of the model, one of KINDS.
-            is_segment: whether the module is a segment (see `trace.Trace`). Recomputing it does not start another segment.
+            is_segment: whether the module is a segment, i.e. a transformer block or a residual block. If the backward pass
+                recomputes a segment, this does not start another one.
         """
         self._kinds.append(kind)
         if is_segment and self.phase == "forward":
@@ -114,7 +116,10 @@ class Recorder(LiveBytes):
             self.segments.append((kind == "rest of blocks", 0))
 
     def leave(self, is_segment: bool, result: object) -> None:
-        """Record that the forward pass of a module has ended and returned `result`. `is_segment`: as for `enter`."""
+        """Record that the forward pass of a module has ended.
+
+        `is_segment`: whether the module is a segment, i.e. a transformer or residual block. `result`: what it returned.
+        """
         self._kinds.pop()
         if is_segment and self.phase == "forward":
             self._started = len(self.segments)
@@ -159,7 +164,10 @@ class _FusedProcessor(AttnProcessor2_0):
 
 
 def observe_modules(model: RaphaelUNet, recorder: Recorder) -> None:
-    """Register hooks that report the modules' forward passes to the recorder, and hooks that free gradients of weights."""
+    """Prepare a model to be traced: its modules report their forward passes to `recorder`, attention runs as one kernel.
+
+    Gradients of weights are freed as soon as they are complete.
+    """
 
     def observe(module: nn.Module, kind: str) -> None:
         is_segment = isinstance(module, (ResidualBlock, TransformerBlock))
@@ -181,5 +189,5 @@ def observe_modules(model: RaphaelUNet, recorder: Recorder) -> None:
 
 
 def free_gradient(p: Tensor) -> None:
-    """Drop the gradient of a parameter, to free its memory."""
+    """Set the gradient of the parameter `p` to None, to free its memory. It is used as a hook of autograd."""
     p.grad = None

@@ -15,7 +15,7 @@ SHOWN = 5  # choices with a bar
 
 
 def draw(plan: RunPlan, path: Path) -> None:
-    """Write the figure of the plan of a run as a PNG file.
+    """Draw the plan of a run as a PNG file: memory by kind, timeline of a step, images per second by number of devices.
 
     Raises:
         UserError: matplotlib is not installed, or the file cannot be written.

@@ -11,9 +11,9 @@ from raphael_dist.planning.search import Choice, Outcome, reasons
 
 
 def describe(plan: RunPlan, config_name: str, shown: int = 5) -> str:
-    """Return the plan as text: the `shown` best settings; memory, time and cost of the best one; and its command.
+    """Return the plan of a run as text: the best settings, memory, time and cost of the first of them, and its command.
 
-    `config_name`: preset or file for the command. `shown`: how many of the best settings are listed.
+    `config_name`: preset or file of the configuration, for the command. `shown`: how many of the best settings are listed.
     """
     cluster, world = plan.cluster, plan.search.world
     peak = cluster.peak_tflops[plan.config.train.dtype].value
@@ -60,10 +60,10 @@ def _choices(best: list[Outcome], peak: float) -> list[str]:
 
 
 def run_so_far(choice: Choice, device: str, world: int) -> str:
-    """Return a sentence about the hardware on which such settings have already been used.
+    """Return a phrase that names the hardware on which runs with such settings have been tried, e.g. "one H200".
 
-    Of `choice` only ZeRO stage and overlap are compared. `device`: "gpu" or "cpu". `world`: number of devices. The sentence
-    must agree with docs/proven.md.
+    Of `choice` only ZeRO stage and overlap matter. `device`: "gpu" or "cpu". `world`: number of devices. The phrase must
+    agree with docs/proven.md.
     """
     if device == "gpu" and world == 1 and choice.stage > 0 and not choice.overlap:
         return "one H200"
@@ -130,7 +130,7 @@ def _cost(plan: RunPlan) -> list[str]:
 
 
 def command(plan: RunPlan, config_name: str) -> str:
-    """Return the shell command that trains with the plan's best settings: sbatch for GPUs, torchrun for CPUs.
+    """Return the shell command that trains with the best settings of a plan: sbatch for GPUs, torchrun for CPUs.
 
     `config_name`: preset or file of the configuration.
     """
@@ -149,7 +149,10 @@ def command(plan: RunPlan, config_name: str) -> str:
 
 
 def assumed(plan: RunPlan) -> list[str]:
-    """Return, as "name value", those numbers of the cluster description that are neither published nor measured."""
+    """Return the numbers of the plan's cluster description that are assumed, i.e. neither published nor measured.
+
+    Each is a string such as "price 2.5" or "rates.norm.gb_s 1500".
+    """
     numbers = []
     for name, value in plan.cluster.model_dump().items():
         if isinstance(value, dict) and "assumed" in value.get("source", ""):

@@ -18,8 +18,9 @@ class RunPlan:
     """The plan of a run: possible settings with predicted memory and speed, and the cost of the best ones.
 
     Attributes:
-        config, cluster, search: the configuration, the cluster, and the search of which this is the result.
-        ranked: all possible settings (`search.Choice`) with predicted memory and time, the best first.
+        config, cluster: the run's configuration, and the description of the cluster.
+        search: the object that made the predictions, for the number of devices `search.world`.
+        ranked: all possible settings (ZeRO stage, micro-batch, ...) with predicted memory and time, the best first.
         images: number of images to train on.
         parameters: number of parameters of the model.
         active: number of parameters that process one image token, if it uses one space expert and one time expert per layer.
@@ -62,10 +63,10 @@ class RunPlan:
 def make_plan(
     search: Search, images: int | None = None, price: float | None = None, mtbf_gpu_hours: float | None = None
 ) -> RunPlan:
-    """Predict memory and time of all possible settings, and compute the cost of the best ones.
+    """Predict memory and time of a run for all possible settings, and compute the cost of the best ones.
 
     Args:
-        search: configuration, cluster and devices.
+        search: the run's configuration, the cluster, and the number of devices.
         images: number of images to train on; None: `train.max_steps` times `train.global_batch_size`.
         price: dollars per device hour; None: that of the cluster description.
         mtbf_gpu_hours: device hours between two failures; None: that of the cluster description.

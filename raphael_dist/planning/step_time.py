@@ -81,7 +81,7 @@ class StepTime:
 def operation_times(trace: Trace, cluster: ClusterSpec, dtype: str) -> NDArray[np.float64]:
     """Predict the seconds that the device takes for each operation of a micro-step, float64 [ops].
 
-    `trace`: the operations. `dtype`: `train.dtype`, by which `cluster` lists its rates.
+    `trace`: the operations of the micro-step. `dtype`: `train.dtype`, for which `cluster` lists the speed of the device.
     """
     seconds = np.zeros(trace.launches)
     for i, name in enumerate(CLASSES):
@@ -98,7 +98,8 @@ def operation_times(trace: Trace, cluster: ClusterSpec, dtype: str) -> NDArray[n
 def device_times(trace: Trace, cluster: ClusterSpec, dtype: str) -> tuple[float, float]:
     """Predict the seconds that the device takes in a micro-step: (for operations with FLOPs, for all others).
 
-    Operations with FLOPs are matrix products, convolutions and attention. Arguments as in `operation_times`.
+    Operations with FLOPs are matrix products, convolutions and attention. `trace`: all operations of the micro-step.
+    `dtype`: `train.dtype`, for which `cluster` lists the speed of the device.
     """
     seconds = operation_times(trace, cluster, dtype)
     with_flops = np.isin(trace.op_class, [CLASSES.index(name) for name in CLASSES_WITH_FLOPS])
@@ -106,9 +107,9 @@ def device_times(trace: Trace, cluster: ClusterSpec, dtype: str) -> tuple[float,
 
 
 def update_time(config: Config, footprint: MemoryFootprint, cluster: ClusterSpec) -> float:
-    """Predict the seconds of gradient norm, optimizer and moving average in a step. Memory bandwidth limits them.
+    """Predict the seconds that gradient norm, optimizer and moving average take in a step. Memory bandwidth limits them.
 
-    `footprint`: memory of a rank. These bytes are read and written:
+    `footprint`: memory of a rank, e.g. of weights and moments. These bytes are read and written:
 
     - The norm reads the gradients, and converts them to float32 if they are in bfloat16.
     - The optimizer reads gradients, and reads and writes fp32 weights and moments.
@@ -131,7 +132,7 @@ def scheme_of(footprint: MemoryFootprint) -> Scheme:
     """Return the name of the scheme by which ZeRO divides weights and gradients over ranks (docs/scale.md).
 
     It is "replicated" for ZeRO-0, "zero3" for ZeRO-3, otherwise "reduce_scatter" if all gradients lie in one buffer and
-    "all_reduce" if not. `footprint` has both properties.
+    "all_reduce" if not. `footprint`: memory of a rank; it states the ZeRO stage and whether gradients lie in one buffer.
     """
     if footprint.stage in (0, 3):
         return "zero3" if footprint.stage else "replicated"
@@ -186,9 +187,9 @@ def step_time(
 
 
 def seconds_by_phase(trace: Trace, cluster: ClusterSpec, dtype: str) -> dict[str, float]:
-    """Predict the seconds of the device in each phase of a micro-step: "forward", "backward" and "recomputed".
+    """Predict the seconds that the device takes in each phase of a micro-step: "forward", "backward" and "recomputed".
 
-    Arguments as in `operation_times`.
+    `trace`: all operations of the micro-step. `dtype`: `train.dtype`, for which `cluster` lists the speed of the device.
     """
     seconds = operation_times(trace, cluster, dtype)
     return {phase: float(seconds[trace.phase == i].sum()) for i, phase in enumerate(PHASES)}

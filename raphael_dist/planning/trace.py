@@ -35,8 +35,8 @@ class Trace:
 
     Attributes:
         samples: images of the micro-step.
-        kind, phase, op_class: int64 [ops], for each operation in order of execution, indices into KINDS, PHASES and
-            op_costs.CLASSES.
+        kind, phase, op_class: int64 [ops], for each operation in order of execution: the part of the model (index into
+            KINDS), the pass (into PHASES: forward, backward, recomputed), and the class such as convolution (into CLASSES).
         segment: int64 [ops], the segment of each operation, or -1. A backward operation belongs to the segment that it
             differentiates.
         flops, bytes: int64 [ops]. Bytes are those of inputs and outputs by their shapes, as if nothing stayed in a cache.
@@ -85,8 +85,10 @@ class Trace:
     def with_recomputation(self, recompute: Recompute) -> "Trace":
         """Return a trace in which the backward pass recomputes segments, from a trace without recomputation.
 
-        The forward operations of these segments are repeated, and what they keep for the backward pass is freed. Real
-        recomputation skips a few last operations; here they are counted.
+        A segment is a transformer block or a residual block. The forward operations of recomputed segments are repeated, and
+        what they keep for the backward pass is freed. Real recomputation skips a few last operations; here they are counted.
+
+        `recompute`: "none", "blocks" (transformer blocks) or "all" (all segments).
         """
         if recompute == "none":
             return self
@@ -116,13 +118,17 @@ class Trace:
 
 @dataclass(frozen=True)
 class Profile:
-    """Two traces of a micro-step with few and with many images, from which the trace for any number is extrapolated."""
+    """Two traces (operations, memory) of the same micro-step, from which that for any number of images is extrapolated.
+
+    Attributes:
+        few, many: the traces with two and with four images.
+    """
 
     few: Trace
     many: Trace
 
     def at(self, samples: int, recompute: Recompute = "none") -> Trace:
-        """Return the trace of a micro-step of `samples` images, by linear extrapolation.
+        """Return the trace (operations and memory) of a micro-step of `samples` images, by linear extrapolation.
 
         `recompute`: which activations the backward pass recomputes: "none", those of transformer "blocks" or "all".
         """
@@ -162,14 +168,16 @@ def trace(
     recompute: Recompute | None = None,
     shard: Callable[[RaphaelUNet, int], Traffic] | None = None,
 ) -> Trace:
-    """Trace one micro-step of `samples` images of the largest size in `image.buckets`.
+    """Return FLOPs and bytes of each operation, and the memory, of one micro-step, without computing it (no data exists).
+
+    The images have the largest size in `image.buckets`.
 
     Args:
         config: the run's configuration.
         samples: images of the micro-step.
         recompute: replaces `model.checkpoint_activations`; None keeps it.
-        shard: a function of the model and the number of images that shards the model's experts and returns the counter of
-            sent bytes (`expert_parallel_trace.shard_for_trace`). None: no expert parallelism.
+        shard: a function that gets the model and the number of images, shards the model's experts over simulated ranks, and
+            returns a counter of the bytes that a rank sends. None: no expert parallelism.
     """
     update = {} if recompute is None else {"checkpoint_activations": recompute}
     config = config.model_copy(update={"model": config.model.model_copy(update=update)})

@@ -32,10 +32,10 @@ _NO_SECRET = re.compile(r"(?i)\b(max_|num_|n_)?tokens?\b\s*[=:]")
 
 
 def scrub(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """Return the text with possible secrets hidden.
+    """Return `text` with everything hidden that may be a secret.
 
     Hidden are credentials in addresses, access keys in known formats, what follows names such as `token=`, and the values of
-    environment variables with such names.
+    variables with such names in `environment`.
     """
     for name, value in environment.items():
         if _SECRET_NAME.fullmatch(name) and len(value) >= 8:
@@ -49,7 +49,7 @@ def write_bundle(examined: Examined, report: str, path: Path) -> list[str]:
     """Write the debug bundle of a run: an archive with its configuration, logs and metrics, without secrets.
 
     Args:
-        examined: the run.
+        examined: the run and what is known about it.
         report: text that `python -m raphael_dist doctor` printed for this run.
         path: the archive to write. It appears only when it is complete.
 

@@ -22,8 +22,9 @@ class DataSample:
 
     Attributes:
         samples: number of checked samples.
-        edges, empty_edges: number of samples with an edge map, and of those whose edge map has no edges.
-        duplicates: number of images that look like another one.
+        edges: number of samples with an edge map.
+        empty_edges: number of samples whose edge map has no edges.
+        duplicates: number of images that look like an image before them.
     """
 
     samples: int

@@ -57,14 +57,14 @@ class History:
 
     Attributes:
         events: its starts, saves, faults and ends, in order of time.
-        progress: (time, step) pairs: the steps that it had reached.
+        progress: (time, step) pairs: at this time the run had reached this step.
     """
 
     events: list[Event]
     progress: list[tuple[datetime, int]]
 
     def of(self, *kinds: str) -> list[Event]:
-        """Return the events of these kinds, such as "restart" (names in KINDS), in order of time."""
+        """Return the events of some kinds, in order of time. `kinds`: e.g. "restart" or "save failed" (names in KINDS)."""
         return [event for event in self.events if event.kind in kinds]
 
     @property
@@ -100,7 +100,10 @@ def read_history(run: RunFiles) -> History:
 
 
 def ending(run: RunFiles, history: History, now: datetime) -> str:
-    """Return a sentence that states how the run ended, or for how long it has logged nothing. `now`: the current time."""
+    """Return a phrase that states how a run ended, or how long ago it wrote its last log line.
+
+    An example is "complete at step 1,000". `history`: events from the run's logs. `now`: the current time.
+    """
     ends = [event for event in history.events if event.kind in ("complete", "stopped", "start", "restart")]
     if ends and ends[-1].kind == "complete":
         return f"complete at step {run.step:,}"

@@ -14,8 +14,9 @@ _LAYER = re.compile(r"moe/(space|time)/L(\d+)/load_(min|max)")
 def dead_blocks(run: RunFiles) -> dict[str, list[int]]:
     """Return the numbers of the transformer blocks with a dead expert, by kind of expert ("space" or "time").
 
-    A dead expert gets almost no work. A block is listed if its smallest load is below 1% (DEAD_SHARE) of its mean load in
-    each of the last log lines. The last fifth of the lines is used, at least three, because loads of few lines are noisy.
+    A dead expert gets almost no work. A block is listed if the smallest load of its experts is below 1% (DEAD_SHARE) of
+    their mean load in each of the last log lines. The last fifth of the lines is used, at least three, because loads of few
+    lines are noisy. Kinds without such a block are missing.
     """
     return _blocks(run, "min", lambda load, experts: load < DEAD_SHARE)
 
@@ -23,8 +24,8 @@ def dead_blocks(run: RunFiles) -> dict[str, list[int]]:
 def overloaded_blocks(run: RunFiles) -> dict[str, list[int]]:
     """Return the numbers of the transformer blocks with an overloaded expert, by kind of expert ("space" or "time").
 
-    An overloaded expert gets more than 90% (OVERLOADED) of the work of its block. A block is listed if it has one in
-    each of the last log lines (see `dead_blocks`).
+    An overloaded expert gets more than 90% (OVERLOADED) of the work of its block. A block is listed if it has one in each of
+    the last log lines: the last fifth of the lines, at least three. Kinds without such a block are missing.
     """
     return _blocks(run, "max", lambda load, experts: load > OVERLOADED * experts)
 
@@ -43,10 +44,10 @@ def _blocks(run: RunFiles, end: str, is_bad: Callable[[float, int], bool]) -> di
 
 
 def experts_are_judged(run: RunFiles, kind: str) -> bool:
-    """Return whether there are enough samples between two log lines to judge the loads of experts.
+    """Return whether a run has enough training samples between two log lines to judge the logged loads of its experts.
 
-    At least 20 per expert (MIN_SAMPLES) are enough. With fewer, an expert may get no work by chance. `kind`: "space" or
-    "time". Returns False for a run that has logged no loads of this kind.
+    At least 20 samples per expert (MIN_SAMPLES) are enough. With fewer, an expert may get no work by chance. Returns False
+    for a run that has logged no loads of experts of this kind. `kind`: kind of experts, "space" or "time".
     """
     experts = run.option(f"model.{kind}_experts") or 1
     samples = (run.option("train.log_every") or 1) * (run.option("train.global_batch_size") or 1)

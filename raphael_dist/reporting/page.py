@@ -38,7 +38,10 @@ SECTIONS = {
 
 
 def build_page(runs: Sequence[Examined]) -> str:
-    """Return the report of one or more examined runs as one HTML file, with figures, scripts and styles inside."""
+    """Return the HTML report of one or more runs, as the text of one file with figures, scripts and styles inside.
+
+    `runs`: for each run, its metrics, logs, detected problems and predictions.
+    """
     data: JsonObject = {"charts": [], "samples": [], "routes": []}
     parts = []
     for name, title in SECTIONS.items():

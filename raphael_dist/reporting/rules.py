@@ -73,7 +73,7 @@ Rule = Callable[[RunEvidence], Finding | None]
 
 
 def loss_not_finite(evidence: RunEvidence) -> Finding | None:
-    """Return a finding if a logged training loss is infinite or NaN, else None."""
+    """Return a finding (problem and remedy) if a logged training loss is infinite or NaN, else None."""
     bad = [step for step, loss in evidence.run.series.get("train/loss", []) if not math.isfinite(loss)]
     if not bad:
         return None
@@ -81,7 +81,7 @@ def loss_not_finite(evidence: RunEvidence) -> Finding | None:
 
 
 def loss_not_falling(evidence: RunEvidence) -> Finding | None:
-    """Return a finding if the training loss is not lower at the end than at the beginning, else None.
+    """Return a finding (problem and remedy) if the training loss is not lower at the end than at the start, else None.
 
     It is not lower if the mean of the last quarter of the log lines is at least 95% of the mean of the first tenth.
     """
@@ -98,7 +98,7 @@ def loss_not_falling(evidence: RunEvidence) -> Finding | None:
 
 
 def dead_experts(evidence: RunEvidence) -> Finding | None:
-    """Return a finding if an expert gets almost no work: less than 1% of the mean load of its block, else None."""
+    """Return a finding (problem and remedy) if an expert gets less than 1% of the mean load of its block, else None."""
     dead = dead_blocks(evidence.run)
     scalar = evidence.run.last("moe/dead_experts", share=0.01)
     if not dead and not scalar:
@@ -110,7 +110,7 @@ def dead_experts(evidence: RunEvidence) -> Finding | None:
 
 
 def overloaded_experts(evidence: RunEvidence) -> Finding | None:
-    """Return a finding if an expert gets more than 90% of the work of its transformer block, else None."""
+    """Return a finding (problem and remedy) if an expert gets over 90% of the work of its transformer block, else None."""
     over = overloaded_blocks(evidence.run)
     if not over:
         return None
@@ -122,7 +122,7 @@ def overloaded_experts(evidence: RunEvidence) -> Finding | None:
 
 
 def data_bound(evidence: RunEvidence) -> Finding | None:
-    """Return a finding if the run spends at least 10% of its time waiting for data, else None."""
+    """Return a finding (problem and remedy) if at least 10% of the time is spent waiting for data, else None."""
     share = evidence.run.last("time/data_wait_frac", share=0.5)
     if share is None or share < DATA_BOUND:
         return None
@@ -131,7 +131,10 @@ def data_bound(evidence: RunEvidence) -> Finding | None:
 
 
 def always_clipped(evidence: RunEvidence) -> Finding | None:
-    """Return a finding if gradients are clipped in at least 80% of the logged steps, else None."""
+    """Return a finding (problem and remedy) if gradients are clipped in at least 80% of the logged steps, else None.
+
+    Only the last half of the logged steps counts.
+    """
     limit, norms = evidence.run.option("optim.max_grad_norm"), evidence.run.values("optim/grad_norm", share=0.5)
     share = fmean(norm > limit for norm in norms) if limit and norms else 0.0
     if len(norms) < MIN_LINES // 2 or share < CLIPPED:
@@ -143,7 +146,7 @@ def always_clipped(evidence: RunEvidence) -> Finding | None:
 
 
 def checkpoints_fail(evidence: RunEvidence) -> Finding | None:
-    """Return a finding if a save of a checkpoint failed or a checkpoint is damaged, else None."""
+    """Return a finding (problem and remedy) if a save of a checkpoint failed or a checkpoint is damaged, else None."""
     failed = max(evidence.run.values("checkpoint/failed"), default=0.0)
     events = evidence.history.of("save failed")
     count = max(int(failed), len(events))
@@ -158,7 +161,7 @@ def checkpoints_fail(evidence: RunEvidence) -> Finding | None:
 
 
 def slow_ranks(evidence: RunEvidence) -> Finding | None:
-    """Return a finding if the slowest rank needs more than 1.5 times the median rank's time, else None."""
+    """Return a finding (problem and remedy) if the slowest rank needs over 1.5 times the median rank's time, else None."""
     ratios = evidence.run.values("time/slowest_rank_ratio", share=0.5)
     if not ratios or median(ratios) <= SLOW_RATIO:
         return None
@@ -171,11 +174,14 @@ def slow_ranks(evidence: RunEvidence) -> Finding | None:
 
 
 def wrong_schedule(evidence: RunEvidence) -> Finding | None:
-    """Return a finding if a schedule (learning rate, gate noise) does not fit the run's number of steps, else None.
+    """Return a finding (problem and remedy) if a schedule does not fit the run's number of steps, else None.
 
-    Such a schedule is one of these: the warm-up takes half of the steps or more, the gate noise lasts longer than the run,
-    the learning rate is below 0.1% of its peak in more than a tenth of the log lines, or the run is complete and it is still
-    above half of its peak.
+    This is so in each of these cases:
+
+    - The warm-up of the learning rate takes half of the steps or more.
+    - The gate noise lasts longer than the run.
+    - The learning rate is below 0.1% of its peak in more than a tenth of the log lines.
+    - The run is complete, and the learning rate is still above half of its peak.
     """
     run, steps = evidence.run, evidence.run.option("train.max_steps") or 0
     warmup, noise = run.option("optim.warmup_steps") or 0, run.option("model.gate_noise_steps") or 0
@@ -205,7 +211,10 @@ def wrong_schedule(evidence: RunEvidence) -> Finding | None:
 
 
 def disk_nearly_full(evidence: RunEvidence) -> Finding | None:
-    """Return a finding if the run directory's disk has no room for two more checkpoints (or 256 MiB), else None."""
+    """Return a finding (problem and remedy) if the disk of the run directory is nearly full, else None.
+
+    It is if the free space is less than two checkpoints take, or less than 256 MiB.
+    """
     need = DISK_SAVES * evidence.checkpoint_bytes
     if evidence.free_bytes is None or evidence.free_bytes >= max(need, 1 << 28):
         return None
@@ -217,7 +226,7 @@ def disk_nearly_full(evidence: RunEvidence) -> Finding | None:
 
 
 def truncated_captions(evidence: RunEvidence) -> Finding | None:
-    """Return a finding if at least 5% of the captions are longer than the text encoder reads, else None."""
+    """Return a finding (problem and remedy) if at least 5% of the captions are longer than the encoder reads, else None."""
     counts = [match for line in evidence.run.log if (match := _TRUNCATED.match(line.text))]
     if not counts:
         return None
@@ -231,7 +240,7 @@ def truncated_captions(evidence: RunEvidence) -> Finding | None:
 
 
 def empty_edge_maps(evidence: RunEvidence) -> Finding | None:
-    """Return a finding if the edge loss is on, but many edge maps have no edges, else None.
+    """Return a finding (problem and remedy) if the edge loss is on, but many edge maps have no edges, else None.
 
     They are many if more than 20% of the checked maps have none, or if the edge loss has fallen to 0.001 or less.
     """
@@ -247,7 +256,7 @@ def empty_edge_maps(evidence: RunEvidence) -> Finding | None:
 
 
 def duplicates(evidence: RunEvidence) -> Finding | None:
-    """Return a finding if more than 10% of the checked images look like another image, else None."""
+    """Return a finding (problem and remedy) if more than 10% of the checked images look like another image, else None."""
     if evidence.data is None or evidence.data.duplicates <= DUPLICATES * evidence.data.samples:
         return None
     return Finding(
@@ -257,7 +266,7 @@ def duplicates(evidence: RunEvidence) -> Finding | None:
 
 
 def skipped_steps(evidence: RunEvidence) -> Finding | None:
-    """Return a finding if more than 1% of the steps were skipped, so that they did not change the weights, else None."""
+    """Return a finding (problem and remedy) if over 1% of the steps were skipped (bad loss or gradient), else None."""
     skipped = max(evidence.run.values("train/skipped"), default=0.0)
     if skipped <= SKIPPED * max(1, evidence.run.step):
         return None
@@ -268,7 +277,7 @@ def skipped_steps(evidence: RunEvidence) -> Finding | None:
 
 
 def stalled(evidence: RunEvidence) -> Finding | None:
-    """Return a finding if the run is not complete but no longer writes to its log, else None.
+    """Return a finding (problem and remedy) if the run is not complete but no longer writes to its log, else None.
 
     It no longer does if its log is silent for 10 minutes and for 20 times the usual time between two lines.
     """
@@ -306,12 +315,18 @@ RULES: dict[Rule, tuple[str, str]] = {
 
 
 def diagnose(evidence: RunEvidence) -> list[Finding]:
-    """Look for problems of a run with all rules in RULES; return the problems in the order of the rules."""
+    """Look for problems of a run with all rules in RULES; return the problems with their remedies, in the rules' order.
+
+    `evidence`: what is known about the run: metrics, logs, configuration, disk space.
+    """
     return [finding for rule in RULES if (finding := rule(evidence))]
 
 
 def coverage(evidence: RunEvidence) -> tuple[list[str], list[str]]:
-    """Return (names of the problems that the rules looked for, names of those for which the run has no data)."""
+    """Return which problems the rules can detect in a run: (names of these problems, names of those without data).
+
+    A problem cannot be detected if the run has no data about it, e.g. if it has no log.
+    """
     seen: list[str] = []
     unseen: list[str] = []
     for what, needs in RULES.values():
@@ -328,5 +343,5 @@ def _has(evidence: RunEvidence, need: str) -> bool:
 
 
 def longest_wait(run: RunFiles) -> str:
-    """Return the kind of work for which the run waits longest: "reading", "decoding", "encoding" or "copying" data."""
+    """Return the kind of work on its data for which a run waits longest: "reading", "decoding", "encoding" or "copying"."""
     return max(KINDS, key=lambda kind: run.last(f"time/data_wait_{kind}", share=0.5) or 0.0)

@@ -22,12 +22,12 @@ class Examined:
     """A run and everything that is known about it.
 
     Attributes:
-        run: its files.
+        run: contents of its run directory.
         history: events from its logs.
         findings: problems that the rules (rules.py) detect.
         looked_at, not_looked_at: names of the problems that the rules looked for, and of those for which data was missing.
         notes: sentences that state what could not be read, and why.
-        plan: measured and predicted speed and memory.
+        plan: measured and predicted values of speed and memory. Predictions are None if there are none.
         plan_note: why there is no prediction; "" if there is one.
         now: time of the examination.
     """

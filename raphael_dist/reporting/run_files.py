@@ -26,7 +26,14 @@ MARKS = ("config.yaml", "metrics.jsonl", "train.log")  # a folder with one of th
 
 @dataclass(frozen=True)
 class LogLine:
-    """One line of a run's log. `rank`: the rank that wrote it; 0 for the lines of train.log."""
+    """One line of a run's log.
+
+    Attributes:
+        time: when it was written.
+        level: e.g. "WARNING".
+        text: the message.
+        rank: the rank that wrote it; 0 for the lines of train.log.
+    """
 
     time: datetime
     level: str
@@ -36,7 +43,13 @@ class LogLine:
 
 @dataclass(frozen=True)
 class Launch:
-    """How the run was started. `world`: number of ranks. `device`: "cpu" or "cuda". `stage`: ZeRO stage of DeepSpeed."""
+    """How a run was started, as its log states.
+
+    Attributes:
+        world: number of ranks.
+        device: "cpu" or "cuda".
+        stage: ZeRO stage of DeepSpeed.
+    """
 
     world: int
     device: str
@@ -53,9 +66,10 @@ class RunFiles:
         log: lines of the logs of all ranks, in order of time.
         config: the tree of config.yaml.
         versions: versions of Python and packages by name.
-        samples, routes: by step, the file of the sample grid, and of the routes (experts of words) for it.
+        samples: by step, the image file with the sample grid.
+        routes: by step, the JSON file with the experts that process the words of the first sample.
         checkpoints: steps of the checkpoints.
-        damaged: folders of damaged checkpoints.
+        damaged: names of the folders of damaged checkpoints.
         missing: a sentence about each file that could not be read.
     """
 
@@ -75,21 +89,25 @@ class RunFiles:
         return self.folder.resolve().name
 
     def option(self, key: str, default: Any = None) -> Any:
-        """Return a value of the configuration by its key, such as "train.max_steps"; `default` if it is not set."""
+        """Return the value of a setting in config.yaml, such as "train.max_steps"; `default` if it is not in the file."""
         section, _, name = key.partition(".")
         values = self.config.get(section)
         return values.get(name, default) if isinstance(values, dict) else default
 
     def values(self, tag: str, share: float = 1.0) -> list[float]:
-        """Return the last values of a metric: the fraction `share` (0..1) of all its values, but at least one.
+        """Return the last logged values of a metric, in order of steps. [] if it has no values.
 
-        `tag`: name of the metric, such as "train/loss". [] if it has no values.
+        `tag`: name of the metric, such as "train/loss". `share`: which part of all its values is returned: 0.2 means the
+        last fifth, but at least one value.
         """
         series = self.series.get(tag, [])
         return [value for _, value in series[-max(1, round(share * len(series))) :]] if series else []
 
     def last(self, tag: str, share: float = 0.2) -> float | None:
-        """Return the mean of the last values of a metric, as `values` returns them; None if it has no values."""
+        """Return the mean of the last logged values of a metric; None if it has no values.
+
+        `tag`: name of the metric, such as "train/loss". `share`: which part of its values is used: 0.2 means the last fifth.
+        """
         values = self.values(tag, share)
         return fmean(values) if values else None
 
@@ -188,9 +206,10 @@ def _by_step(folder: Path, suffix: str) -> dict[int, Path]:
 
 
 def read_routes(path: Path) -> JsonObject:
-    """Return the routes (experts of words and timesteps) that belong to one sample grid.
+    """Read a file with routes: the experts that process each word and timestep of the first image of a sample grid.
 
-    The keys are those of `analysis.route_report.trace_values`, which describes the values: "words", "space", "time" etc.
+    The result has the keys "words", "timesteps", "space" (experts of words), "time" (experts of timesteps), "regions" etc.,
+    as `analysis.route_report.trace_values` describes.
 
     Raises OSError if the file cannot be read, ValueError if it contains no routes.
     """

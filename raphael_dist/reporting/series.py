@@ -12,12 +12,12 @@ BUCKETS = 250  # number of intervals of a curve; each has two points
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart of the HTML report.
+    """A chart of the HTML report: which metrics it shows, without their values.
 
     Attributes:
-        section: the section of the page, a key of `page.SECTIONS`.
-        title: its title.
-        tags: names of the metrics that it shows, with the label of each curve.
+        section: the section of the page, e.g. "loss".
+        title: title of the chart.
+        tags: from the name of each metric, e.g. "train/loss", to the label of its curve.
     """
 
     section: str
@@ -26,7 +26,13 @@ class Chart:
 
 
 class Curve(TypedDict):
-    """A curve of a chart: a point (x, y) for each element. `kind`: of the curves of `timeline_data` only."""
+    """A curve of a chart, as a dict that can be written as JSON.
+
+    Attributes:
+        label: text of the legend.
+        x, y: coordinates of its points, two lists of equal length. None in `y` is a gap.
+        kind: "step", "restart" or "fault" for a curve that shows the progress of a run over time; otherwise missing.
+    """
 
     label: str
     x: Sequence[float]
@@ -60,9 +66,9 @@ CHARTS = (
 
 
 def chart_data(chart: Chart, runs: list[RunFiles]) -> list[Curve]:
-    """Return the curves of a chart, one for each run and metric: {"label", "x" (steps), "y" (values)}.
+    """Return the curves of a chart, one for each run and metric. x are steps, y are values of the metric.
 
-    [] if no run has values for it.
+    Long curves are thinned out. [] if no run has values for the chart.
     """
     curves: list[Curve] = []
     for run in runs:
@@ -75,10 +81,11 @@ def chart_data(chart: Chart, runs: list[RunFiles]) -> list[Curve]:
 
 
 def timeline_data(histories: list[tuple[str, History]]) -> list[Curve]:
-    """Return curves that show the progress of runs: steps against minutes since a run's first log line.
+    """Return curves that show the progress of runs: y are steps, x are minutes since the run's first log line.
 
-    `histories`: (name, history) of each run. A curve is {"label", "x" (minutes), "y" (steps), "kind"}. "kind" is "step",
-    "restart" or "fault"; restarts and faults are points.
+    There are up to three curves per run, whose "kind" is "step", "restart" or "fault". Restarts and faults are points.
+
+    `histories`: (name, events and progress) of each run.
     """
     curves: list[Curve] = []
     for name, history in histories:
@@ -99,7 +106,10 @@ def timeline_data(histories: list[tuple[str, History]]) -> list[Curve]:
 
 
 def thinned(series: Series) -> Series:
-    """Reduce a series to the smallest and the largest value in each of 250 intervals (BUCKETS). So spikes stay visible."""
+    """Return the points (step, value) of a series with the smallest and the largest value in each of 250 intervals.
+
+    So spikes stay visible. A series of at most 500 points is returned unchanged.
+    """
     size = -(-len(series) // BUCKETS)
     if size <= 2:
         return series
@@ -111,5 +121,5 @@ def thinned(series: Series) -> Series:
 
 
 def round_(value: float) -> float | None:
-    """Return a value rounded to five significant digits; None (a gap in the curve) if it is not finite."""
+    """Return `value` rounded to five significant digits; None (drawn as a gap in a curve) if it is not finite."""
     return float(f"{value:.5g}") if abs(value) < float("inf") else None

@@ -19,7 +19,7 @@ PLACES = ("run.dir", "data.cache_dir")  # keys of folders, which differ between 
 
 
 def convergence(run: RunFiles) -> str:
-    """Return sentences that state whether the training loss has fallen and whether it has levelled off."""
+    """Return sentences that state whether a run's training loss has fallen and whether it has levelled off."""
     losses = [loss for loss in run.values("train/loss") if math.isfinite(loss)]
     if len(losses) < MIN_LINES:
         return f"Unknown: {len(losses)} log lines have a finite loss, at least {MIN_LINES} are needed."
@@ -50,7 +50,7 @@ def convergence(run: RunFiles) -> str:
 
 
 def expert_health(run: RunFiles) -> str:
-    """Return a sentence about transformer blocks with dead experts: experts that get almost no work."""
+    """Return a sentence that states whether a run has dead experts (they get almost no work), and in which blocks."""
     if not any(tag.startswith("moe/") for tag in run.series):
         return "Unknown: no expert loads were logged. A dense model has none."
     dead, scalar = dead_blocks(run), run.last("moe/dead_experts", share=0.01)
@@ -69,7 +69,7 @@ def expert_health(run: RunFiles) -> str:
 
 
 def speed(examined: Examined) -> str:
-    """Return sentences about the run's speed in images per second and what limits it."""
+    """Return sentences about a run's speed in images per second and what limits it, e.g. waiting for data."""
     run = examined.run
     rate = run.last("throughput/samples_per_s", share=0.5)
     if rate is None:
@@ -100,7 +100,7 @@ def speed(examined: Examined) -> str:
 
 
 def failures(examined: Examined) -> str:
-    """Return sentences about faults, restarts and the end of the run."""
+    """Return sentences about a run's faults (such as crashes or skipped steps), its restarts and its end."""
     history = examined.history
     if not examined.run.log:
         return "Unknown: there is no train.log."
@@ -113,7 +113,7 @@ def failures(examined: Examined) -> str:
 
 
 def flatten(config: JsonObject) -> dict[str, str]:
-    """Return the configuration as {"section.key": value as a string}."""
+    """Return a configuration (a dict of sections) as a flat dict such as {"train.max_steps": "1000"}."""
     flat = {}
     for section, values in config.items():
         for key, value in values.items() if isinstance(values, dict) else [("", values)]:
@@ -122,9 +122,10 @@ def flatten(config: JsonObject) -> dict[str, str]:
 
 
 def differences(configs: Sequence[dict[str, str]]) -> list[str]:
-    """Return the keys whose values differ between runs, except PLACES: folders, which differ in any case.
+    """Return the keys of the configuration, e.g. "optim.lr", whose values differ between runs.
 
-    `configs`: for each run, the result of `flatten`.
+    Left out are run.dir and data.cache_dir, which differ in any case. `configs`: the flat configuration of each run, as
+    `flatten` returns it.
     """
     keys = dict.fromkeys(key for config in configs for key in config)
     return [key for key in keys if key not in PLACES and len({config.get(key) for config in configs}) > 1]

@@ -18,7 +18,7 @@ class RunningClock:
         self._lock = threading.Lock()
 
     def now(self) -> float:
-        """Return the seconds since the clock was created, without suspensions."""
+        """Return the seconds since the clock was created, without the time in which the process was suspended."""
         with self._lock:
             now = time.monotonic()
             self._seconds += min(now - self._last, self._max_gap)

@@ -24,9 +24,10 @@ def stopped(pid: int) -> bool:
 
 
 def main(pid: int, seconds: float, tick: float) -> None:
-    """Watch the process `pid` until standard input ends, or kill it after `seconds` without a sign of life.
+    """Watch the process `pid`: kill it if no byte arrives on standard input for `seconds`. Return when the input ends.
 
-    A sign of life is a byte on standard input. `tick`: seconds between two checks.
+    Each byte is a sign of life from that process. Time in which it was suspended does not count. `tick`: seconds between two
+    checks.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # they are for the watched process
         signal.signal(number, signal.SIG_IGN)

@@ -10,7 +10,13 @@ from typing import NamedTuple
 
 
 class Launcher(NamedTuple):
-    """A launcher (torchrun, mpirun, ...) and the names of the environment variables that it sets for each rank."""
+    """A launcher, and the names of the environment variables that it sets for each rank.
+
+    Attributes:
+        name: name of the launcher for messages, e.g. "mpirun".
+        rank, world_size: variables with the global rank and with the number of ranks.
+        local_rank, local_world_size: variables with the rank on its host and with the number of ranks on this host.
+    """
 
     name: str
     rank: str
@@ -42,9 +48,9 @@ def launcher_of(env: Mapping[str, str] = os.environ) -> Launcher | None:
 
 
 def rank_of(env: Mapping[str, str] = os.environ) -> str:
-    """Return the rank as a string, as in the launcher's variable; "0" without a launcher.
+    """Return the rank of this process, as the string in the launcher's environment variable; "0" without a launcher.
 
-    It may not be a number; `ranks.discover` checks this.
+    The string may not be a number, because it is not checked here.
     """
     launcher = launcher_of(env)
     return env[launcher.rank] if launcher else "0"

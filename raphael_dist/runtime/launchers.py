@@ -23,7 +23,7 @@ _PYTHON = re.compile(r"python[\d.]*")
 
 @dataclass(frozen=True)
 class Process:
-    """A launcher process.
+    """A process of a launcher, i.e. of a program such as torchrun or mpirun that starts ranks.
 
     Attributes:
         pid: its process id.
@@ -43,7 +43,7 @@ class Process:
 
 
 def launchers() -> list[Process]:
-    """Return the ancestors (parent, its parent, ...) of this process that are launchers, the nearest first."""
+    """Return the ancestors (parent, its parent, ...) of this process that are launchers (torchrun etc.), nearest first."""
     processes, pid = [], os.getppid()
     while pid > 1 and (fields := _stat(pid)) is not None:
         if launcher := _launcher(pid):
@@ -74,9 +74,9 @@ def _launcher(pid: int) -> str:
 
 
 def launcher_in(words: list[str]) -> str:
-    """Return the name of the launcher that a command line runs; "" if it runs none.
+    """Return the name of the launcher (e.g. "torchrun", or a Python module) that a command line runs; "" if it runs none.
 
-    `words`: the command line, as a list of words.
+    `words`: the command line, as a list of words. The first is the path of the program.
     """
     # slurmstepd writes its title as one word: "slurmstepd: [123.0]".
     program = Path(words[0].split(":")[0]).name

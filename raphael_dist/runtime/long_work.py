@@ -71,19 +71,27 @@ def long_work(doing: str) -> Iterator[Reporter]:
 
 
 def run_on_all_ranks(doing: str, work: Callable[[Reporter], T]) -> T:
-    """Run `work` on every rank inside `long_work(doing)`; return this rank's result. Collective.
+    """Run work of any length on every rank, and return this rank's result. If it fails on one rank, all raise its error.
 
-    `work` gets the function with which it reports progress.
+    All ranks must call this function. Unlike in a collective, waiting for a slow rank does not time out while it reports.
+
+    Args:
+        doing: what is done, for progress bars and messages, e.g. "indexing".
+        work: the work. It gets a function with which it reports its progress, at least every 30 minutes.
     """
     with long_work(doing) as report:
         return work(report)
 
 
 def run_on_rank0(doing: str, work: Callable[[Reporter], T]) -> T:
-    """Run `work` on rank 0 inside `long_work(doing)`; return its result on all ranks. Collective.
+    """Run work of any length on rank 0 only, and return its result on all ranks. All ranks raise its error if it fails.
 
-    `work` gets the function with which it reports progress. The result is pickled. An error of `work` is raised on all
-    ranks.
+    All ranks must call this function. Unlike in a collective, waiting for rank 0 does not time out while it reports.
+
+    Args:
+        doing: what is done, for progress bars and messages, e.g. "looking for checkpoints".
+        work: the work. It gets a function with which it reports its progress, at least every 30 minutes. Its result is
+            pickled.
     """
     result: list[T | None] = [None]
     with long_work(doing) as report:
@@ -94,9 +102,9 @@ def run_on_rank0(doing: str, work: Callable[[Reporter], T]) -> T:
 
 
 def report_failure(reason: str) -> None:
-    """Report to the other ranks that this rank has failed and will not take part in the next `long_work`.
+    """Report to the other ranks that this rank has failed and will not take part in the next `long_work` (shared work).
 
-    The other ranks then do not wait for it at the end of that `long_work`, but raise a HungError with the message `reason`.
+    The other ranks then do not wait for it at the end of that work, but raise a HungError with the message `reason`.
     """
 
     def post() -> None:
@@ -115,7 +123,7 @@ def _store_of(piece: int) -> dist.Store:
 
 
 class Watch:
-    """One use of `long_work`, as seen from this rank: publishes its progress, and follows that of the others.
+    """Publishes this rank's progress in one piece of work that all ranks do (`long_work`), and follows that of the others.
 
     Ranks exchange their progress through the process group's key-value store. A separate thread makes all requests to this
     store, because the process that keeps it (that of rank 0, usually) may hang, and requests have no timeout.
@@ -137,13 +145,13 @@ class Watch:
         threading.Thread(target=self._run, name=doing, daemon=True).start()
 
     def report(self, text: str) -> None:
-        """Publish `text`, which describes this rank's progress. Raises AbandonedError if another rank has failed."""
+        """Publish this rank's progress. Raises AbandonedError if another rank has failed. `text`: e.g. "file 3 of 10"."""
         self._status, self._reports = f"{self._doing}: {text}", self._reports + 1
         if self._abandoned:
             raise AbandonedError
 
     def finish(self, failed: bool) -> None:
-        """Publish that this rank has finished. `failed`: whether its work failed."""
+        """Publish that this rank has finished its work. `failed`: whether the work failed with an error."""
         self._failed, self._finished = failed, True
         self._changed.set()
 

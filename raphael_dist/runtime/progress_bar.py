@@ -13,13 +13,16 @@ if TYPE_CHECKING:
 
 
 class Reporter(Protocol):
-    """A function that long work calls with its progress: a string, and `done` of `total` parts if parts are counted."""
+    """The type of functions that long work calls to report progress.
+
+    `text` describes the current work. `done` of `total` parts are complete; None if parts are not counted.
+    """
 
     def __call__(self, text: str, done: int | None = None, total: int | None = None) -> None: ...
 
 
 def no_report(text: str, done: int | None = None, total: int | None = None) -> None:
-    """Ignore a progress report. It is the default if progress is not shown."""
+    """Do nothing. Pass this function to work that reports its progress, if the progress is not to be shown."""
 
 
 class ProgressBar:
@@ -46,7 +49,7 @@ class ProgressBar:
         return self._console is not None
 
     def report(self, text: str, done: int | None = None, total: int | None = None) -> None:
-        """Move the bar to `done` of `total`, if they are known, and show `text` after it. This is a `Reporter`."""
+        """Move the bar to `done` of `total` parts (None: unknown), and show `text` after it."""
         if self._console is None:
             return
         if self._progress is None or self._task is None:

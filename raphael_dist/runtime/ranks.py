@@ -116,7 +116,10 @@ def _no_heartbeat(text: str) -> None:
 
 
 def complete_environment(ranks: Ranks) -> None:
-    """Set the environment variables that torch and DeepSpeed read (RANK, ...), whichever launcher started this process."""
+    """Set the environment variables that torch and DeepSpeed read (RANK, WORLD_SIZE, MASTER_ADDR, ...) for this process.
+
+    Not every launcher sets them. Raises UserError if mpirun started the ranks and the address of rank 0 is unknown.
+    """
     if ranks.launcher == "mpirun" and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = _master_by_mpi()
     if ranks.local_world_size == ranks.world_size:
@@ -245,12 +248,14 @@ def raise_if_any_failed(
 ) -> T:
     """Return `result` if `failure` is None on all ranks; otherwise raise an error on all ranks. Collective.
 
-    The raised errors are those of `raise_on_all_ranks`.
-
     Args:
         result: this rank's result.
         failure: this rank's exception, or None.
         gather: returns the values of all ranks in order; to be replaced if there is no process group.
+
+    Raises:
+        UserError, NotSavedError: on all ranks, if the failure of one rank is of this type.
+        RuntimeError: if one rank has another failure. That rank raises the failure itself.
     """
     kind = next((k for k in SHARED_ERRORS if isinstance(failure, k)), None)
     problems = gather(None if failure is None else (kind, str(failure) if kind else describe_error(failure)))

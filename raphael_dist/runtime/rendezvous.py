@@ -27,9 +27,10 @@ _stores: list[dist.Store] = []  # the store of this process, once it is connecte
 
 
 def connect(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
-    """Return the key-value store that all ranks share. Rank 0 must be running; the other ranks need not be.
+    """Return torch.distributed's key-value store that all ranks share, and connect this rank to it.
 
-    If torchrun started the ranks, its agent must be running too. `timeout`: how long to wait for rank 0.
+    The store is in the process of rank 0, which must be running; the other ranks need not be. If torchrun started the ranks,
+    its agent must be running too. `timeout`: how long to wait for rank 0.
 
     Raises:
         UserError: MASTER_ADDR or MASTER_PORT is invalid.
@@ -83,7 +84,7 @@ def _own_address() -> str:
 
 
 def wait_for_all(rank: int, world_size: int, timeout: timedelta) -> None:
-    """Wait until all ranks are connected. Raises HungError, which names the missing ranks, after `timeout`.
+    """Wait until all ranks have called this function. Raises HungError, which names the missing ranks, after `timeout`.
 
     Forming the process group would also wait for all ranks. But it holds Python's global interpreter lock meanwhile, so that
     no thread of this process could watch it.
@@ -189,7 +190,7 @@ def unreachable(rank: int, world_size: int, seconds: float) -> list[int]:
 
 
 def no_answer() -> str:
-    """Return the error message for the case that the store, i.e. the process of rank 0, does not answer."""
+    """Return the error message for the case that rank 0, which has the key-value store of all ranks, does not answer."""
     return f"{_master()} does not answer"
 
 

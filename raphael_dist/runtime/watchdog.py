@@ -48,25 +48,27 @@ class Heartbeat:
     """The last sign of life of a rank.
 
     Attributes:
-        rank, host, pid: rank, host name and process id.
+        rank, host: the rank and the name of its host.
         count: number of its heartbeats so far. Ranks that make progress have equal counts. -1: there is no heartbeat yet.
-        where: the place that its training loop has reached, as a string for messages.
-        time: when it was written, in seconds since 1970.
+        where: the place that its training loop has reached, as a string for messages, e.g. "step 12".
+        time: when it was written, in seconds since 1970, by the clock of the file system; before there is a run directory,
+            by the clock of the host.
+        pid: process id; 0: the process is about to end itself, so it was not killed.
     """
 
     rank: int
     host: str
     count: int
     where: str
-    time: float = 0.0  # by the clock of the file system; before there is a run directory, by the host's
-    pid: int = 0  # 0: the process is about to end itself, so it was not killed
+    time: float = 0.0
+    pid: int = 0
 
 
 class Watchdog:
     """Ends the process if `heartbeat` is not called for `timeout_s` seconds, between `start` and `stop`.
 
-    During `long_work`, progress reports of any rank count as heartbeats. Time in which the process was suspended does not
-    count.
+    A progress report of any rank in `long_work` (work of unknown length, e.g. reading files) counts as a heartbeat. Time in
+    which the process was suspended does not count.
     """
 
     def __init__(self, ranks: Ranks, run_dir: Path, timeout_s: float, launchers: Sequence[Process] = ()) -> None:
@@ -94,9 +96,9 @@ class Watchdog:
         self._interpreter_watchdog: subprocess.Popen[bytes] | None = None
 
     def heartbeat(self, where: str, timeout_factor: float = 1.0) -> None:
-        """Record that the training loop has reached `where` (a string for messages).
+        """Record that the training loop has reached `where`, a string for messages such as "step 12".
 
-        The next call must come within `timeout_factor` times the timeout.
+        If the next call does not come within `timeout_factor` times the timeout, the process is ended.
         """
         self._count, self._where, self._timeout_factor = self._count + 1, where, timeout_factor
         self._extend()
@@ -271,19 +273,26 @@ def _newest(lines: list[str] | None, world_size: int) -> list[Heartbeat]:
 
 
 def silent(heartbeats: list[Heartbeat], tick: float) -> list[Heartbeat]:
-    """Return the heartbeats of ranks that have not written a heartbeat for longer than three ticks.
+    """Return the heartbeats that are more than three ticks older than the newest one.
 
-    These ranks are suspended, dead, or get no processor time. `tick`: seconds between two writes of a healthy rank.
+    Their ranks are suspended, dead, or get no processor time.
+
+    Args:
+        heartbeats: the last heartbeat (sign of life) of each rank.
+        tick: seconds between two heartbeats of a healthy rank.
     """
     newest = max(h.time for h in heartbeats)
     return [h for h in heartbeats if newest - h.time > 3 * tick]
 
 
 def describe_stragglers(heartbeats: list[Heartbeat], tick: float) -> str:
-    """Return a sentence that names the ranks that are behind.
+    """Return a sentence that names the ranks that are behind, or states that no rank is.
 
-    These have fewer heartbeats than other ranks, or have not written one for long (`silent`). `tick`: seconds between two
-    writes of a healthy rank.
+    A rank is behind if it has fewer heartbeats than other ranks, or has not written one for more than three ticks.
+
+    Args:
+        heartbeats: the last heartbeat (sign of life) of each rank.
+        tick: seconds between two heartbeats of a healthy rank.
     """
     newest, highest = max(h.time for h in heartbeats), max(h.count for h in heartbeats)
     dead = silent(heartbeats, tick)

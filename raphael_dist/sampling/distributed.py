@@ -16,10 +16,10 @@ class SamplingSettings:
     """How images are sampled.
 
     Attributes:
-        steps: denoising steps.
-        guidance: guidance scale; 1 turns guidance off.
-        batch: images sampled at a time.
-        strength: for requests with a start image, share of the steps (0..1) that are applied to it.
+        steps: number of denoising steps.
+        guidance: scale of classifier-free guidance; 1 turns guidance off.
+        batch: number of images sampled at a time.
+        strength: for requests with a start image, share of the steps (0..1) that are applied to it. 0 returns the image.
     """
 
     steps: int
@@ -36,12 +36,12 @@ def draw_share(
     ranks: Ranks,
     is_selected: Callable[[int], bool] = lambda _: True,
 ) -> Iterator[list[tuple[int, np.ndarray]]]:
-    """Draw this rank's share of the requests (images to draw), a batch at a time.
+    """Draw this rank's share of the requests (descriptions of images to draw), a batch at a time.
 
     Args:
         sampler: the model with its encoders.
-        requests: all requests, equal on every rank.
-        make_scheduler: returns a new scheduler.
+        requests: the requests of all ranks, equal on every rank.
+        make_scheduler: returns a new scheduler of diffusers; called once per batch.
         settings: how images are sampled.
         ranks: this rank and the number of ranks.
         is_selected: given the index of a request, returns whether to draw it.

@@ -10,9 +10,10 @@ from raphael_dist.data.fonts import drawable
 
 
 def caption_grid(images: Sequence[np.ndarray] | np.ndarray, captions: Sequence[str], columns: int = 6) -> Image.Image:
-    """Arrange images, uint8 [H, W, 3], row by row in up to `columns` columns, with one caption below each.
+    """Return one image that shows `images` in a grid, row by row in up to `columns` columns, with a caption below each.
 
-    Images less than 128 pixels wide are enlarged by a whole factor.
+    The images are uint8 [H, W, 3] and may differ in size. If none is more than 64 pixels wide, all are enlarged by the same
+    whole factor.
     """
     count, height, width = len(images), max(i.shape[0] for i in images), max(i.shape[1] for i in images)
     columns, scale = min(columns, count), max(1, 128 // width)

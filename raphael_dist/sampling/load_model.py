@@ -33,10 +33,10 @@ class TrainedModel:
         model: the U-Net.
         sampler: the U-Net with its encoders, to draw images.
         config: configuration of the run that trained it.
-        origin: description for the user: names of the checkpoint and adapters.
+        origin: description for the user: step, path of the checkpoint, paths and scales of the adapters.
         digest: hash that identifies the loaded weights (16 hex digits), from the checksums in the checkpoint's manifest, or
             from its path if it has no manifest.
-        weights: which weights were loaded: "ema" (moving average) or "master" (the trained fp32 weights).
+        weights: which weights were loaded: "ema" (their moving average) or "master" (the trained fp32 weights).
     """
 
     model: RaphaelUNet
@@ -67,7 +67,7 @@ class AdapterOptions:
     control_scale: float = 1.0
 
     def describe(self) -> list[str]:
-        """Return a string "PATH SCALE" for each adapter that is given."""
+        """Return a list with a string "PATH SCALE" for each of the LoRA adapters and the ControlNet that is not None."""
         pairs = ((self.lora, self.lora_scale), (self.control, self.control_scale))
         return [f"{path} {scale}" for path, scale in pairs if path is not None]
 
@@ -78,8 +78,16 @@ def open_model(
 ) -> Iterator[tuple[TrainedModel, Ranks]]:
     """Return a context manager that loads a model on every rank of a launcher, or in this process alone.
 
-    It yields the model and `Ranks` (this rank and the number of ranks). Arguments and errors are those of `load_trained`. If
-    loading fails on one rank, all ranks raise its error.
+    It yields the model and `Ranks` (this rank and the number of ranks). If loading fails on one rank, all ranks raise its
+    error.
+
+    Args:
+        path: a run directory, one of its step-* folders, an exported pipeline, or another checkpoint.
+        weights: "ema" (moving average) or "master" (trained fp32 weights). None: the EMA if there is one.
+        adapters: LoRA adapters and ControlNet to add to the model.
+
+    Raises:
+        UserError: as in `load_trained`.
     """
     with join_ranks() as (ranks, device):
         yield raise_on_all_ranks(lambda: load_trained(path, weights, device, adapters=adapters)), ranks
@@ -128,9 +136,10 @@ def load_trained(
 
 
 def open_for_sampling(path: Path) -> Checkpoint:
-    """Open a checkpoint in any layout (format on disk). For a run directory, open its newest undamaged checkpoint.
+    """Open the checkpoint at `path`, in any layout (format on disk), for reading its weights.
 
-    Raises UserError if there is no checkpoint, or if it is damaged.
+    For a run directory, open its newest undamaged checkpoint. Raises UserError if there is no checkpoint, or if it is
+    damaged.
     """
     path = resolve_latest(path)
     try:
@@ -150,9 +159,10 @@ def open_for_sampling(path: Path) -> Checkpoint:
 
 
 def exported_config(checkpoint: Checkpoint, path: Path) -> Config:
-    """Return the configuration of a checkpoint. For an exported pipeline, its own encoders and scheduler replace the run's.
+    """Return the configuration of the run that wrote a checkpoint.
 
-    `path`: the path of the checkpoint as given by the user.
+    If `path` (the checkpoint's path as given by the user) is the folder of an exported pipeline, the encoders, noise
+    schedule, steps and guidance in this folder replace those of the run.
     """
     config = checkpoint.config
     if not (path / "model_index.json").is_file():
@@ -186,9 +196,10 @@ def _kind(checkpoint: Checkpoint, weights: str | None) -> str:
 
 
 def read_model(checkpoint: Source, config: Config, kind: str) -> RaphaelUNet:
-    """Build the U-Net of `config` with weights from a checkpoint, in float32 on the CPU and in eval mode.
+    """Build the U-Net that `config` describes and fill it with weights, in float32 on the CPU and in eval mode.
 
-    `kind`: which weights: "ema" or "master" (fp32 weights).
+    `checkpoint`: the checkpoint to read. `kind`: which of its weights: "ema" (moving average) or "master" (trained fp32
+    weights).
     """
     with torch.device("meta"):
         model = RaphaelUNet(config)
@@ -198,7 +209,11 @@ def read_model(checkpoint: Source, config: Config, kind: str) -> RaphaelUNet:
 
 
 def fill(model: torch.nn.Module, read: Callable[[str, int], torch.Tensor]) -> None:
-    """Set every parameter of a model to the values that `read(name, number of elements)` returns."""
+    """Set every parameter of a model to the tensor that `read` returns for it.
+
+    `read`: called with the parameter's name and number of elements; returns a tensor of that many elements, in any float
+    dtype and in the order of the flattened parameter.
+    """
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(read(name, p.numel()).view(p.shape))

@@ -133,10 +133,10 @@ class RaphaelPipeline(LoraLoader, Denoiser):
             num_images_per_prompt: images for each prompt.
             eta: noise that DDIM adds in each step, from 0 (none) to 1.
             generator: generator of the initial noise, one for all or one for each image.
-            latents: initial noise, [B, C, h, w].
-            prompt_embeds: result of `encode_prompt`, [prompts, Y, D].
+            latents: initial noise for B images, [B, C, h, w].
+            prompt_embeds: text embeddings from `encode_prompt`, [prompts, tokens, text width].
             negative_prompt_embeds: the same for negative prompts.
-            prompt_attention_mask: bool [prompts, Y], False at padding. None: no padding.
+            prompt_attention_mask: bool [prompts, tokens], False at padding. None: no padding.
             negative_prompt_attention_mask: the same for `negative_prompt_embeds`.
             output_type: "pil"; "np" [B, H, W, 3] or "pt" [B, 3, H, W] with values in 0..1; or "latent".
             return_dict: whether to return an ImagePipelineOutput or a tuple.
@@ -217,9 +217,21 @@ class RaphaelPipeline(LoraLoader, Denoiser):
         prompt_attention_mask: Tensor | None = None,
         negative_prompt_attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Return embeddings [B, Y, D] and masks, bool [B, Y], of prompts and of negative prompts (None without guidance).
+        """Return text embeddings and masks of prompts and of negative prompts, each repeated for the images of a prompt.
 
-        If embeddings are passed instead of prompts, they are only repeated `num_images_per_prompt` times.
+        Args:
+            prompt: one caption or several.
+            device: device of the results; None: that of the pipeline.
+            num_images_per_prompt: how often each result is repeated.
+            do_classifier_free_guidance: False: negative prompts are not encoded.
+            negative_prompt: one for all prompts, or one for each; None: "".
+            prompt_embeds: embeddings [prompts, Y, D] to use instead of encoding `prompt`.
+            negative_prompt_embeds: the same for negative prompts.
+            prompt_attention_mask: mask of `prompt_embeds`, bool [prompts, Y], False at padding. None: no padding.
+            negative_prompt_attention_mask: the same for `negative_prompt_embeds`.
+
+        Returns:
+            Embeddings [B, Y, D] and mask, bool [B, Y], of prompts; then those of negative prompts, None without guidance.
 
         Raises:
             UserError: embeddings do not fit the model, or a prompt is passed but the pipeline has no text encoder.

@@ -64,7 +64,7 @@ class CallArguments:
 
     @property
     def images(self) -> list[Image.Image]:
-        """The input images as a list with one image for each prompt; [] if there are none."""
+        """The input images (argument `image`) as a list with one image for each prompt; [] if there are none."""
         return [] if self.image is None else for_each("image", self.image, self.num_prompts)
 
     @property
@@ -111,9 +111,13 @@ class CallArguments:
 
 
 def check_texts(prompt: Texts, negative: Texts, prompt_embeds: Tensor | None, negative_embeds: Tensor | None) -> None:
-    """Raise UserError unless prompts are passed either as strings or as embeddings, and negative prompts too.
+    """Raise UserError unless the prompts of a call are either strings or embeddings, and its negative prompts as well.
 
-    Negative prompts may be missing. There must be one for all prompts, or one for each.
+    Args:
+        prompt: one prompt or several, or None.
+        negative: negative prompts: one for all prompts, or one for each. They may be None, also without embeddings.
+        prompt_embeds: embeddings of the prompts, [prompts, tokens, width], or None.
+        negative_embeds: embeddings of the negative prompts, or None.
     """
     for name, texts, embeds in (
         ("prompt", prompt, prompt_embeds),
@@ -136,7 +140,7 @@ def check_embeddings(
     Args:
         name: name of the argument with the embeddings, for messages.
         embeds: the embeddings.
-        mask: the mask, or None.
+        mask: True at tokens, False at padding; None: no mask to check.
         width: text width D of the model; None: any.
         shape: the exact shape that is required; None: any.
     """
@@ -166,7 +170,7 @@ def as_list(value: object) -> list[Any]:
 def for_each(name: str, value: object, count: int) -> list[Any]:
     """Return a list with one value for each of `count` prompts, from a single value or a list of `count` values.
 
-    Raises UserError, which names the argument `name`, if a list has another length.
+    Raises UserError if a list has another length; the message names the argument `name`.
     """
     values = list(value) if isinstance(value, list | tuple) else [value] * count
     if len(values) != count:
@@ -182,14 +186,20 @@ def _is_whole(value: object) -> TypeGuard[int]:
 
 
 def check_whole(name: str, value: object, low: int, high: int | None = None) -> None:
-    """Raise UserError unless the argument `name` is a whole number from `low` to `high`. None: no upper limit."""
+    """Raise UserError unless `value` is a whole number from `low` to `high`. None: no upper limit.
+
+    `name`: the argument of the pipeline that has this value, for the message.
+    """
     if not _is_whole(value) or value < low or (high is not None and value > high):
         limits = f"from {low}" + ("" if high is None else f" to {high}")
         raise UserError(f"{name}={value!r} must be a whole number {limits}. Use a number within these limits.")
 
 
 def check_real(name: str, value: object, high: float) -> None:
-    """Raise UserError unless the argument `name` is a finite number from 0 to `high` (inf: no upper limit)."""
+    """Raise UserError unless `value` is a finite number from 0 to `high`. If `high` is infinite, there is no upper limit.
+
+    `name`: the argument of the pipeline that has this value, for the message.
+    """
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= high or math.isinf(value):
         limits = "from 0" + ("" if math.isinf(high) else f" to {high}")
         raise UserError(f"{name}={value!r} must be a number {limits}. Use a number within these limits.")

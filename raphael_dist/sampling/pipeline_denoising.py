@@ -60,7 +60,10 @@ class Prompts(NamedTuple):
 
 
 class Denoiser(PipelineFiles):
-    """Base class of pipelines: runs the denoising steps, and keeps the state of a call under diffusers' names."""
+    """Base class of this project's pipelines: runs the denoising steps of a call.
+
+    Its properties give callbacks the state of the call, under diffusers' names.
+    """
 
     controlnet: Model = None  # set by RaphaelControlNetPipeline
     _interrupt, _num_timesteps, _guidance_scale, _guidance_rescale = False, 0, 1.0, 0.0
@@ -83,7 +86,10 @@ class Denoiser(PipelineFiles):
 
     @property
     def interrupt(self) -> bool:
-        """Whether to skip the remaining steps. A callback can set `_interrupt` to True."""
+        """Whether the pipeline skips the remaining denoising steps of the current call.
+
+        A callback sets the attribute `_interrupt` to True to stop early; the images are then made from the current latents.
+        """
         return self._interrupt
 
     def _noise(self, call: CallArguments) -> Tensor:

@@ -25,7 +25,10 @@ class PipelineFiles(_Pipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
-        """Load a pipeline from a folder or model hub, as in diffusers. UserError: a local folder is not a pipeline."""
+        """Load a pipeline from a local folder or a model hub, with diffusers' arguments.
+
+        Raises UserError if the local folder does not contain a pipeline.
+        """
         folder = Path(pretrained_model_name_or_path)
         if folder.exists() or str(folder).count("/") != 1:  # otherwise it may be the name of a repository
             check_pipeline_folder(folder)
@@ -33,7 +36,7 @@ class PipelineFiles(_Pipeline):
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load the content of model_index.json, as in diffusers.
+        """Return the content of a pipeline's model_index.json, with the arguments and the result of diffusers' method.
 
         The file names the classes of the components, and the Python files in the same folder that define them. The installed
         package replaces these classes by its own, so `trust_remote_code` is not required.
@@ -68,7 +71,10 @@ class PipelineFiles(_Pipeline):
         return cls(**{name: pipeline.config[name] for name in settings if name in pipeline.config} | parts)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Save the pipeline, as in diffusers. The folder also contains the code, so that it loads without this package."""
+        """Save the pipeline to the folder `save_directory`, with diffusers' arguments.
+
+        The folder also contains the Python code of the pipeline, so that it can be loaded without this package.
+        """
         # The encoder "characters" has no files, and its code is in pipeline.py. Its model_type is compared: if this code was
         # imported twice, the class of the encoder exists twice.
         if self.text_encoder is not None and self.text_encoder.config.model_type == CHARACTERS:
@@ -100,7 +106,7 @@ class PipelineFiles(_Pipeline):
 
 
 def check_pipeline_folder(folder: Path) -> None:
-    """Raise UserError unless a folder has a readable model_index.json with the class of a pipeline."""
+    """Raise UserError unless `folder` is that of a saved pipeline: its model_index.json has the key "_class_name"."""
     try:
         index = read_json(folder / "model_index.json")
         problem = None if isinstance(index, dict) and "_class_name" in index else "it lacks the key _class_name"

@@ -25,9 +25,9 @@ class LoraState:
 
     Attributes:
         adapters: all loaded adapters, by name.
-        active: factor of each active adapter, by the adapter's name.
-        own: weights without active adapters, by name, of the parameters that these adapters change.
-        fused: weights from before `fuse_lora`, by name, of the parameters that it changed.
+        active: factor by which each active adapter is multiplied, by the adapter's name.
+        own: for each parameter that active adapters change, by name, its weights without them, on the CPU.
+        fused: for each parameter that `fuse_lora` changed, by name, its weights before that.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -52,7 +52,8 @@ class LoraLoader:
         """Load LoRA adapters and make them the only active ones, with factor 1.
 
         Args:
-            pretrained_model_name_or_path: a folder of peft (adapter_config.json, adapter_model.safetensors).
+            pretrained_model_name_or_path: a folder of peft (adapter_config.json, adapter_model.safetensors). The installed
+                package also reads a run directory with trained adapters.
             adapter_name: name for `set_adapters`; None: default_0, default_1, ...
 
         Raises:
@@ -77,11 +78,11 @@ class LoraLoader:
     def set_adapters(
         self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
     ) -> None:
-        """Make these loaded LoRA adapters the only active ones.
+        """Make these loaded LoRA adapters the only ones that are added to the U-Net's weights.
 
         Args:
-            adapter_names: a name or several.
-            adapter_weights: factor of what is added to the weights: one number for all adapters, or one for each. None: 1.
+            adapter_names: one name or several.
+            adapter_weights: factor by which an adapter is multiplied: one number for all, or one for each. None: 1.
 
         Raises:
             UserError: no adapter of this name is loaded, or the number of factors is wrong.
@@ -113,7 +114,10 @@ class LoraLoader:
         return {"unet": list(self._lora.adapters)} if self._lora.adapters else {}
 
     def disable_lora(self) -> None:
-        """Deactivate all LoRA adapters and restore the original weights. `set_adapters` activates adapters again."""
+        """Deactivate all LoRA adapters, and restore the weights without them. `set_adapters` activates adapters again.
+
+        Fused adapters (`fuse_lora`) stay in the weights.
+        """
         self._merge({})
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
@@ -134,7 +138,10 @@ class LoraLoader:
         self.unet.lora_state = LoraState(fused=self._lora.own | self._lora.fused)
 
     def unfuse_lora(self) -> None:
-        """Restore the weights from before the first `fuse_lora`, bit for bit. Active adapters stay active."""
+        """Restore the U-Net's weights from before the first `fuse_lora`, bit for bit.
+
+        LoRA adapters that were loaded after it and are active stay active.
+        """
         self._lora.own |= self._lora.fused
         self._lora.fused = {}
         self._merge(self._lora.active)

@@ -26,9 +26,9 @@ from raphael_dist.text import JsonObject
 
 
 def shows_options(call: Any) -> Any:
-    """Decorate `__call__` so that its signature has RaphaelPipeline's arguments instead of `**options`.
+    """Decorate a pipeline's `__call__`: its signature then has RaphaelPipeline's arguments in place of `**options`.
 
-    help(), editors and diffusers read the signature.
+    help(), editors and diffusers read the signature. Returns `call` itself, whose behaviour is unchanged.
     """
     *own, _ = inspect.signature(call).parameters.values()
     names = {parameter.name for parameter in own}
@@ -43,10 +43,10 @@ class RaphaelImg2ImgPipeline(RaphaelPipeline):
     @shows_options
     @torch.no_grad()
     def __call__(self, prompt: Texts = None, image: Images = None, strength: float = 0.8, **options: Any) -> Output:
-        """Draw images that start from given images.
+        """Draw images that start from the images `image` and follow captions.
 
         Args:
-            prompt: see RaphaelPipeline.
+            prompt: one caption or several.
             image: a PIL image, or one for each prompt; it is resized and cropped to height x width.
             strength: share of the denoising steps, 0 to 1, that are applied to the image. 0 returns the image, 1 starts from
                 almost pure noise.
@@ -73,7 +73,7 @@ class RaphaelInpaintPipeline(RaphaelPipeline):
         """Draw the part of an image that is white in a mask, and keep the rest.
 
         Args:
-            prompt: see RaphaelPipeline.
+            prompt: one caption or several.
             image: a PIL image, or one for each prompt; it is resized and cropped to height x width.
             mask_image: a PIL image of the same size, or one for each prompt: white where the image is drawn, black where it
                 is kept.
@@ -125,7 +125,7 @@ class RaphaelControlNetPipeline(RaphaelPipeline):
         """Draw images that follow an edge map.
 
         Args:
-            prompt: see RaphaelPipeline.
+            prompt: one caption or several.
             image: edge map with white lines on black, a PIL image, or one for each prompt.
             controlnet_conditioning_scale: factor of the ControlNet's outputs; 0: no effect.
             options: other arguments of RaphaelPipeline.
@@ -148,10 +148,10 @@ class RaphaelUpscalePipeline(RaphaelPipeline):
     @shows_options
     @torch.no_grad()
     def __call__(self, prompt: Texts = None, image: Images = None, **options: Any) -> Output:
-        """Enlarge small images.
+        """Enlarge small images to height x width, guided by captions.
 
         Args:
-            prompt: see RaphaelPipeline.
+            prompt: one caption or several.
             image: a small PIL image, or one for each prompt, `upscale.factor` times smaller than height x width.
             options: other arguments of RaphaelPipeline.
         """

@@ -95,9 +95,10 @@ def _request(fields: JsonObject, index: int, default: Request, where: str) -> Re
 
 
 def check_sizes(requests: Sequence[Request], factor: int, option: str = "--size") -> None:
-    """Raise UserError unless height and width of every request are multiples of `factor`.
+    """Raise UserError unless height and width of every request (image to draw) are multiples of `factor`.
 
-    `factor`: image pixels per latent position, in height and in width. `option`: name of the command line option.
+    `factor`: image pixels per latent position, in height and in width. `option`: the command line option that sets the size,
+    for messages.
     """
     for size in {r.size_hw for r in requests}:
         if any(side < factor or side % factor for side in size):
@@ -111,9 +112,10 @@ def check_sizes(requests: Sequence[Request], factor: int, option: str = "--size"
 def read_fitted_image(
     path: Path, size_hw: tuple[int, int], option: str = "--image", background: str = "white"
 ) -> np.ndarray:
-    """Read an image, resize and crop it to `size_hw` (height, width); return it as RGB, uint8 [H, W, 3].
+    """Read an image file, resize and crop the image to `size_hw` (height, width); return it as RGB, uint8 [H, W, 3].
 
-    Transparent pixels get the colour `background`. Raises UserError, which names `option`, if it cannot be read.
+    Transparent pixels get the colour `background`. Raises UserError if the file cannot be read; the message names `option`,
+    the command line option with the path.
     """
     return fit_image(read_image(path, option, background), size_hw)
 
@@ -175,7 +177,7 @@ def read_small(
         option: name of the command line option, for messages.
 
     Raises:
-        UserError: it cannot be read, has the wrong size, or the model requires one and `path` is None.
+        UserError: the image cannot be read or has the wrong size, or the model requires one and `path` is None.
     """
     pixels_HsWs3 = None if path is None else np.array(read_image(path, option))
     check_small(upscale.factor, pixels_HsWs3, size_hw, option if path is None else f"{option} {path}")
@@ -188,9 +190,9 @@ def fit_image(image: Image.Image, size_hw: tuple[int, int]) -> np.ndarray:
 
 
 def batches(requests: Sequence[Request], numbers: Sequence[int], size: int) -> list[list[int]]:
-    """Divide requests into batches of at most `size`, so that all images of a batch have one height and width.
+    """Divide requests (images to draw) into batches of at most `size`, each with images of one height and width.
 
-    `numbers`: indices of the requests to draw. Returns the indices of each batch.
+    `numbers`: indices, in `requests`, of those to draw. Returns a list of indices for each batch.
     """
     by_size: dict[tuple[int, int], list[int]] = {}
     for number in numbers:

@@ -16,9 +16,10 @@ T = TypeVar("T")
 
 @contextmanager
 def join_ranks() -> Iterator[tuple[Ranks, torch.device]]:
-    """Return a context manager that provides a process group; it yields this rank's `Ranks` and its device.
+    """Return a context manager that creates torch.distributed's process group, and destroys it at the end.
 
-    The ranks are those of a launcher, or this process alone. A process group that exists already is used and kept.
+    The group's ranks are those of a launcher, or this process alone. It yields `Ranks` (this rank and the number of ranks)
+    and this rank's device. A process group that exists already is used and kept.
     """
     if dist.is_initialized():
         rank, world = dist.get_rank(), dist.get_world_size()
@@ -42,7 +43,8 @@ def join_ranks() -> Iterator[tuple[Ranks, torch.device]]:
 def gather_to_rank0(local: dict[int, T]) -> dict[int, T]:
     """Return the union of the dicts of all ranks on rank 0, and {} on other ranks. Collective.
 
-    `local`: this rank's dict; its keys must differ from those of other ranks. It is pickled, so it should be small.
+    `local`: this rank's dict; its keys must differ from those of other ranks. It is pickled to be sent, so it should be
+    small.
     """
     gathered = gather_objects(local)
     return {n: value for part in gathered for n, value in part.items()} if dist.get_rank() == 0 else {}

@@ -58,7 +58,7 @@ class Request:
 def initial_noise(seed: int, index: int, shape: tuple[int, ...], copy: int = 0) -> Tensor:
     """Return the initial noise of one image, standard normal, float32 of `shape`, on the CPU.
 
-    It is a function of these arguments.
+    It depends only on these arguments.
 
     Args:
         seed: seed of the noise.
@@ -71,9 +71,10 @@ def initial_noise(seed: int, index: int, shape: tuple[int, ...], copy: int = 0) 
 
 
 def denoiser(model: nn.Module, edge_Bhw: Tensor | None = None) -> Denoise:
-    """Return a function (latents [B, C, h, w], timesteps [B], text features) -> prediction that runs a `RaphaelUNet`.
+    """Return a function (latents [B, C, h, w], timesteps [B], text features) -> prediction that runs the U-Net `model`.
 
-    `edge_Bhw`: edge maps in 0..1 at the size of the latents, for the model's ControlNet; None: without.
+    The prediction (of noise or v) is [B, C, h, w]. `edge_Bhw`: edge maps in 0..1 at the size of the latents, for the model's
+    ControlNet; None: the ControlNet is not used.
     """
 
     def denoise(x: Tensor, timestep: Tensor, text: TextFeatures) -> Tensor:
@@ -123,9 +124,9 @@ def sample_latents(
         denoise: function (latents [B, C, h, w], timesteps [B], text features) -> prediction (`denoiser`).
         scheduler: a scheduler of diffusers (`model.diffusion.make_scheduler`).
         noise_BChw: initial noise, float32, on the device of the model.
-        text: features of B captions.
-        null: features of B negative captions, or of one for all.
-        steps: denoising steps.
+        text: outputs of the text encoder for B captions.
+        null: the same for B negative captions, or for one that is used for all.
+        steps: number of denoising steps.
         guidance: guidance scale; 1 turns guidance off.
         dtype: dtype of the model's weights.
         start_BChw: latents of images to start from. None: start from noise.
@@ -212,7 +213,7 @@ class Sampler:
 
     @classmethod
     def of(cls, model: nn.Module, text: TextEncoder, image: ImageEncoder) -> "Sampler":
-        """Make the sampler of a `RaphaelUNet` and its encoders, with the device and the dtype of the model."""
+        """Return a sampler for the U-Net `model` and its encoders. Device and dtype are those of the model's weights."""
         weight = next(model.parameters())
         with_edges = partial(denoiser, model) if getattr(model, "control", None) is not None else None
         upscale = cast(Upscale, model.upscale)
@@ -231,12 +232,12 @@ class Sampler:
         """Draw one image for each request. All must have one size, and either all or none have a start image.
 
         Args:
-            requests: B requests.
+            requests: descriptions of B images: caption, size, seed, input images.
             scheduler: a scheduler of diffusers; its state is changed.
-            steps: as in `sample_latents`.
-            guidance: as in `sample_latents`.
-            strength: as in `sample_latents`.
-            on_step: as in `sample_latents`.
+            steps: number of denoising steps.
+            guidance: scale of classifier-free guidance; 1 turns guidance off.
+            strength: share of the steps, 0 to 1, that are applied to start images; without effect if there are none.
+            on_step: called after each step with (number, timestep, latents); returns the latents to continue with.
 
         Returns:
             Images, uint8 [B, H, W, 3].

@@ -22,7 +22,10 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def write_sealed(path: Path, data: bytes) -> None:
-    """Write `data` and its SHA-256 as one file. A reader sees the whole file or none. Raises OSError."""
+    """Write `data`, followed by the 32 bytes of its SHA-256, as one file. A reader sees the whole file or none.
+
+    Raises OSError if it cannot be written.
+    """
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         file.write(data)
         file.write(hashlib.sha256(data).digest())
@@ -42,23 +45,27 @@ def read_sealed(path: Path) -> bytes:
 
 
 def write_array(path: Path, values: np.ndarray) -> None:
-    """Write an array, in NumPy's .npy format and followed by its SHA-256, as one file. Raises OSError."""
+    """Write an array in NumPy's .npy format, followed by the SHA-256 of these bytes, as one file. Read it by `read_array`.
+
+    Raises OSError if the file cannot be written.
+    """
     buffer = io.BytesIO()
     np.save(buffer, values, allow_pickle=False)
     write_sealed(path, buffer.getvalue())
 
 
 def read_array(path: Path) -> np.ndarray:
-    """Return the array of a file that `write_array` wrote. Raises the errors of `read_sealed`."""
+    """Return the array in a file that `write_array` wrote. OSError: not readable. ValueError: its checksum is wrong."""
     values: np.ndarray = np.load(io.BytesIO(read_sealed(path)), allow_pickle=False)
     return values
 
 
 @contextmanager
 def sealed_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder to write into. At the end of the block, add a file with checksums, and rename it to `folder`.
+    """Return a context that yields a temporary folder to write into. When its block ends, the folder is renamed to `folder`.
 
-    Several processes may write the same folder: the first one wins, and the files of the others are discarded.
+    Before, a file sums.json with the size and SHA-256 of every file in it is added. Several processes may write the same
+    folder: the first one wins, and the files of the others are discarded.
 
     Raises:
         OSError: writing failed, and no other process has written the folder.
@@ -77,7 +84,7 @@ def sealed_folder(folder: Path) -> Iterator[Path]:
 
 
 def folder_damage(folder: Path) -> str | None:
-    """Return a message about the first missing or damaged file of a folder that `sealed_folder` wrote; None: all intact."""
+    """Return a message about the first missing or damaged file in a folder that `sealed_folder` wrote; None if all match."""
     try:
         files = json.loads(read_sealed(folder / SUMS))
         return integrity_error((folder / name, entry) for name, entry in files.items())

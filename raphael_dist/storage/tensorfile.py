@@ -70,9 +70,9 @@ class StoredTensor:
         return prod(self.shape)
 
     def part(self, first: int, numel: int, start: int) -> "StoredTensor":
-        """Return where the elements first .. first + numel - 1 of this flattened tensor lie in the file. Nothing is read.
+        """Return where elements [first, first + numel) of this tensor, flattened, lie in the file. Nothing is read.
 
-        `start`: index of the first of them in the flattened parameter.
+        `start`: index of the first of these elements in the flattened parameter to which they belong.
         """
         return replace(self, offset=self.offset + first * self.dtype.itemsize, shape=(numel,), start=start)
 
@@ -141,7 +141,7 @@ class FileReader:
         weakref.finalize(self, _close_all, self._open)
 
     def read(self, spans: Iterable[StoredTensor], start: int, numel: int) -> Tensor:
-        """Return the elements start .. start + numel - 1 of a flattened parameter, float32 [numel].
+        """Return elements [start, start + numel) of a flattened parameter, float32 [numel].
 
         Args:
             spans: where the parameter's elements are stored, in ascending order of `start`.
@@ -189,7 +189,7 @@ class FileReader:
         return out
 
     def close(self) -> None:
-        """Close all files."""
+        """Close all files that `read` has opened. A later call of `read` opens them again."""
         _close_all(self._open)
 
     def _descriptor(self, path: Path) -> int:
@@ -244,7 +244,7 @@ class HashedFile:
         return {"bytes": self.bytes, "sha256": self._digest.hexdigest()}
 
     def write(self, data: "ReadableBuffer") -> int:
-        """Append a bytes-like object; return its number of bytes."""
+        """Append a bytes-like object to the file, and return how many bytes were written (all of them)."""
         view = memoryview(data)
         self._queue.put(data)
         write_all(self._descriptor, view)
@@ -252,10 +252,10 @@ class HashedFile:
         return view.nbytes
 
     def flush(self) -> None:
-        """Do nothing: `write` is not buffered."""
+        """Do nothing, since `write` is not buffered. Code that writes to a file object may call this method."""
 
     def tell(self) -> int:
-        """Return the number of bytes written so far."""
+        """Return the position in the file: the number of bytes written so far."""
         return self.bytes
 
     def _hash(self) -> None:

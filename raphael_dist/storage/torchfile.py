@@ -88,7 +88,7 @@ def load_tree(path: Path, allowed: Sequence[Allowed] = ()) -> Any:
 
 
 def file_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Return where each tensor of a weights file (.safetensors, or written by torch.save) lies in it, by tensor name.
+    """Return where each tensor lies in a file of weights (.safetensors, or written by torch.save), by tensor name.
 
     Only headers are read, not the data of tensors. Raises UserError if the file cannot be read.
     """
@@ -176,7 +176,7 @@ def write_tree(file: HashedFile, tree: object, placeholder: type[P], values: Cal
         file: the file, open for writing.
         tree: dicts, lists and plain values, with a placeholder object in place of each tensor.
         placeholder: class of the placeholders. They have the attributes `dtype` and `shape`.
-        values: called with a placeholder; yields pieces of its tensor: CPU tensors with all of its elements in order.
+        values: called with a placeholder; yields the elements of its tensor in order, as one or more CPU tensors.
     """
     buffer = io.BytesIO()
     pickler = _Pickler(buffer, placeholder)

@@ -22,7 +22,9 @@ _FIRST = ("fp32", "bf16", "fp16")  # order in which variants are preferred
 class WeightFiles:
     """The weight files of one model, all .safetensors or all .bin.
 
-    `variant`: the variant in the file names, such as "fp16"; None if the names have none.
+    Attributes:
+        paths: the files that together contain the weights.
+        variant: the variant in their names, such as "fp16" in model.fp16.safetensors; None if the names have none.
     """
 
     paths: tuple[Path, ...]
@@ -34,10 +36,10 @@ class WeightFiles:
 
 
 def weight_files(folder: Path, stems: tuple[str, str] = DIFFUSERS) -> WeightFiles:
-    """Find the weight files of the model in `folder`. Raises UserError if there are none.
+    """Find the weight files of the diffusers or transformers model in `folder`. Raises UserError if there are none.
 
     Files without a variant (such as fp16) in their names are preferred to those with one, then .safetensors to .bin.
-    `stems`: the beginning of the file names, before the first dot, for .safetensors and for .bin files.
+    `stems`: the beginning of the file names, before the first dot or hyphen, for .safetensors and for .bin files.
     """
     for variant in (None, *_variants(folder, stems)):
         for stem, suffix in zip(stems, ("safetensors", "bin"), strict=True):

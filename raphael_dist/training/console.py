@@ -64,14 +64,16 @@ class Console:
         self.advance(start)
 
     def advance(self, step: int) -> None:
-        """Move the progress bar to optimizer step `step`."""
+        """Show on the progress bar that optimizer step `step` of the run is complete."""
         self._bar.report(self._loss, step, self._total)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Show loss, learning rate, gradient norm, speed and remaining time of a logged step in one line.
+        """Show one line with the loss, learning rate, gradient norm, speed and estimated remaining time.
+
+        If there is a progress bar, it shows the loss, and the line goes to train.log only.
 
         Args:
-            step: the optimizer step.
+            step: the last complete optimizer step.
             values: all logged scalars by tag, e.g. "train/loss".
         """
         shown = "  ".join(f"{tag.split('/')[1]} {values[tag]:.4g}" for tag in _SHOWN if tag in values)
@@ -83,7 +85,7 @@ class Console:
         self.line(line, only_log=self._bar.active)
 
     def line(self, text: str, only_log: bool = False) -> None:
-        """Print one line, and write it to train.log. With `only_log`, only write it to train.log."""
+        """On rank 0, print one line (above the progress bar) and write it to train.log. `only_log`: do not print it."""
         if not self._active:
             return
         text = escape_control(text)

@@ -19,6 +19,9 @@ class DataTimer:
 
     The wait for a batch is divided among reading, decoding and encoding, in proportion to the time that each took for this
     batch. The time to copy the batch to the device is counted as "copying".
+
+    Attributes:
+        last_wait: seconds that this rank waited for the last batch, including the copy to the device.
     """
 
     def __init__(self) -> None:
@@ -41,7 +44,7 @@ class DataTimer:
         self.last_wait = now - self._began
 
     def fetched(self, seconds: Mapping[str, float]) -> None:
-        """Record that the batch has arrived.
+        """Record that the batch has arrived. Call it inside the body of `waiting`, before the batch is copied to the device.
 
         `seconds`: the seconds that building the batch took, by kind of work ("reading", "decoding", "encoding").
         """
@@ -53,10 +56,12 @@ class DataTimer:
     def take(self, elapsed: float) -> tuple[dict[str, float], str | None]:
         """Return the waiting times since the last call as metrics, and a line to log or None.
 
-        The metrics are shares (0..1) of the `elapsed` seconds since that call, by tag (`time/data_wait_*`). The line names
-        the kind of work with the longest wait and a remedy. It is returned only if more than 3% of the time was spent
+        The metrics are shares (0..1) of the time, by tag (`time/data_wait_*`). The line names the kind of work with the
+        longest wait, and the setting that would shorten it. It is returned only if more than 3% of the time was spent
         waiting and the last line named another kind. The first call returns no line, because every start has to wait for
         data.
+
+        `elapsed`: seconds since the last call, or since the start.
         """
         shares = {kind: self._seconds[kind] / max(elapsed, 1e-9) for kind in KINDS}
         total, longest = sum(shares.values()), max(KINDS, key=lambda kind: shares[kind])

@@ -15,17 +15,20 @@ REMEDY = "Set model.balance_weight=0.01, or raise it; docs/metrics.md defines mo
 
 
 def load_metrics(prefix: str, load_LK: Tensor, total_samples: float | None = None) -> dict[str, float]:
-    """Return scalars by tag that describe how evenly work is divided over experts, in total and for each block.
+    """Return metrics of how evenly work is divided over experts, from metric name (e.g. "moe/space/load_max") to value.
 
-    `load_max` and `load_min` are the largest and the smallest load of an expert, divided by the mean load of its block.
-    `load_entropy` is the result of the function `load_entropy`. `density` is the share of all (image token, expert) pairs
-    that are computed.
+    - load_max, load_min: largest and smallest load of an expert, divided by the mean load of its block. 1 is an even share.
+    - load_entropy: entropy of the loads within a block, mean over blocks. 1 is an even share, 0 means that one expert of
+      each block has all the work.
+    - density: share (0..1) of all (image token, expert) pairs that are computed.
+
+    All but load_entropy are also returned for each block, e.g. as "moe/space/L00/load_max".
 
     Args:
-        prefix: first part of the tags, e.g. "moe/space".
-        load_LK: work of expert k in transformer block l. Time experts: number of samples. Space experts: the sum over
-            samples of the share of image tokens that need the expert.
-        total_samples: number of samples in `load_LK`, for the `density` of space experts. None: no `density`.
+        prefix: first part of the names: "moe/space" or "moe/time".
+        load_LK: float [L, K], the work of each of K experts in each of L transformer blocks. For time experts it is a
+            number of samples. For space experts, each sample adds the share of its image tokens that the expert processes.
+        total_samples: number of samples in `load_LK`, for the density of space experts. None: no density.
     """
     share_LK = relative_load(load_LK)
     values = {f"{prefix}/load_max": float(share_LK.max()), f"{prefix}/load_min": float(share_LK.min())}
@@ -49,9 +52,11 @@ def relative_load(load_LK: Tensor) -> Tensor:
 
 
 def load_entropy(share_LK: Tensor) -> float:
-    """Return the normalised entropy of the expert loads, averaged over blocks: 1 if even, 0 if one expert has all work.
+    """Return the entropy of the expert loads in a block, divided by its maximum log(K); the mean over all blocks.
 
-    `share_LK`: the result of `relative_load`.
+    1: all experts of a block have equal loads. 0: one expert of each block has all the work.
+
+    `share_LK`: float [L, K], loads of K experts in each of L blocks, divided by the mean load of the block.
     """
     experts = share_LK.shape[1]
     p_LK = (share_LK / experts).clamp(min=1e-12)
@@ -61,8 +66,8 @@ def load_entropy(share_LK: Tensor) -> float:
 class DeadExperts:
     """Detects experts that get almost no work, and creates a warning with a remedy.
 
-    An expert is dead if its load is below 1% (DEAD_SHARE) of the mean load of its block. The loads of the last log lines are
-    added up, as many lines as are needed for 100 samples per expert.
+    An expert is dead if its load is below 1% (DEAD_SHARE) of the mean load of its transformer block. Every log line of the
+    run adds the loads since the previous one. The last lines are added up, as many as are needed for 100 samples per expert.
     """
 
     SAMPLES = 100
@@ -72,16 +77,16 @@ class DeadExperts:
         self._warned: dict[str, int] = defaultdict(int)
 
     def clear(self) -> None:
-        """Forget the loads of earlier log lines."""
+        """Forget all loads that `find` has recorded, because the run returns to an earlier step."""
         self._lines.clear()
 
     def find(self, kind: str, load_LK: Tensor, samples: float) -> Tensor | None:
-        """Add the expert loads of one log line; return which experts are dead, bool [L, K]; None: too few samples yet.
+        """Record the expert loads since the last call; return which experts are dead, bool [L, K]; None: too few samples.
 
         Args:
-            kind: "space" or "time".
-            load_LK: as for `load_metrics`.
-            samples: number of samples in `load_LK`.
+            kind: kind of experts, "space" or "time". Their loads are recorded separately.
+            load_LK: the load (amount of work, in any unit) of each of K experts in each of L transformer blocks, float.
+            samples: number of training samples that caused these loads.
         """
         lines, needed = self._lines[kind], self.SAMPLES * load_LK.shape[1]
         lines.append((load_LK, samples))
@@ -92,9 +97,13 @@ class DeadExperts:
         return relative_load(torch.stack([load for load, _ in lines]).sum(dim=0)) < DEAD_SHARE
 
     def warning(self, kind: str, dead_LK: Tensor) -> str | None:
-        """Return a warning about the dead experts of a kind ("space" or "time"), or None. `dead_LK`: the result of `find`.
+        """Return a warning for the log about dead experts (they get almost no work), with a remedy.
 
-        None if no expert is dead, or if their number has not doubled since the last warning.
+        Returns None if no expert is dead, or if their number has not doubled since the last warning.
+
+        Args:
+            kind: kind of experts, "space" or "time".
+            dead_LK: whether each of K experts in each of L transformer blocks is dead, bool; the result of `find`.
         """
         count = int(dead_LK.sum())
         if count == 0 or count < 2 * self._warned[kind]:

@@ -62,7 +62,7 @@ class Telemetry:
         self._flops = 0.0
 
     def begin(self, step: int, flops: float) -> None:
-        """Start logging after optimizer step `step` (0 in a new run).
+        """Start logging the steps after optimizer step `step` (0 in a new run). Logged values of later steps are removed.
 
         `flops`: model FLOPs per sample, forward and backward, for the model FLOP utilisation (MFU).
         """
@@ -97,13 +97,16 @@ class Telemetry:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Return a context manager that measures its body, a forward pass, to find slow ranks (stragglers.py)."""
+        """Return a context manager that measures the time of its body, a forward pass, to find slow ranks."""
         began = self._stopwatch.start()
         yield
         self._stopwatch.stop(began)
 
     def record(self, batch: Batch, losses: Losses) -> None:
-        """Add a micro-batch's samples, losses and expert loads to those of the current step, without waiting for the GPU."""
+        """Add a micro-batch's samples, losses and expert loads to those of the current optimizer step.
+
+        This does not wait for the GPU. `losses`: the losses that the forward pass on `batch` returned.
+        """
         count, add = batch.weight.sum(), self._current_step.add
         add("samples", count, "sum")
         for tag, value in (("loss", losses.denoise), ("loss_weighted", losses.total), ("loss_edge", losses.edge)):
@@ -116,21 +119,25 @@ class Telemetry:
         self._metrics.add("memory/peak_gib", peak_gib(batch.weight.device), "max")
 
     def record_traffic(self, traffic: Traffic) -> None:
-        """Add the bytes that this rank sent to other ranks in one step. Call it only if the step updated the weights."""
+        """Record `traffic`, the bytes that this rank sent to other ranks in one optimizer step, for the next log line.
+
+        Call it only for steps that updated the weights.
+        """
         for part, num_bytes in asdict(traffic).items():
             self._metrics.add(f"comm/{part}", float(num_bytes), "mean")
 
     def end_step(self, step: int, updated: bool) -> None:
-        """End optimizer step `step`. Keep its losses and expert loads for the next log line only if `updated`.
+        """End the recording of optimizer step `step`.
 
-        `updated`: whether the step changes the weights. The values of skipped steps are dropped.
+        `updated`: whether the step changes the weights. If so, its losses and expert loads are kept for the next log line;
+        otherwise they are dropped.
         """
         if updated:
             self._steps.append((step, self._current_step))
         self._current_step = Metrics(self._device)
 
     def return_to(self, step: int) -> None:
-        """Remove all values of steps after `step`, because the run continues from `step` and will log those steps again."""
+        """Remove all values of steps after `step`, in memory and in files, because the run will log those steps again."""
         self._steps = [(number, metrics) for number, metrics in self._steps if number <= step]
         self._dead_experts.clear()
         if self._writer is not None:
@@ -196,12 +203,18 @@ class Telemetry:
         return self._stragglers.slowest_ratio()
 
     def log_save(self, saved: Save) -> None:
-        """Log that the checkpoint `saved` is complete, with its size and the time that saving took."""
+        """On rank 0, log that a checkpoint is complete, with its size and the time that saving took.
+
+        `saved`: facts about this save, such as step, bytes and seconds.
+        """
         self.line(saved.line)
         self.write(saved.manifest["step"], saved.manifest["samples_seen"], saved.metrics())
 
     def log_images(self, step: int, images: dict[str, Image.Image]) -> None:
-        """Send PIL images to TensorBoard and the trackers. `images`: the images by tag."""
+        """On rank 0, write images to TensorBoard and the trackers (`run.trackers`, e.g. Weights & Biases).
+
+        `step`: the optimizer step in which they were drawn. `images`: PIL images by tag (the name they are shown under).
+        """
         for tag, image in images.items():
             if self._writer is not None:
                 self._writer.image(tag, step, image)
@@ -209,23 +222,29 @@ class Telemetry:
                 self._trackers.image(tag, step, image)
 
     def write(self, step: int, samples_seen: int, values: dict[str, float]) -> None:
-        """On rank 0, write scalars by tag to metrics.jsonl, TensorBoard and the trackers."""
+        """On rank 0, write metrics to metrics.jsonl, TensorBoard and the trackers (`run.trackers`, e.g. Weights & Biases).
+
+        Args:
+            step: the optimizer step.
+            samples_seen: number of training samples that the run has used up to this step.
+            values: the metrics by name, e.g. "train/loss".
+        """
         if self._writer is not None:
             self._writer.write(step, samples_seen, values)
         if self._trackers is not None:
             self._trackers.scalars(step, values)
 
     def advance(self, step: int) -> None:
-        """Move the progress bar to optimizer step `step`."""
+        """Show on the progress bar that optimizer step `step` of the run is complete."""
         if self._console is not None:
             self._console.advance(step)
 
     def line(self, text: str) -> None:
-        """On rank 0, write a line to the console and the log."""
+        """On rank 0, print a line on the console and write it to train.log."""
         if self._console is not None:
             self._console.line(text)
 
     def warn(self, text: str) -> None:
-        """On rank 0, log a warning."""
+        """On rank 0, write the warning `text` to train.log and to stderr."""
         if self._ranks.is_main:
             _log.warning("%s", text)

@@ -34,7 +34,8 @@ def learning_rate(config: Config, step: int) -> float:
 def gate_noise_deviation(config: Config, step: int) -> float:
     """Return the standard deviation of the noise on the gates' logits in optimizer step `step` (from 1).
 
-    It is `model.gate_noise` at the start and falls to 0 in model.gate_noise_steps steps; it is constant if these are 0.
+    Gates select experts; the noise varies this selection. The deviation is `model.gate_noise` at the start and falls to 0 in
+    `model.gate_noise_steps` steps. If `model.gate_noise_steps` is 0, it stays constant.
     """
     model = config.model
     done = (step - 1) / model.gate_noise_steps if model.gate_noise_steps else 0.0
@@ -42,9 +43,10 @@ def gate_noise_deviation(config: Config, step: int) -> float:
 
 
 def annealing_factor(schedule: str, done: float) -> float:
-    """Return a factor that falls from 1 to 0, after the share `done` (0..1) of the steps of a schedule.
+    """Return the factor of a schedule that falls from 1 (start) to 0 (end), at one point of the schedule.
 
-    `schedule`: "linear", "cosine", or "exponential", which falls to 0.01 and is 0 at the end.
+    `done`: share of the schedule's steps that are complete, 0..1; above 1 the factor is 0. `schedule`: "linear", "cosine",
+    or "exponential", which falls to 0.01 and is 0 at the end.
     """
     if done >= 1:
         return 0.0

@@ -27,8 +27,11 @@ class Metrics:
     def add(self, name: str, value: Tensor | float, reduction: Reduction, count: Tensor | float = 1.0) -> None:
         """Record a number or tensor under `name`, without waiting for the device.
 
-        A "mean" is sum(value) / sum(count) over all calls and ranks. A tensor must be on the device of this object, with the
-        same shape at every call with this name.
+        Args:
+            name: name of the metric.
+            value: a tensor must be on the device of this object, with the same shape at every call with this name.
+            reduction: how values of all calls and ranks are combined: "sum", "max", or "mean": sum(value) / sum(count).
+            count: number of items (e.g. samples) that `value` is the sum of. It is used for "mean" only.
         """
         value = _plain(value)
         if reduction == "max":
@@ -40,14 +43,14 @@ class Metrics:
             self._counts[name] = self._counts[name] + n if name in self._counts else n
 
     def merge(self, other: "Metrics") -> None:
-        """Add all values recorded in `other` to this object, without waiting for the device."""
+        """Record all values of `other` in this object, too, as if `add` had been called for each. `other` is not changed."""
         for name, value in other._sums.items():
             self.add(name, value, "mean" if name in other._counts else "sum", other._counts.get(name, 1.0))
         for name, value in other._maxima.items():
             self.add(name, value, "max")
 
     def reduce(self) -> dict[str, Tensor]:
-        """Return the values reduced over all ranks by name, as float32 tensors on the host, and clear this object.
+        """Combine the recorded values of all ranks; return them by name, as float32 tensors on the host. Clears this object.
 
         Collective (at most two all-reduces); waits for the device once. All ranks must have recorded the same names and
         shapes.

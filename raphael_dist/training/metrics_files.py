@@ -68,7 +68,10 @@ class MetricsWriter:
                     self._board._get_file_writer().add_summary(summary)
 
     def write(self, step: int, samples_seen: int, values: dict[str, float]) -> None:
-        """Write the scalars of optimizer step `step`: one line in metrics.jsonl, and one TensorBoard scalar per tag."""
+        """Write metrics of optimizer step `step`: one line in metrics.jsonl, and one TensorBoard scalar per metric.
+
+        `samples_seen`: number of training samples that the run has used up to this step. `values`: the metrics by name.
+        """
         line = json.dumps({"step": step, "samples_seen": samples_seen, **values}) + "\n"
         with self._tolerating(str(self._path)):
             self._append(line)
@@ -79,7 +82,7 @@ class MetricsWriter:
                         self._board.add_scalar(tag, value, step)
 
     def return_to(self, step: int) -> None:
-        """Remove all values of steps after `step`, because the run continues from `step` and will log those steps again."""
+        """Remove all values of steps after `step` from the files, because the run will log those steps again."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         with self._tolerating(str(self._path)):
@@ -90,7 +93,7 @@ class MetricsWriter:
                 self._board._get_file_writer().add_event(start, step + 1)
 
     def image(self, tag: str, step: int, image: Image.Image) -> None:
-        """Write an image to TensorBoard under `tag`."""
+        """Write an image of optimizer step `step` to TensorBoard, where it is shown under the name `tag`."""
         if self._board is not None:
             with self._tolerating(_BOARD):
                 self._board.add_image(tag, np.asarray(image.convert("RGB")), step, dataformats="HWC")
@@ -161,9 +164,9 @@ def _without_tensorboard_errors(hook: _Hook) -> _Hook:
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """Return the (step, value) pairs of each tag in a metrics.jsonl, in order of steps.
+    """Read a metrics.jsonl file; return the (step, value) pairs of each metric by its name, in order of steps.
 
-    If a tag has two values for one step, the later line counts. An incomplete line, caused by a kill or a full disk, is
+    If a metric has two values for one step, the later line counts. An incomplete line, caused by a kill or a full disk, is
     skipped.
     """
     series: dict[str, dict[int, float]] = defaultdict(dict)

@@ -30,7 +30,10 @@ class SkipReason(NamedTuple):
 
 
 def judge_step(run: Run, loss: float, norm: float) -> SkipReason | None:
-    """Return why a step must be skipped, or None if it may change the weights. A spike of the loss is counted and logged.
+    """Return why a step must be skipped, or None if it may change the weights.
+
+    A step is skipped if the loss or the gradient norm is not finite, or if the loss is a spike (far above the last losses)
+    and train.spike_action is not "warn". Spikes are counted and logged.
 
     Args:
         run: the run.
@@ -54,7 +57,7 @@ def judge_step(run: Run, loss: float, norm: float) -> SkipReason | None:
 
 
 def skip(run: Run, why: str, losses: StepLosses) -> bool:
-    """Record a step that did not change the weights. The run does not use its samples again. Collective.
+    """Record and log a step that did not change the weights. The run does not use the step's samples again. Collective.
 
     Args:
         run: the run. Its progress already counts this step.
@@ -85,16 +88,16 @@ def skip(run: Run, why: str, losses: StepLosses) -> bool:
 
 
 def return_to_earlier_checkpoint(run: Run, line: str) -> bool:
-    """Return to the checkpoint before the one that this process started from. Collective.
+    """Restore the checkpoint before the one that this process started from. Collective.
 
-    The later checkpoint is renamed to damaged-step-*, since no step that started from it was good.
+    The checkpoint that this process started from is renamed to damaged-step-*, because no step after it was good.
 
     Args:
         run: the run.
         line: the reason, for the log.
 
     Returns:
-        False if there is no earlier checkpoint. Nothing is changed then.
+        True; or False without changing anything if there is no earlier checkpoint.
     """
     first_step, samples_seen = run.progress.first_step, run.progress.samples_seen
     saved = run.store.rewind(before=first_step)
@@ -110,9 +113,9 @@ def return_to_earlier_checkpoint(run: Run, line: str) -> bool:
 
 
 def rollback(run: Run) -> bool:
-    """Return to the newest checkpoint, and continue with the samples that follow the current global batch. Collective.
+    """Restore the newest checkpoint, and continue with the samples that follow the current global batch. Collective.
 
-    Returns False without changing anything if there is no checkpoint.
+    It is called if a step has a loss spike. Returns True, or False without changing anything if there is no checkpoint.
     """
     saved = run.store.rewind()
     if saved is None:
@@ -137,7 +140,10 @@ def _return_to(run: Run, saved: Progress, samples_seen: int) -> None:
 
 
 def restore(run: Run, saved: Progress) -> None:
-    """Set step, samples_seen and the state of `run.guard`, which detects bad losses, to those of a checkpoint (`saved`)."""
+    """Set the run's step, samples_seen and the state of `run.guard`, which detects bad losses, to those of a checkpoint.
+
+    `saved`: the progress that is stored in the checkpoint. Weights are restored elsewhere.
+    """
     run.progress.step, run.progress.samples_seen = saved.step, saved.samples_seen
     run.guard.restore(saved.guard)
 

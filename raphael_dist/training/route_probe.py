@@ -15,7 +15,8 @@ from raphael_dist.model.unet import RaphaelUNet
 class RouteProbe:
     """Measures gate entropy and the share of routes that changed since the last call, always on the same held-out inputs.
 
-    A route is the expert that a gate selects for a text token or a timestep.
+    A route is the expert that a gate selects for a text token or a timestep. A gate has a high entropy if its choice is
+    uncertain.
     """
 
     def __init__(self) -> None:
@@ -23,11 +24,13 @@ class RouteProbe:
 
     @torch.no_grad()
     def measure(self, model: RaphaelUNet, batch: Batch) -> dict[str, float]:
-        """Return gate entropies, and the shares of routes (selected experts) that changed since the last call, by tag.
+        """Return gate entropies, and the shares of routes (selected experts) that changed since the last call.
 
-        `batch` must be the same at each call. Entropies are divided by that of equally likely experts (result 0..1). The
-        first call returns entropies only. Returns {} under ZeRO-3, where the gates have their weights only during the
-        model's forward pass.
+        The results are metrics by name, e.g. "moe/space/gate_entropy". An entropy is 0 if the gates are certain, and 1 if
+        all experts are equally likely. The first call returns entropies only. Returns {} under ZeRO-3, where the gates have
+        their weights only during the model's forward pass.
+
+        `batch`: held-out samples; it must be the same at each call.
         """
         if model.gathers_weights:
             return {}

@@ -89,8 +89,8 @@ def _owner() -> str:
 def check_owner(lock: IO[str] | None) -> None:
     """Raise RuntimeError if another run has locked the run directory since this run did.
 
-    This can happen because some file systems drop a lock when its node fails. `lock`: the open lock file from `acquire`;
-    None on ranks other than 0, where nothing is checked.
+    This can happen because some file systems drop a lock when its node fails. `lock`: the open lock file that `acquire`
+    returned; None on ranks other than 0, where nothing is checked.
     """
     if lock is not None and Path(lock.name).read_text() != _owner():
         raise RuntimeError(f"another process has locked {Path(lock.name).parent}, so this process writes nothing more to it")
@@ -119,7 +119,7 @@ def newest_step(config: Config) -> int:
 def resume_points(config: Config, report: Reporter = no_report) -> list[int]:
     """Return `samples_seen` (number of used training samples) of each readable checkpoint in run.dir.
 
-    The run may resume from any of them. `report` is called with the name of each checkpoint.
+    The run may resume from any of them. `report` is called with the name of each checkpoint, to show progress.
     """
     samples_seen = []
     for checkpoint in newest(config.run.dir / "checkpoints"):

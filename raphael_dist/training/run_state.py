@@ -23,22 +23,29 @@ from raphael_dist.training.validation import Validator
 
 @dataclass
 class RunProgress:
-    """How far the run is, equal on all ranks. A checkpoint stores only `step` and `samples_seen` of it.
+    """How far the run is, equal on all ranks. A checkpoint stores only `step` and `samples_seen`.
 
-    `trainer.train_step` and `recovery` change it.
+    Attributes:
+        max_steps: number of optimizer steps of the whole run.
+        step: number of the last optimizer step. Skipped steps count.
+        samples_seen: number of training samples that have been used.
+        stage_start, stage_end: last step of the previous and of the current stage (an entry of train.stages); 0 for
+            `stage_end`: the stage ends with the run.
+        first_step: step at which this process began, or to which it returned.
+        updated: whether a step since `first_step` changed the weights.
+        all_non_finite: whether no sample of the last skipped step had a finite loss: then the weights are the cause.
+        save_due: whether to save a checkpoint after the next good step.
     """
 
-    max_steps: int  # of the run
+    max_steps: int
     step: int = 0
     samples_seen: int = 0
-    stage_start: int = 0  # the last step of the stage before (train.stages)
-    stage_end: int = 0  # the last step of this stage; 0: the run's
-    first_step: int = 0  # step at which this process began, or to which it returned
-    updated: bool = False  # whether a step since `first_step` changed the weights
-    all_non_finite: bool = (
-        False  # whether no sample of the last skipped step had a finite loss: then the weights are the cause
-    )
-    save_due: bool = False  # whether to save after the next good step
+    stage_start: int = 0
+    stage_end: int = 0
+    first_step: int = 0
+    updated: bool = False
+    all_non_finite: bool = False
+    save_due: bool = False
 
     @property
     def complete(self) -> bool:
@@ -53,21 +60,27 @@ class RunProgress:
         return not self.stage_start <= self.step < (self.stage_end or self.max_steps)
 
     def timeout_factor(self, micro_step: int) -> float:
-        """Return by how much the watchdog's timeout is multiplied during a micro-step.
+        """Return the factor on the timeout of the watchdog, which ends a run that hangs, during a micro-step.
 
         It is 5 for the first micro-step of this process, which compiles kernels and allocates memory, and 1 for the others.
-        `micro_step`: number of the micro-step in its optimizer step, from 0.
+        `micro_step`: number of the micro-step in the current optimizer step, from 0.
         """
         return SLOW if self.step == self.first_step and micro_step == 0 else 1.0
 
 
 @dataclass
 class StopState:
-    """Whether and why the run stops early. Only the trainer changes it."""
+    """Whether and why the run stops early. Only the trainer changes it.
 
-    request: StopRequest  # of this rank
-    agreed: bool = False  # all ranks agreed to stop, at a step's end
-    data_failure: UserError | None = None  # why this rank cannot get another batch
+    Attributes:
+        request: whether this rank has been asked to stop, e.g. by a signal.
+        agreed: whether all ranks have agreed to stop. They agree at the end of a step.
+        data_failure: the error because of which this rank cannot get another batch; None: there was none.
+    """
+
+    request: StopRequest
+    agreed: bool = False
+    data_failure: UserError | None = None
 
     def raise_data_failure(self) -> None:
         """Raise `data_failure`, the error because of which this rank cannot get another batch, if there is one."""

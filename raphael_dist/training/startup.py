@@ -57,8 +57,15 @@ def build_engine(
 ) -> tuple[Engine, Ema | None, CheckpointStore]:
     """Build the model with its DeepSpeed engine, the moving average of the weights, and the checkpoint store. Collective.
 
-    The moving average is None if `ema.enabled` is false. Arguments are those of `trainer.build`, with the batch plan and the
-    opened data.
+    The moving average is None if `ema.enabled` is false.
+
+    Args:
+        config: the run's configuration.
+        json_tree: the user's DeepSpeed JSON.
+        ranks: this rank and the number of ranks.
+        device: this rank's device.
+        plan: how batches are divided over ranks.
+        data: the opened training data.
     """
     base, digest = _read_base(config, ranks)
     engine = Engine(config, json_tree, plan, device, base)
@@ -69,8 +76,8 @@ def build_engine(
 def open_requests(config: Config, ranks: Ranks, engine: Engine, data: DataSource) -> list[Request]:
     """Return the requests for images to draw during training, one per caption in sample.prompts. Collective.
 
-    If this rank draws some of them, it also loads the encoders in `data` and reads the input images. `engine`: with ZeRO-3,
-    all ranks draw together.
+    If this rank draws some of them, it also loads the weights of `data`'s text and image encoders, and reads the input
+    images. `engine`: its ZeRO stage decides which ranks draw.
     """
     with long_work("reading the encoders"):
         return ready_to_sample(config, ranks, engine, data.text, data.image)

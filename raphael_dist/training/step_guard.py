@@ -16,7 +16,15 @@ MIN_LOSSES = 10  # fewer give no meaningful deviation
 
 
 class Guard:
-    """Judges the loss of each step, and counts skipped steps, spikes and rollbacks of the whole run."""
+    """Decides by the loss whether an optimizer step would harm the weights, and counts the bad steps of the whole run.
+
+    Attributes:
+        window: the last train.spike_window good losses, oldest first.
+        skipped: number of steps that did not change the weights.
+        in_a_row: number of skipped steps since the last good step.
+        spikes: number of losses that were far above the losses before.
+        rollbacks: number of returns to the current checkpoint.
+    """
 
     def __init__(self, train: Train) -> None:
         self._train = train
@@ -38,14 +46,14 @@ class Guard:
         return "spike" if loss > limit else "good"
 
     def record_good_step(self, loss: float) -> None:
-        """Record the loss of a step that changed the weights."""
+        """Record the mean loss of a step that changed the weights. `judge` compares later losses with it."""
         self.window = [*self.window, loss][-self._train.spike_window :]
         self.in_a_row = 0
 
     def skip(self) -> bool:
-        """Record a step that did not change the weights.
+        """Count a step that did not change the weights.
 
-        Returns True if this is at least the train.max_skipped-th such step in a row.
+        Returns whether the limit is reached: True if at least train.max_skipped steps in a row did not change the weights.
         """
         self.skipped += 1
         self.in_a_row += 1
@@ -55,7 +63,7 @@ class Guard:
         """Record that the run returned to a checkpoint, and take over the guard's state in that checkpoint.
 
         Args:
-            state: the guard's state in that checkpoint.
+            state: the guard's state in that checkpoint, in the form that the method `state` returns.
             step: the step of that checkpoint. If the last rollback was to another step, rollbacks are counted again from
                 the number in `state`.
 
@@ -69,7 +77,7 @@ class Guard:
         return rollbacks >= self._train.max_skipped
 
     def state(self) -> JsonObject:
-        """Return the guard's state as JSON values for `restore`. JSON keeps floats exactly."""
+        """Return recent losses and counts as JSON values, for a checkpoint and for `restore`. JSON keeps floats exactly."""
         counts = {"skipped": self.skipped, "in_a_row": self.in_a_row, "spikes": self.spikes, "rollbacks": self.rollbacks}
         return {"window": self.window, **counts}
 

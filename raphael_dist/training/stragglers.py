@@ -20,7 +20,7 @@ WINDOW = 20  # least number of steps to compare
 
 
 class Stopwatch:
-    """Adds up the time of this rank's own work (data and forward pass). Only `take` waits for a GPU."""
+    """Adds up the seconds that this rank needs for its own work (data and forward pass). Only `take` waits for a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -28,22 +28,22 @@ class Stopwatch:
         self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def start(self) -> "float | torch.cuda.Event":
-        """Start a measurement; return the start time (on a GPU: a CUDA event), which `stop` requires."""
+        """Start a measurement; return its start time (seconds; on a GPU a CUDA event), to be passed to `stop`."""
         return self._mark() if is_gpu(self._device) else time.perf_counter()
 
     def stop(self, began: "float | torch.cuda.Event") -> None:
-        """Add the time since `began`, which `start` returned."""
+        """End a measurement, and add its duration to this stopwatch's total. `began`: what `start` returned."""
         if isinstance(began, float):
             self._seconds += time.perf_counter() - began
         else:
             self._spans.append((began, self._mark()))
 
     def add(self, seconds: float) -> None:
-        """Add seconds that were measured elsewhere."""
+        """Add seconds that were measured elsewhere to this stopwatch's total."""
         self._seconds += seconds
 
     def take(self) -> float:
-        """Return the seconds that were added since the last call of `take`. Waits for the device."""
+        """Return this stopwatch's total in seconds, and set it back to 0. Waits for the device."""
         if self._spans:
             torch.cuda.synchronize(self._device)
         seconds = self._seconds + sum(a.elapsed_time(b) for a, b in self._spans) / 1e3
@@ -58,17 +58,21 @@ class Stopwatch:
 
 @dataclass
 class Stragglers:
-    """Compares the time that each rank needs for its own work (data and forward pass), over the last steps."""
+    """Compares the time that each rank needs for its own work (data and forward pass), over the last 20 steps or more.
 
-    hosts: list[str]  # by rank
+    Attributes:
+        hosts: the host name of each rank, for messages.
+    """
+
+    hosts: list[str]
     _recent: deque[tuple[int, list[float]]] = field(default_factory=deque)
 
     def observe(self, steps: int, seconds: float, device: torch.device) -> None:
-        """Gather the time that each rank needed for its own work (data and forward pass). Collective.
+        """Exchange and record the time that each rank needed for its own work (data and forward pass). Collective.
 
         Args:
             steps: number of optimizer steps since the last call.
-            seconds: this rank's time for its own work in these steps.
+            seconds: this rank's time for its own work in these steps, in seconds.
             device: this rank's device.
         """
         local = from_host([seconds], device)
@@ -79,7 +83,7 @@ class Stragglers:
             self._recent.popleft()
 
     def slowest_ratio(self) -> float:
-        """Return the slowest rank's time for its own work (data and forward pass), divided by the median of all ranks."""
+        """Return how many times longer the slowest rank's own work (data and forward pass) takes than the median rank's."""
         return max(self._ratios())
 
     def describe_slow(self) -> str | None:

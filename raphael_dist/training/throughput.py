@@ -29,7 +29,7 @@ PEAK_BF16_TFLOPS = {
 
 
 def grouped_product_flops(a: torch.Size, b: torch.Size, *_: object, **__: object) -> int:
-    """Return the FLOPs of torch's grouped matrix product of two tensors with shapes `a` and `b`.
+    """Return the FLOPs of torch's grouped matrix product of tensors with shapes `a` and `b`. Other arguments are ignored.
 
     A tensor with 3 axes has one matrix per group. A tensor with 2 axes is divided into groups along one axis. Every row (or
     column) is multiplied with one matrix, so the result does not depend on the sizes of the groups: 2 m k n for shapes m x k
@@ -40,16 +40,19 @@ def grouped_product_flops(a: torch.Size, b: torch.Size, *_: object, **__: object
 
 
 def attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
-    """Return the FLOPs of fused attention on a CPU: the products Q K^T and P V. The arguments are shapes."""
+    """Return the FLOPs of fused attention on a CPU: those of the products Q K^T and P V (P: the attention probabilities).
+
+    `query`, `key` and `value` are the shapes of these tensors. Other arguments of the operation are ignored.
+    """
     return int(sdpa_flop_count(query, key, value))
 
 
 def attention_backward_flops(
     grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object
 ) -> int:
-    """Return the FLOPs of the backward pass of fused attention on a CPU. The arguments are shapes.
+    """Return the FLOPs of the backward pass of fused attention on a CPU: five matrix products, as torch counts elsewhere.
 
-    It counts five products, as torch does for other devices.
+    `grad` (gradient of the output), `query`, `key` and `value` are the shapes of these tensors. Other arguments are ignored.
     """
     return int(sdpa_backward_flop_count(grad, query, key, value))
 
@@ -65,10 +68,11 @@ FLOPS = {
 def warmup_step(engine: Engine, batch: Batch, schedule: NoiseSchedule) -> float:
     """Run a micro-batch before the first step, to detect errors and lack of memory; return model FLOPs per sample.
 
-    It uses as much memory as a whole step: activations, gradients, reduction buffers, Adam's moments. With several
-    micro-batches per step it runs two, because in a step the activations of the second one exist together with the
-    accumulated gradients of the first one. (Exception: with CPU offload in bfloat16 a real step needs up to 2 bytes per
-    parameter more.) The gradients are dropped and nothing else changes.
+    `batch` is a micro-batch of this rank, `schedule` the noise schedule of the diffusion. The test uses as much memory as a
+    whole step: activations, gradients, reduction buffers, Adam's moments. With several micro-batches per step it runs two,
+    because in a step the activations of the second one exist together with the accumulated gradients of the first one.
+    (Exception: with CPU offload in bfloat16 a real step needs up to 2 bytes per parameter more.) The gradients are dropped
+    and nothing else changes.
 
     Collective. The FLOPs are those of the forward pass without recomputation, times three, since the backward pass costs
     twice as much as the forward pass.
@@ -99,7 +103,10 @@ def _rehearse(engine: Engine, batch: Batch, schedule: NoiseSchedule) -> float:
 
 
 def forward_flops(model: RaphaelUNet, batch: Batch, schedule: NoiseSchedule, config: Config, dtype: torch.dtype) -> int:
-    """Return the FLOPs of a forward pass on `batch`, by running it. Collective with expert parallelism or ZeRO-3."""
+    """Return the FLOPs of a forward pass on `batch`, by running it. Collective with expert parallelism or ZeRO-3.
+
+    `schedule`: noise schedule of the diffusion. `dtype`: precision of the computation.
+    """
     # The counter does not see grouped_gemm's product, which is no operation of torch; torch's own has as many.
     megablocks_layers = [m for m in model.modules() if isinstance(m, Experts) and m.use_megablocks]
     for layer in megablocks_layers:
@@ -114,13 +121,13 @@ def forward_flops(model: RaphaelUNet, batch: Batch, schedule: NoiseSchedule, con
 def throughput(
     samples: float, seconds: float, flops: float, device: torch.device, dtype: torch.dtype, world_size: int
 ) -> dict[str, float]:
-    """Return throughput metrics by tag: images per second of all ranks; TFLOP/s and FLOP utilisation (MFU) per rank.
+    """Return metrics by name: images per second of all ranks; TFLOP/s and model FLOP utilisation (MFU) per rank.
 
-    MFU is the share of the device's peak TFLOP/s that is used for the model's FLOPs, without recomputation.
+    MFU is the share (0..1) of the device's peak TFLOP/s that is used for the model's FLOPs, without recomputation.
 
     Args:
         samples: number of samples that all ranks together processed.
-        seconds: the time that they took.
+        seconds: the time in which they were processed.
         flops: model FLOPs per sample, forward and backward.
         device: this rank's device, for its peak.
         dtype: precision that the peak is for.
@@ -137,9 +144,9 @@ def throughput(
 
 @lru_cache(maxsize=1)
 def peak_tflops(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the device's peak TFLOP/s for `dtype`: from its data sheet, or measured if it is not listed.
+    """Return the device's peak TFLOP/s for `dtype`: from its data sheet, or measured with a large matrix product.
 
-    It is measured with a large matrix product.
+    Data sheets of some GPUs are listed (PEAK_BF16_TFLOPS), for bfloat16 only.
     """
     if is_gpu(device) and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
@@ -156,7 +163,7 @@ def peak_tflops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def peak_gib(device: torch.device) -> float:
-    """Return the largest memory use so far, in GiB: of the GPU, or of this process if the device is a CPU."""
+    """Return the largest memory use of this process so far, in GiB: of its tensors on the GPU; on a CPU, all its memory."""
     if is_gpu(device):
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

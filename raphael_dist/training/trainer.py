@@ -96,7 +96,7 @@ def train_step(run: Run, batches: Iterator[Batch]) -> bool:
     """Take one optimizer step on exactly the global batch. Collective.
 
     It accumulates gradients, agrees with all ranks whether loss and gradients are good, clips, updates the weights, and
-    updates their moving average. If they are bad, the step is skipped or the run returns to a checkpoint.
+    updates their moving average. If loss or gradients are bad, the step is skipped or the run returns to a checkpoint.
 
     Args:
         run: the run, whose progress is changed.
@@ -197,7 +197,8 @@ def train_stages(
 ) -> bool:
     """Build and train a run, one stage of train.stages after another; return whether the run is complete.
 
-    Without stages the run is built once. The arguments are those of `build`.
+    `json_tree`: the user's DeepSpeed JSON. `ranks`, `device`: this rank and its device. `stop`: requests to stop early.
+    `watchdog`: a watchdog that is already running; None: start one. Without stages, the run is built once.
     """
     step = run_on_rank0("looking for checkpoints", lambda _: run_dir.newest_step(config))
     while True:
@@ -279,7 +280,7 @@ def after_step(run: Run) -> None:
 
 
 def log_step(run: Run) -> None:
-    """Log the metrics recorded since the last call, with learning rate, gradient norm and counters. Collective."""
+    """Log metrics since the last call: losses, learning rate, gradient norm, speed, numbers of skipped steps. Collective."""
     own = {
         "optim/lr": learning_rate(run.config, run.progress.step),
         "optim/grad_norm": run.engine.grad_norm,
@@ -298,7 +299,7 @@ def validate(run: Run, validator: Validator) -> None:
 
 
 def sample(run: Run) -> None:
-    """Draw the images of `run.requests` with the averaged weights, and write them to a grid image. Collective."""
+    """Draw the images of `run.requests` (sample.prompts) with the averaged weights; write them as one grid. Collective."""
     samples = draw_samples(run.config, run.ranks, run.engine, run.ema, run.data.text, run.data.image, run.requests)
     if samples is None:
         return

@@ -38,8 +38,8 @@ class Validator:
     """Measures the denoising loss on every held-out pair (image and caption), at noise and timesteps that never change.
 
     If there are few pairs, each is used several times with different noise. `val/loss_t0` .. `val/loss_t3` are the losses in
-    the four quarters of the timestep range; t0 has the least noise. Changed routes (experts that gates select) are measured
-    on the first micro-batch (route_probe.py).
+    the four quarters of the timestep range; t0 has the least noise. Routes are the experts that gates select for text tokens
+    and timesteps; how many of them changed since the last validation is measured on the first micro-batch.
     """
 
     def __init__(self, config: Config, ranks: Ranks, data: DataSource, engine: Engine, schedule: NoiseSchedule) -> None:
@@ -58,10 +58,11 @@ class Validator:
 
     @torch.no_grad()
     def run(self) -> dict[str, float]:
-        """Return validation losses, gate entropies and shares of changed routes as scalars by tag. Collective.
+        """Return metrics by name: validation losses, gate entropies and shares of changed routes. Collective.
 
-        Changed routes are text tokens and timesteps for which a gate selects another expert than at the last call. Raises
-        UserError on all ranks if the data of any rank fails.
+        A gate entropy is 0 if gates are certain which expert to select, 1 if all experts are equally likely. Changed routes
+        are text tokens and timesteps for which a gate selects another expert than at the last call. Raises UserError on all
+        ranks if the data of any rank fails.
         """
         failure: UserError | None = None
         sums, device = torch.zeros(2, TIME_BINS, device=self._engine.device), self._engine.device
@@ -87,7 +88,10 @@ class Validator:
 
 
 def forward_group_size(config: Config, engine: Engine, world_size: int) -> int:
-    """Return how many consecutive ranks must run a forward pass together, because it contains collectives (1: none)."""
+    """Return the size of the groups of consecutive ranks that must run a forward pass together, because it has collectives.
+
+    1: every rank can run it alone.
+    """
     return world_size if engine.stage == 3 else ranks_per_unit(config)
 
 
@@ -134,9 +138,11 @@ def ready_to_sample(config: Config, ranks: Ranks, engine: Engine, text: TextEnco
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Images drawn during training, uint8 [P, H, W, 3] for P prompts, and what was recorded of the first image.
+    """Images drawn during training.
 
-    `record` has the experts that were selected, and the regions of the words in the image.
+    Attributes:
+        images: uint8 [P, H, W, 3], one image for each of P prompts.
+        record: for the first image: the experts that the gates selected, and the region of each text token in the image.
     """
 
     images: np.ndarray
@@ -152,9 +158,10 @@ def draw_samples(
     image: ImageEncoder,
     requests: Sequence[Request],
 ) -> Samples | None:
-    """Draw the images of the requests with the averaged weights. All requests must have the same size. Collective.
+    """Draw one image for each request. Collective. Returns the images on rank 0, and None on other ranks.
 
-    `ema`: the averaged weights; None: use the current weights. Returns the images on rank 0, and None on other ranks.
+    `ema`: the averaged weights, with which they are drawn; None: use the current weights. `text` and `image`: the encoders.
+    `requests`: captions with size and seed; all must have the same size.
     """
     s, size = config.sample, requests[0].size_hw
     share = prompt_share(len(requests), ranks.rank, ranks.world_size, forward_group_size(config, engine, ranks.world_size))
@@ -191,7 +198,7 @@ def routes_of(samples: Samples, prompt: str, text: TextEncoder) -> JsonObject:
 def figures_of(samples: Samples, prompt: str, text: TextEncoder) -> dict[str, Image.Image]:
     """Return figures about the first image by tag: experts and regions of its words, and the time expert by timestep.
 
-    The arguments are those of `routes_of`.
+    `prompt`: the caption of the first image. `text`: the text encoder, which splits it into words.
     """
     record, figures = samples.record, {}
     if record.time_LS is not None:

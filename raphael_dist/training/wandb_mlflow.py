@@ -27,10 +27,10 @@ class Tracker(Protocol):
     """The interface of an experiment tracker."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Record the scalars of optimizer step `step`."""
+        """Send metrics of optimizer step `step` to the tracker. `values`: the metrics by name, e.g. "train/loss"."""
 
     def image(self, tag: str, step: int, image: Image.Image) -> None:
-        """Record an image under `tag` at optimizer step `step`."""
+        """Send an image of optimizer step `step` to the tracker, which shows it under the name `tag`."""
 
     def close(self) -> None:
         """Send buffered values, and end this run in the tracker."""
@@ -104,9 +104,10 @@ _TRACKERS: dict[str, Callable[[Config], Tracker]] = {"wandb": WandbTracker, "mlf
 
 
 class Trackers:
-    """All trackers of a run (`run.trackers`), on rank 0. A tracker that fails is no longer used.
+    """All experiment trackers of a run (`run.trackers`: Weights & Biases, MLflow), on rank 0.
 
-    A step that is repeated after a rollback is not logged again.
+    If a tracker fails, a warning is logged and it is no longer used. A step that is repeated after a rollback is not sent
+    again.
     """
 
     def __init__(self, config: Config) -> None:
@@ -151,7 +152,7 @@ def _warn(name: str, error: Exception) -> None:
 
 
 def check_installed(config: Config) -> None:
-    """Raise UserError with a line for each tracker whose package is not installed."""
+    """Raise UserError with a line for each tracker in `run.trackers` ("wandb", "mlflow") whose package is not installed."""
     missing = [name for name in config.run.trackers if find_spec(name) is None]
     if missing:
         raise UserError(*map(_not_installed, missing))

@@ -33,23 +33,23 @@ GateGradient = Literal["straight_through", "none", "scaled"]
 
 
 class Gate(nn.Module):
-    """A small feed-forward network that maps an embedding to one logit per expert (G in Sec. 3.1, G' in Sec. 7.3)."""
+    """A small network that selects an expert: it maps an embedding to one logit per expert (Sec. 3.1 and 7.3)."""
 
     def __init__(self, dim: int, hidden: int, num_experts: int) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, num_experts))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return one logit per expert, float32 [..., K], for embeddings x [..., D]."""
+        """Return one logit per expert, float32 [..., K], for embeddings x [..., D] of text tokens or timesteps."""
         logits: Tensor = self.net(x)
         return logits.float()
 
 
 def gate_logits(gates: Sequence[Gate], x: Tensor) -> Tensor:
-    """Return the logits of all blocks' gates for the same input x [..., D], float32 [L, ..., K].
+    """Return the logits of the gates of L transformer blocks for the same input x [..., D], float32 [L, ..., K].
 
-    Two matrix products compute them. Running the gates one by one would need 3 L kernel launches, and 6 L in the backward
-    pass.
+    A gate has one logit for each of K experts. Two matrix products compute them. Running the gates one by one would need 3 L
+    kernel launches, and 6 L in the backward pass.
     """
     first, last = ([cast(nn.Linear, gate.net[i]) for gate in gates] for i in (0, 2))
     fused = nn.functional.linear(x, torch.cat([g.weight for g in first]), torch.cat([g.bias for g in first]))
@@ -60,7 +60,7 @@ def gate_logits(gates: Sequence[Gate], x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BlockRouting:
-    """The experts selected for one transformer block and one micro-batch.
+    """The experts selected for one transformer block and one micro-batch of B samples.
 
     Attributes:
         time_expert_B: int64, the time expert of each sample; None without a Time-MoE.
@@ -68,8 +68,9 @@ class BlockRouting:
             has the counts of other ranks on the host (`expert_dispatch.GroupSamples`).
         time_factor_B: float32, factor on the output of the time expert, through which the time gate gets its gradient
             (`choose`).
-        space_weight_BYK: float32, the factor of `choose` divided by the number of text tokens, at the expert of each text
-            token; 0 at other experts. The text gate gets its gradient through it.
+        space_weight_BYK: float32, for each of Y text tokens and K space experts: the factor of `choose`, divided by the
+            number of text tokens that take part, at the token's expert; 0 elsewhere. The text gate gets its gradient
+            through it. None without a Space-MoE.
         balance_B: float32, load-balance loss of the gates for each sample; None if its weight is 0 or without gradients.
     """
 
@@ -81,7 +82,7 @@ class BlockRouting:
 
 
 def one_hot(index: Tensor, num_classes: int) -> Tensor:
-    """Return the one-hot encoding of `index`, bool [..., num_classes].
+    """Return the one-hot encoding of `index` (int64 [...], from 0), bool [..., num_classes].
 
     torch's `one_hot` reads the largest index on most devices, so the host would wait.
     """
@@ -92,7 +93,7 @@ def choose(logits: Tensor, noise: Tensor | None, gradient: GateGradient) -> tupl
     """Choose experts by route = argmax softmax(logits + noise) (Sec. 3.1).
 
     Args:
-        logits: float32 [..., K].
+        logits: the gates' logits for K experts, float32 [..., K].
         noise: of the same shape, added to the logits; None: no noise.
         gradient: how the gate gets its gradient (`model.gate_gradient`).
 
@@ -110,11 +111,11 @@ def choose(logits: Tensor, noise: Tensor | None, gradient: GateGradient) -> tupl
 
 
 def band_of_timestep_B(timestep_B: Tensor, num_experts: int, num_timesteps: int) -> Tensor:
-    """Return the time expert of each timestep, int64 [B], for `model.time_routing=boundaries`.
+    """Return the time expert of each sample's timestep, int64 [B] in 0 .. K-1, for `model.time_routing=boundaries`.
 
-    The timesteps are divided into K equal bands (subranges), one for each expert. This is not in the paper; Wan 2.2 has two
-    such experts. Bands have equally many timesteps, not equal ranges of the signal-to-noise ratio. Training draws
-    timesteps evenly, also for each group of ranks that share experts, so every expert gets about equally many samples.
+    The timesteps are divided into K = `num_experts` equal bands (subranges), one for each expert. This is not in the paper;
+    Wan 2.2 has two such experts. Bands have equally many timesteps, not equal ranges of the signal-to-noise ratio. Training
+    draws timesteps evenly, also for each group of ranks that share experts, so every expert gets about equally many samples.
     """
     return (timestep_B * num_experts // num_timesteps).long().clamp(0, num_experts - 1)
 
@@ -150,10 +151,10 @@ def region_mask_BNY(map_BNY: Tensor, threshold: float) -> Tensor:
     """Return each text token's region, Mhat of Sec. 3.1: float32 [B, N, Y] of ones and zeros, without a gradient.
 
     An image token is in the region of a text token if its attention to this token is at least `threshold` times the largest
-    one.
+    attention of any image token to it.
 
     Args:
-        map_BNY: attention of each image token to each text token.
+        map_BNY: attention of each of N image tokens to each of Y text tokens.
         threshold: alpha of Sec. 3.1, 0..1.
     """
     map_BNY = map_BNY.float()
@@ -180,7 +181,10 @@ def fits_grouped_product(dtype: str, widths: Iterable[int]) -> bool:
 
 
 class EdgeModule(nn.Module):
-    """Five convolutions that predict edge logits from an attention map (P in Sec. 7.2 of the paper)."""
+    """Five convolutions that predict the image's edges, as logits, from an attention map (P in Sec. 7.2 of the paper).
+
+    `channels`: width of the layers between the first and the last convolution.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -191,13 +195,13 @@ class EdgeModule(nn.Module):
         self.net = nn.Sequential(*layers[:-1])
 
     def forward(self, map_BNY: Tensor, end_B: Tensor, size_hw: tuple[int, int]) -> Tensor:
-        """Return edge logits, float32 [B, h, w].
+        """Return the logits of the predicted edges, float32 [B, h, w].
 
         Args:
-            map_BNY: attention of each image token to each text token. Only the map of the end-of-text token is used, scaled
-                to a maximum of 1.
-            end_B: index of the end-of-text token, int64.
-            size_hw: height and width of the map, whose product is N.
+            map_BNY: attention of each of N image tokens to each of Y text tokens. Only the map of the end-of-text token is
+                used, scaled to a maximum of 1.
+            end_B: for each sample, the index of the end-of-text token, int64.
+            size_hw: height and width of the feature map whose pixels are the image tokens; h * w = N.
         """
         map_BN = map_BNY.gather(2, end_B[:, None, None].expand(-1, map_BNY.shape[1], 1)).squeeze(2).float()
         map_BN = map_BN / map_BN.amax(dim=1, keepdim=True).clamp(min=1e-12)
@@ -263,7 +267,7 @@ class Experts(nn.Module):
                 bias[k].uniform_(-bound, bound, generator=draw)
 
     def lora(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """Return the LoRA matrices of a weight ("w1" or "w2"), or None if there are no adapters.
+        """Return the LoRA matrices of the weight `name` ("w1" or "w2") of all K experts, or None if there are no adapters.
 
         They are A [K, rank, in], and B [K, out, rank] already multiplied by alpha / rank. They are applied one after the
         other and never added to the weight: bfloat16 would round small changes of a weight away, and the product B A needs
@@ -274,14 +278,17 @@ class Experts(nn.Module):
         return getattr(self, f"{name}_lora_A"), self.lora_scale * getattr(self, f"{name}_lora_B")
 
     def act(self, x: Tensor) -> Tensor:
-        """Apply the layer's activation over the last dimension: GELU, or diffusers' gated GELU, which halves it."""
+        """Apply the layer's activation to hidden units [..., F]: GELU, or diffusers' gated GELU with result [..., F / 2]."""
         if self.activation == "gelu":
             return F.gelu(x)
         value, gate = x.chunk(2, dim=-1)
         return value * F.gelu(gate)
 
     def at_zero_KD(self) -> Tensor:
-        """Return each expert's output for a row of zeros, without the last bias: `e_k(0) - b2_k`, [K, D]."""
+        """Return each expert's output for a token of zeros, without its last bias b2: `e_k(0) - b2_k`, [K, D].
+
+        e_k is the function of expert k of K, and D the width of a token.
+        """
         hidden_KF = self.act(self.b1)
         at_zero_KD = torch.einsum("kdf,kf->kd", self.w2, hidden_KF)
         if (lora := self.lora("w2")) is not None:
@@ -289,7 +296,7 @@ class Experts(nn.Module):
         return at_zero_KD
 
     def apply_sorted(self, x_RD: Tensor, counts_K: Tensor, bias: bool = True) -> Tensor:
-        """Apply each expert to its rows; return their outputs [R, D], in the same order.
+        """Apply each expert to its rows (token vectors of width D); return their outputs [R, D], in the same order.
 
         Every expert takes part, with zero rows if it has none, so that every parameter gets a gradient on every rank.
         (Otherwise ZeRO would add gradients of different experts to each other.) On a GPU a grouped matrix product reads the
@@ -297,9 +304,9 @@ class Experts(nn.Module):
         instead. It reads the counts on the host, so the host waits for a GPU.
 
         Args:
-            x_RD: rows sorted by expert.
-            counts_K: number of rows of each expert, int64.
-            bias: whether to add b2.
+            x_RD: the rows of all experts, sorted by expert.
+            counts_K: number of rows of each expert, int64, on the device of the rows.
+            bias: whether to add b2, the bias of an expert's second layer.
         """
         rows = x_RD.shape[0]
         if not rows:
@@ -337,19 +344,20 @@ class Experts(nn.Module):
         return _torch_product(counts_K)
 
     def activate(self, y_RF: Tensor, onehot_RK: Tensor) -> Tensor:
-        """Return `act(y + b1_k)` for each row, with the bias of the row's expert k.
+        """Add the first bias of each row's expert and apply the activation: `act(y + b1_k)` for expert k.
 
         Args:
-            y_RF: the product `w1_k x` of each row.
-            onehot_RK: the expert of each row, one-hot.
+            y_RF: for each row (token) x, the product `w1_k x` with the first weight of its expert.
+            onehot_RK: the expert of each row, one-hot, in the dtype of y.
         """
         return self.act(add_bias(y_RF, onehot_RK, self.b1))
 
     def dense(self, x_RD: Tensor, w_RK: Tensor) -> Tensor:
         """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)` for each row r, [R, D]: the weighted outputs without the last bias.
 
-        Here e_k is expert k, b2_k the bias of its second layer, and w its weight for each row. Every expert processes every
-        row, so shapes are static. The weights multiply the experts' outputs, which are narrower than their hidden units.
+        Here e_k is expert k, b2_k the bias of its second layer, and `w_RK` its weight for each row (token). Every expert
+        processes every row, so shapes are static. The weights multiply the experts' outputs, which are narrower than their
+        hidden units.
         """
         fused_RKF = torch.unflatten(F.linear(x_RD, self.w1.flatten(0, 1), self.b1.flatten()), 1, self.b1.shape)
         fused_KRF = fused_RKF.transpose(0, 1)
@@ -397,9 +405,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: tuple[Tensor, 
 
 
 def expert_of_rows(counts_K: Tensor, rows: int) -> Tensor:
-    """Return the expert of each row, one-hot, bool [R, K] on the device of the counts, for rows sorted by expert.
+    """Return which of K experts each row (token) has, one-hot, bool [R, K], for rows that are sorted by expert.
 
-    `counts_K`: number of rows of each expert. `rows`: number of all rows, R.
+    `counts_K`: number of rows of each expert; the result is on its device. `rows`: number of all rows, R.
     """
     ends_K = counts_K.cumsum(0)
     row_R1 = torch.arange(rows, device=counts_K.device).unsqueeze(1)
@@ -407,11 +415,12 @@ def expert_of_rows(counts_K: Tensor, rows: int) -> Tensor:
 
 
 def add_bias(y_RF: Tensor, onehot_RK: Tensor, bias_KF: Tensor) -> Tensor:
-    """Return y [R, F] with the bias of its expert added to each row.
+    """Add to each row of y [R, F] the bias of the row's expert; return the sum [R, F].
 
-    `onehot_RK` is the expert of each row in the dtype of y. The bias is looked up by a product with this matrix, so that its
-    gradient is also a matrix product, which sums in float32 on every device. The gradient of the indexing `bias[expert]`
-    would be summed in its own dtype (bfloat16: 7 to 24% wrong for 4 to 8 thousand rows).
+    `onehot_RK` is the expert of each row, one-hot in the dtype of y. `bias_KF` has the biases of K experts. The bias is
+    looked up by a product with this matrix, so that its gradient is also a matrix product, which sums in float32 on every
+    device. The gradient of the indexing `bias[expert]` would be summed in its own dtype (bfloat16: 7 to 24% wrong for 4 to 8
+    thousand rows).
     """
     return torch.addmm(y_RF, onehot_RK, bias_KF)
 
@@ -439,7 +448,7 @@ def _aligned(weight: Tensor) -> Tensor:
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm of a feature map, followed by SiLU if `silu` is set.
+    """GroupNorm of a feature map [B, C, H, W], followed by SiLU if `silu` is True.
 
     The output has the memory format of the input, except with `use_kernel` (the Triton kernel), which returns channels last.
     """
@@ -449,7 +458,7 @@ class GroupNorm(nn.GroupNorm):
         self.silu, self.use_kernel = silu, False
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Return the normalised feature map [B, C, H, W]."""
+        """Return the normalised feature map [B, C, H, W], after SiLU if the module was built with `silu`."""
         h_BCHW = super().forward(x_BCHW)
         return match_format(F.silu(h_BCHW), x_BCHW) if self.silu else h_BCHW
 
@@ -460,12 +469,12 @@ class LayerNorm(nn.LayerNorm):
     use_kernel = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the normalised tokens [..., D]."""
+        """Return the tokens x [..., D], each normalised over its D values."""
         return super().forward(x)
 
 
 def match_format(h_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
-    """Return h in the memory format of x.
+    """Return the feature map h in the memory format (contiguous or channels last) of the feature map x.
 
     Needed because, up to torch 2.13, the output of GroupNorm on CUDA is always contiguous.
     """
@@ -484,10 +493,10 @@ class TimeMoE(Experts):
     """The Time-MoE layer: each sample goes through one expert, which its timestep selects (Sec. 7.3)."""
 
     def forward(self, h_BND: Tensor, expert_B: Tensor, samples_K: Tensor, factor_B: Tensor) -> Tensor:
-        """Run each sample through its expert; return [B, N, D].
+        """Run each sample through its expert; return its image tokens afterwards, [B, N, D].
 
         Args:
-            h_BND: image tokens.
+            h_BND: N image tokens of width D for each of B samples.
             expert_B: expert of each sample, int64.
             samples_K: number of samples of each expert, int64. The host does not read it, so nothing waits for the device.
             factor_B: factor on each sample's output, through which the gate gets its gradient (`routing.choose`).
@@ -525,9 +534,10 @@ class SpaceMoE(Experts):
         """Run each image token through the experts of the text tokens whose regions contain it.
 
         Args:
-            h_BND: image tokens.
+            h_BND: N image tokens of width D for each of B samples.
             mask_BNY: float32, 1 where image token n is in the region of text token y, else 0.
-            weight_BYK: float32, 1/n_y at the expert of each text token, else 0 (`routing.space_weights_BYK`).
+            weight_BYK: float32, for each of Y text tokens and K experts: 1 / (number of text tokens) at the token's expert,
+                else 0 (`routing.space_weights_BYK`).
 
         Returns:
             The output [B, N, D], and the share of image tokens that need each expert [B, K], without gradient.
@@ -547,21 +557,21 @@ class SpaceMoE(Experts):
         return out_RD.view_as(x_BND) + constant_BD.unsqueeze(1) + shared_BND, used_BK
 
     def routed_sum(self, x_RD: Tensor, w_RK: Tensor, zero_KD: Tensor) -> Tensor:
-        """Return the weighted sum over experts `sum_k w[r,k] (e_k(x[r]) - e_k(0))` for each row r, [R, D].
+        """Return the weighted sum over experts `sum_k w[r,k] (e_k(x[r]) - e_k(0))` for each image token r, [R, D].
 
         Args:
-            x_RD: image tokens.
-            w_RK: weight of each expert for each token.
-            zero_KD: `e_k(0) - b2_k` of the experts on this rank.
+            x_RD: image tokens of all samples.
+            w_RK: weight of each expert for each token, at least 0.
+            zero_KD: for each expert e_k on this rank, `e_k(0) - b2_k`, its output for a token of zeros without last bias.
         """
         run = SPACE_BACKENDS[self._choose_backend((w_RK.detach() > 0).float())]
         return run(self, x_RD, w_RK) - w_RK @ zero_KD
 
     def gathered(self, own_KD: Tensor) -> Tensor:
-        """Return a vector for each of the layer's K experts [K, D], given those of this rank's experts, `own_KD`.
+        """Return one vector for each of the layer's K experts, [K, D], given the vectors of this rank's experts, `own_KD`.
 
-        `forward` gathers the experts' outputs for a row of zeros. Here all experts are on this rank, so the result is
-        `own_KD`. Expert parallelism overrides this method.
+        In this class all experts are on this rank, so the result is `own_KD`. With expert parallelism a subclass gathers the
+        vectors of other ranks. The vectors are the experts' outputs for a token of zeros.
         """
         return own_KD
 
@@ -575,9 +585,10 @@ class SpaceMoE(Experts):
 
 
 def grouped_space_moe(experts: Experts, x_RD: Tensor, w_RK: Tensor) -> Tensor:
-    """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)` for each row r, [R, D], computed for the (row, expert) pairs with w > 0.
+    """Return the weighted sum over experts of each row r, `sum_k w[r,k] (e_k(x[r]) - b2_k)`, [R, D].
 
-    Shapes depend on the number of pairs, so the host waits for a GPU once per layer.
+    Rows are tokens, `w_RK` the weight of each expert for each row, e_k is expert k, and b2_k its last bias. Only (row,
+    expert) pairs with w > 0 are computed. Shapes depend on their number, so the host waits for a GPU once per layer.
     """
     needed_KR = (w_RK.detach() > 0).t()
     expert_P, row_P = needed_KR.nonzero(as_tuple=True)
@@ -593,9 +604,15 @@ SPACE_BACKENDS: dict[str, Callable[[Experts, Tensor, Tensor], Tensor]] = {
 
 
 def reference_space_moe(experts: Experts, x_BND: Tensor, mask_BNY: Tensor, weight_BYK: Tensor) -> Tensor:
-    """Compute the formula of Sec. 3.1 as printed: every text token runs its expert on the whole masked image.
+    """Compute the Space-MoE by the formula of Sec. 3.1 as printed: every text token runs its expert on the masked image.
 
-    It is slow and serves as a reference. The arguments are those of `SpaceMoE.forward`. Returns [B, N, D].
+    It is slow and serves as a reference for `SpaceMoE`. Returns [B, N, D].
+
+    Args:
+        experts: the K experts.
+        x_BND: normalised image tokens.
+        mask_BNY: float32, 1 where image token n is in the region of text token y, else 0.
+        weight_BYK: float32, weight of each text token at its expert, else 0.
     """
     chosen_S = weight_BYK.detach().argmax(dim=-1).flatten()
     factor_S = weight_BYK.sum(dim=-1).flatten()
@@ -646,12 +663,12 @@ class BlockSpec:
 
 
 class BlockOutput(NamedTuple):
-    """The output of a transformer block.
+    """The output of a transformer block for B samples.
 
     Attributes:
-        h_BND: image tokens.
-        edge_logits: predicted edges, float32 [B, h, w]; None without an edge module.
-        space_used_BK: share of image tokens that each space expert processes, 0..1; None without a Space-MoE.
+        h_BND: N image tokens of width D for each sample.
+        edge_logits: logits of the predicted edges, float32 [B, h, w]; None without an edge module.
+        space_used_BK: share of image tokens that each of K space experts processes, 0..1; None without a Space-MoE.
     """
 
     h_BND: Tensor
@@ -672,9 +689,16 @@ class MapProcessor:
         encoder_hidden_states: Tensor,
         attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the output [B, N, D], and the attention of each image token to each text token, float32 [B, N, Y].
+        """Compute cross-attention from N image tokens to Y text tokens, and also return the attention map.
 
-        The arguments are those that diffusers passes: image tokens, then text tokens. `attention_mask` is not used.
+        Args:
+            attn: diffusers' attention layer, whose projections are used.
+            hidden_states: image tokens [B, N, D].
+            encoder_hidden_states: text tokens [B, Y, text width].
+            attention_mask: not used; diffusers passes it.
+
+        Returns:
+            The output [B, N, D], and the attention of each image token to each text token, float32 [B, N, Y].
         """
         batch, heads = hidden_states.shape[0], attn.heads
         q, k, v = (
@@ -719,11 +743,11 @@ class TransformerBlock(nn.Module):
         """Run the block: attention, cross-attention, Time-MoE, edge prediction, Space-MoE.
 
         Args:
-            h_BND: image tokens.
-            text_BYD: text tokens.
-            end_B: index of the end-of-text token, int64.
+            h_BND: N image tokens of each sample.
+            text_BYD: Y text tokens of each sample.
+            end_B: for each sample, the index of the end-of-text token, int64.
             routing: the selected experts of the samples and text tokens.
-            size_hw: height and width of the feature map, whose product is N.
+            size_hw: height and width of the feature map whose pixels are the image tokens; h * w = N.
         """
         h_BND = h_BND + self.attn1(self.norm1(h_BND))
         attended, map_BNY = self._cross_attention(self.norm2(h_BND), text_BYD)
@@ -753,14 +777,14 @@ class TransformerBlock(nn.Module):
 
 
 def image_positions_ND(height: int, width: int, token_size: int, like: Tensor) -> Tensor:
-    """Return a sinusoidal position encoding of the image tokens, [N, D], with the device, dtype and D of `like`.
+    """Return a sinusoidal position encoding of N image tokens, [N, D], with the device, dtype and D of `like`.
 
     A quarter of the D values encodes the row, the others the column. Positions are measured in latent positions from the
     middle of the image, so they mean the same on every level and in images of every size.
 
     Args:
-        height: of the feature map.
-        width: of the feature map; height * width = N.
+        height: height of the feature map in image tokens.
+        width: width of the feature map in image tokens; height * width = N.
         token_size: side of an image token in latent positions.
         like: tensor [..., D].
     """
@@ -797,7 +821,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Linear(spec.dim, spec.dim)
 
     def to_tokens(self, x_BCHW: Tensor) -> Tensor:
-        """Convert a feature map [B, C, h, w] to image tokens [B, N, D]."""
+        """Convert a feature map [B, C, h, w] to image tokens [B, N, D], one for each of its N = h * w positions; D = C."""
         tokens_BND: Tensor = self.proj_in(self.norm(x_BCHW).flatten(2).transpose(1, 2))
         if self.token_size:
             height, width = x_BCHW.shape[2:]
@@ -805,9 +829,9 @@ class SpatialTransformer(nn.Module):
         return tokens_BND
 
     def to_feature_map(self, h_BND: Tensor, x_BCHW: Tensor) -> Tensor:
-        """Convert image tokens to a feature map, and add the residual `x_BCHW`; return [B, C, h, w].
+        """Convert image tokens [B, h * w, C] to a feature map [B, C, h, w], add the feature map `x_BCHW`; return the sum.
 
-        The result has the memory format of the residual.
+        `x_BCHW` is the input of the transformer (its residual). The result has its memory format.
         """
         # A sum has the memory format of its first term. The tokens are channels last, which is slow on a CPU.
         out_BND: Tensor = self.proj_out(h_BND)
@@ -815,7 +839,7 @@ class SpatialTransformer(nn.Module):
 
 
 class UNetLevel(nn.Module):
-    """One level of the encoder or the decoder, or the middle block.
+    """One level of the U-Net's encoder or decoder, or the middle block.
 
     It consists of residual blocks. On levels with attention, a transformer block follows each residual block, except the
     second one of the middle block. `downsamplers` or `upsamplers` holds the layer that changes the size, if there is one.
@@ -860,7 +884,9 @@ class ResidualBlock(ResnetBlock2D):
 
 
 def feature_map_format(device: torch.device) -> torch.memory_format:
-    """Return the memory format of feature maps: channels last on GPUs, where convolutions are faster; contiguous on CPUs.
+    """Return the memory format for the U-Net's feature maps on `device`: channels last on GPUs, contiguous on CPUs.
+
+    Convolutions are faster on GPUs in channels last.
 
     Weights are contiguous everywhere, because ZeRO flattens them and checkpoints store them in that order.
     """
@@ -873,8 +899,8 @@ class GateNoise(NamedTuple):
     """Noise for the logits of the gates, float32. It depends only on the seed and the sample's position in training.
 
     Attributes:
-        time_BLK: for the time gates, which select an expert for each sample.
-        space_BLYK: for the text gates, which select an expert for each text token.
+        time_BLK: for the time gates of L transformer blocks, which select one of K experts for each of B samples.
+        space_BLYK: for their text gates, which select one of K experts for each of a sample's Y text tokens.
     """
 
     time_BLK: Tensor
@@ -882,15 +908,15 @@ class GateNoise(NamedTuple):
 
 
 class UNetInput(NamedTuple):
-    """Inputs of the U-Net.
+    """Inputs of the U-Net for B samples.
 
     Attributes:
         x_BCHW: noised latents; for super-resolution with the channels of the small images.
-        timestep_B: int64.
-        text_BYD: text tokens.
+        timestep_B: diffusion timestep of each sample, int64.
+        text_BYD: Y text tokens of width D for each sample.
         text_mask_BY: bool, False at padding.
         end_B: index of the end-of-text token, int64.
-        noise: noise on the gates' logits in training; None: no noise.
+        noise: noise on the logits of the gates, which select experts, in training; None: no noise.
     """
 
     x_BCHW: Tensor
@@ -902,15 +928,15 @@ class UNetInput(NamedTuple):
 
 
 class UNetOutput(NamedTuple):
-    """Results of one forward pass.
+    """Results of one forward pass of the U-Net.
 
     This is a tuple because DeepSpeed looks for tensors only in tuples, lists and dicts. If it finds none, it does not
     prepare the backward pass, and gradients of earlier micro-steps are added twice.
 
     Attributes:
         prediction: predicted noise, velocity or flow [B, C, h, w].
-        edge_logits: for each block with an edge module, float32 [B, h, w].
-        space_used: for each block, share of image tokens that each space expert processes, [B, K].
+        edge_logits: for each transformer block with an edge module, logits of the predicted edges, float32 [B, h, w].
+        space_used: for each block, share of image tokens (0..1) that each of K space experts processes, [B, K].
         time_expert: for each block, the time expert of each sample, int64 [B].
         balance: for each block, load-balance loss of the gates, float32 [B]; empty if its weight is 0 or without gradients.
     """
@@ -923,7 +949,7 @@ class UNetOutput(NamedTuple):
 
 
 class ControlResiduals(NamedTuple):
-    """Tensors that a ControlNet adds to the U-Net's skip connections (outermost first) and to its middle."""
+    """Tensors that a ControlNet adds to the U-Net's skip connections (outermost first) and to its middle block's output."""
 
     skips: tuple[Tensor, ...]
     middle: Tensor
@@ -932,9 +958,10 @@ class ControlResiduals(NamedTuple):
 
 
 class ForwardState(NamedTuple):
-    """State of one forward pass: shared inputs, the routing of the blocks that have not run yet, and collected outputs.
+    """State of one forward pass: inputs of all blocks, the experts of blocks that have not run yet, and collected outputs.
 
-    `embedding_BE` is the timestep embedding. The lists get one entry for each transformer block that has run.
+    `embedding_BE`: timestep embeddings. `text_BYD`: text tokens. `end_B`: index of the end-of-text token. Each transformer
+    block appends one entry to both lists (`BlockOutput`).
     """
 
     embedding_BE: Tensor
@@ -950,9 +977,9 @@ def _present(values: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
 
 
 def count_samples(onehot_LBK: Tensor) -> Sequence[Tensor]:
-    """Return the number of samples of each time expert: for each layer int64 [K], on the device of `onehot_LBK`.
+    """Return the number of samples of each time expert: for each of L layers int64 [K], on the device of `onehot_LBK`.
 
-    `onehot_LBK`: the time expert of each sample in each layer, one-hot.
+    `onehot_LBK`: for each layer and sample, which of its K time experts it has, one-hot, bool.
     """
     return onehot_LBK.sum(dim=1).unbind(0)
 
@@ -1063,7 +1090,10 @@ class RaphaelUNet(nn.Module):
         edge_Bhw: Tensor | None = None,
         residuals: ControlResiduals | None = None,
     ) -> UNetOutput:
-        """Predict noise, velocity or flow of noised latents. The arguments up to `noise` are those of `UNetInput`.
+        """Predict the noise, velocity or flow in the noised latents `x_BCHW`; the prediction is [B, C, H, W].
+
+        `timestep_B`: int64. `text_BYD`, `text_mask_BY`: text tokens, and bool, False at padding. `end_B`: index of the
+        end-of-text token, int64. `noise`: noise on the logits of the gates, which select experts; None: no noise.
 
         Args:
             edge_Bhw: edge map in 0..1 for the model's own ControlNet; None: that ControlNet is not used.
@@ -1087,7 +1117,7 @@ class RaphaelUNet(nn.Module):
         )
 
     def begin(self, inputs: UNetInput) -> tuple[ForwardState, list[BlockRouting]]:
-        """Embed the timesteps and select all experts; return the state of the forward pass and each block's experts."""
+        """Begin a forward pass: embed timesteps and select each block's experts; return the pass's state and the experts."""
         embedding = self.time_embedding(self.time_proj(inputs.timestep_B).to(inputs.x_BCHW.dtype))
         routings = self.route_blocks(inputs.timestep_B, embedding, inputs.text_BYD, inputs.text_mask_BY, inputs.noise)
         return ForwardState(embedding, inputs.text_BYD, inputs.end_B, iter(routings), [], []), routings
@@ -1098,7 +1128,7 @@ class RaphaelUNet(nn.Module):
         return x
 
     def encode(self, state: ForwardState, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Run the encoder and the middle block on `x`, the first feature map (`stem`).
+        """Run the encoder and the middle block on `x`, the first feature map (`stem`). `state` is that of `begin`.
 
         Returns the output of the middle block, and the encoder's feature maps that the decoder reads, outermost first.
         """
@@ -1114,7 +1144,7 @@ class RaphaelUNet(nn.Module):
         return self._residual(self.mid_block, 1, x, state.embedding_BE), skips
 
     def decode(self, state: ForwardState, x: Tensor, skips: list[Tensor]) -> Tensor:
-        """Run the decoder on the results of `encode`; return the last feature map, before normalisation and convolution."""
+        """Run the decoder on `x` and `skips` from `encode`; return the input of the last normalisation and convolution."""
         skips = list(skips)
         for level in cast(list[UNetLevel], self.up_blocks):
             for i in range(len(level.resnets)):
@@ -1142,7 +1172,7 @@ class RaphaelUNet(nn.Module):
     ) -> list[BlockRouting]:
         """Choose the experts of every block (Sec. 3.1 and 7.3) from timesteps and captions; return one routing per block.
 
-        `embedding_BE`: timestep embeddings. The other arguments are those of `UNetInput`.
+        `embedding_BE`: timestep embeddings. `text_mask_BY`: False at padding. `noise`: on the gates' logits, or None.
         """
         m = self.config
         none: Sequence[Any] = [None] * self.num_blocks
@@ -1163,10 +1193,9 @@ class RaphaelUNet(nn.Module):
         ]
 
     def route_time(self, timestep_B: Tensor, embedding_BE: Tensor, noise: GateNoise | None) -> tuple[Tensor, Tensor]:
-        """Return each sample's time expert in each block, int64 [L, B], and the factor for its output [L, B].
+        """Return each sample's time expert in each of L blocks, int64 [L, B], and a factor for the expert's output [L, B].
 
         The gates get their gradient through this factor (`routing.choose`).
-
         `embedding_BE`: timestep embeddings. `noise`: added to the gates' logits; None: no noise.
         """
         m = self.config
@@ -1339,9 +1368,16 @@ class _Wrapper(ModelMixin, ConfigMixin):
         offload_type: str = "leaf_level",
         **options: Any,
     ) -> None:
-        """Offload weights between uses, as the method of diffusers does. Only `offload_type="leaf_level"` is supported.
+        """Keep the weights on `offload_device` while they are not used, as the method of diffusers does.
 
-        Raises ValueError for another `offload_type`.
+        Args:
+            onload_device: device on which the network computes.
+            offload_device: device on which weights are between uses.
+            offload_type: only "leaf_level" (each layer by itself) is supported.
+            options: further arguments of the method of diffusers.
+
+        Raises:
+            ValueError: another `offload_type`.
         """
         if offload_type != "leaf_level":
             raise ValueError(
@@ -1381,12 +1417,12 @@ class RaphaelUNet2D(_Wrapper):
         mid_block_additional_residual: Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DConditionOutput | tuple[Tensor]:
-        """Predict the noise (or v, or the flow), as UNet2DConditionModel does; [B, C, h, w].
+        """Predict the noise (or v, or the flow) in latents, as UNet2DConditionModel does; [B, C, h, w].
 
         Args:
             sample: noised latents [B, C, h, w].
             timestep: one number for all samples, or a tensor [B].
-            encoder_hidden_states: text tokens [B, Y, D].
+            encoder_hidden_states: Y text tokens of width D for each sample, [B, Y, D].
             encoder_attention_mask: bool [B, Y], False at padding. None: no padding.
             end_of_text: int64 [B], index of the end-of-text token. None: the last token that is not padding. It affects only
                 predicted edges, not the result.

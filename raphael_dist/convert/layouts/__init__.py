@@ -41,9 +41,10 @@ class Layout:
         open: called with a path and the configuration that the user gave (usually None); returns the checkpoint after
             reading headers only. Raises UserError for missing or duplicate tensors, wrong shapes and files of another kind.
             Any other exception is a bug in the layout.
-        plan: called with a source, options and the target's path; returns which files to write (write_plan.py). Raises
-            UserError if the layout cannot represent the source's model, or does not allow these options.
-        options: names of the fields of `Options` that it supports as a target.
+        plan: called with a source checkpoint, options and the target's path; returns which files a conversion must write
+            (`ConversionPlan`). Raises UserError if the layout cannot represent the source's model, or does not allow these
+            options.
+        options: names of the fields of `write_plan.Options` that it supports as the target of a conversion.
         takes_config: whether `open` needs the configuration if the files have no manifest of this project.
         pickles: called with a path; returns the files that `open` would unpickle (weights only). Inspection requires their
             checksums.
@@ -65,9 +66,9 @@ def names() -> list[str]:
 
 
 def layout_of(option: str, name: str) -> Layout:
-    """Return the layout (format on disk) called `name`.
+    """Return the layout (format of checkpoints on disk) called `name`.
 
-    Raises UserError if there is none. The message begins with `option`, "--from" or "--to".
+    Raises UserError if there is none. The message begins with `option`, the command line option ("--from" or "--to").
     """
     if name not in names():
         known = [*names(), *(ADAPTER_FORMATS if option == "--to" else ())]
@@ -111,7 +112,7 @@ def open_checkpoint(name: str, path: Path, config: "Config | None" = None) -> "C
 
     Args:
         name: its layout, or "auto" to detect it.
-        path: the folder or file, or the file `latest` next to it.
+        path: the checkpoint's folder or file, or a text file `latest` that names a folder next to it.
         config: configuration of the model, for layouts whose files may not describe it (a folder that DeepSpeed wrote).
 
     Raises:

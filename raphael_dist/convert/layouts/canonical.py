@@ -29,11 +29,13 @@ _LEAVES = {"w1": "w1.weight", "b1": "w1.bias", "w2": "w2.weight", "b2": "w2.bias
 
 
 def keys(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, int, tuple[int, ...]]]:
-    """Yield (key, first element, shape) of each tensor in the files that stores a parameter of the trainer, or a part.
+    """Yield (key, first element, shape) of each tensor as which the layout `canonical` stores one parameter of the trainer.
+
+    A parameter of K stacked experts is stored as K tensors, one per expert; any other parameter as one tensor. `key` is the
+    tensor's name in the file, and `first element` its position in the flattened parameter.
 
     Args:
-        name: name of the parameter. If it has stacked experts, it is stored as one tensor per expert, which begins at
-            `first element` of the flattened parameter. Any other parameter is stored as one tensor.
+        name: name of the parameter in the trainer's model.
         shape: shape of the parameter.
     """
     owner = stacked(name)
@@ -45,7 +47,7 @@ def keys(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, int, tuple[in
 
 
 def entries(source: Source, kind: str) -> Iterator[Entry]:
-    """Yield the tensors that the files store for one kind of values, and from which parameters of `source` they come.
+    """Yield each tensor to write for one kind of values, with the range of a parameter of `source` that it contains.
 
     `source`: the checkpoint to convert. `kind`: "master" (fp32 weights), "exp_avg", "exp_avg_sq" or "ema".
     """
@@ -55,19 +57,19 @@ def entries(source: Source, kind: str) -> Iterator[Entry]:
 
 
 def kind_files(source: Source, kind: str, part_bytes: int) -> tuple[list[OutFile], dict[str, bytes]]:
-    """Plan the files for one kind of values: "master" (fp32 weights), "exp_avg", "exp_avg_sq" or "ema".
+    """Plan the safetensors files for one kind of values of the checkpoint `source`, each of about `part_bytes` bytes.
 
-    `source`: the checkpoint that is converted. Returns the files, each of about `part_bytes` bytes, and {name: content} of
-    the index, a file that states which tensor is in which file; {} if there is only one file.
+    `kind`: "master" (fp32 weights), "exp_avg", "exp_avg_sq" (Adam moments) or "ema". Returns the planned files, and
+    {name: content} of the index, a file that states which tensor is in which file; {} if there is only one file.
     """
     return parts(entries(source, kind), STEMS[kind], part_bytes)
 
 
 def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
-    """Plan the files of a folder in the layout `canonical`, with all kinds of values (weights, ...) that the source has.
+    """Return the plan for converting `source` to the layout `canonical`: safetensors files with whole tensors.
 
-    `source`: the checkpoint to convert. `options`: options of the conversion; only `part_bytes` is used. `target` is not
-    used: the paths in the plan are relative to it.
+    All kinds of values that the source has are written: weights, Adam moments and EMA. Of `options`, only `part_bytes` is
+    used. `target` is not used: the paths in the plan are relative to it.
     """
     files: list[OutFile] = []
     small: dict[str, bytes] = {}
@@ -79,7 +81,7 @@ def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
 
 
 def open_canonical(folder: Path, config: Config | None = None) -> Checkpoint:
-    """Open a folder in the layout `canonical`; only the headers of its files are read.
+    """Open a checkpoint folder in the layout `canonical` (safetensors with whole tensors). Only headers of files are read.
 
     `config` is not used, since the folder's manifest has the configuration.
     Raises UserError if a tensor is missing, unexpected, duplicate, or has another shape than the model requires.
@@ -90,9 +92,17 @@ def open_canonical(folder: Path, config: Config | None = None) -> Checkpoint:
 
 
 def read_kinds(folder: Path, manifest: Manifest, shapes: dict[str, tuple[int, ...]]) -> dict[Key, list[StoredTensor]]:
-    """Return where the values of each (kind, parameter) are in the safetensors files that a manifest lists.
+    """Return where the values of each (kind, parameter) are in the safetensors files that a checkpoint's manifest lists.
 
-    shapes: shape of every parameter of the model. Raises UserError for an unexpected tensor, or one of another shape.
+    A kind is "master" (fp32 weights), "exp_avg", "exp_avg_sq" or "ema".
+
+    Args:
+        folder: folder of the files, which are in the layout `canonical`.
+        manifest: content of the checkpoint's manifest.json.
+        shapes: shape of every parameter of the model, by name.
+
+    Raises:
+        UserError: a file has an unexpected tensor, or one of another shape.
     """
     expected = {key: (name, start, part) for name, shape in shapes.items() for key, start, part in keys(name, shape)}
     files = [f for f in manifest["files"] if f.endswith(".safetensors")]
@@ -116,7 +126,7 @@ def read_kinds(folder: Path, manifest: Manifest, shapes: dict[str, tuple[int, ..
 
 
 def gather(paths: Iterable[Path]) -> dict[str, StoredTensor]:
-    """Return where each tensor is in several safetensors files, by its key. Raises UserError if two have the same key."""
+    """Return where the tensors of several weight files are, by name. UserError: two files have a tensor of the same name."""
     tensors: dict[str, StoredTensor] = {}
     for path in paths:
         for key, stored in file_tensors(path).items():

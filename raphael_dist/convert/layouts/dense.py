@@ -52,7 +52,7 @@ def ldm_key(name: str, layers: int, attention: tuple[bool, ...]) -> str:
 
     Args:
         name: the name in diffusers.
-        layers: number of residual blocks per level.
+        layers: number of residual blocks per U-Net level.
         attention: for each U-Net level, whether it has transformer blocks.
     """
     owner, _, leaf = name.rpartition(".")
@@ -151,13 +151,13 @@ def _open_file(path: Path) -> Checkpoint:
 def weights_by_name(
     folder: Path, config: Config, stored: dict[str, StoredTensor], manifest: JsonObject | None
 ) -> Checkpoint:
-    """Make a Checkpoint from stored tensors, each of which is one whole parameter under the trainer's name.
+    """Return an opened checkpoint whose files store each parameter as one whole tensor under the parameter's name.
 
     Args:
-        folder: the path that was opened, for messages.
+        folder: the path that was opened.
         config: configuration of the model.
-        stored: where each tensor is in its file, by name.
-        manifest: manifest of the folder; None: it has none.
+        stored: where each tensor is in its file, by the name of the parameter in the trainer's model.
+        manifest: content of the folder's manifest.json; None: it has none.
 
     Raises:
         UserError: a tensor is missing, or does not belong to the model or has another shape.
@@ -181,7 +181,7 @@ def weights_by_name(
 
 
 def read_object(path: Path) -> JsonObject:
-    """Read a JSON file that contains an object. Raises UserError if it cannot be read or has another kind of value."""
+    """Return the content of a JSON file as a dict. Raises UserError if it cannot be read, or is not a JSON object."""
     try:
         tree = read_json(path)
     except (OSError, ValueError) as error:
@@ -192,10 +192,12 @@ def read_object(path: Path) -> JsonObject:
 
 
 def scheduler_settings(folder: Path) -> JsonObject:
-    """Return the settings of the section `diffusion` that match a diffusers pipeline's scheduler; {} without a scheduler.
+    """Translate the scheduler_config.json of a diffusers pipeline into settings of this project's section `diffusion`.
+
+    For example, "beta_schedule" becomes the setting "schedule". Returns {} without a scheduler.
 
     Args:
-        folder: the pipeline's folder, or its unet/.
+        folder: the pipeline's folder, or the folder unet/ in it.
 
     Raises:
         UserError: the scheduler's noise schedule is neither scaled_linear nor linear.
@@ -222,11 +224,12 @@ def unet_files(source: Source, options: Options, folder: str) -> tuple[list[OutF
 
     Args:
         source: the checkpoint to convert.
-        options: options of the conversion: kind and dtype of the weights, size of a file.
+        options: options of the conversion; `weights`, `dtype` and `part_bytes` are used.
         folder: prefix of the files' names, such as "unet/".
 
     Returns:
-        The files; {name: content} of their index, {} for a single file; and the kind of weights, "ema" or "master".
+        The planned files; {name: content} of the index file that states which tensor is in which of them, {} for a single
+        file; and which weights they contain, "ema" (moving average) or "master" (fp32 weights).
     """
     kind = chosen_weights(source, options)
     entries = [Entry(n, s, (piece(kind, n, 0, prod(s)),), options.dtype) for n, s in source.shapes.items()]
@@ -234,9 +237,10 @@ def unet_files(source: Source, options: Options, folder: str) -> tuple[list[OutF
 
 
 def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
-    """Return the plan of a U-Net folder of diffusers. Raises UserError if the model is not dense (has experts).
+    """Return the plan for converting `source` to a U-Net folder in diffusers' format (UNet2DConditionModel).
 
-    `source`: the checkpoint to convert. `options`: options of the conversion. `target` is not used.
+    `options`: which weights to write, their dtype, and the size of a file. `target` is not used: the paths in the plan are
+    relative to it. Raises UserError if the model is not dense (has experts).
     """
     unet = unet_json(source.config, "--to dense")
     files, small, kind = unet_files(source, options, "")
@@ -246,12 +250,12 @@ def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
 
 
 def detect(path: Path) -> bool:
-    """Return whether `path` may be a dense U-Net: a file of any kind, or a diffusers model's folder (not a pipeline's)."""
+    """Return whether `path` may be a U-Net without experts: any file, or the folder of a diffusers model (no pipeline)."""
     return path.is_file() or ((path / "config.json").is_file() and not (path / "model_index.json").is_file())
 
 
 def pickles(path: Path) -> list[Path]:
-    """Return the files that would be unpickled: a single file that is not safetensors, or a folder's .bin files."""
+    """Return the files that opening the U-Net at `path` would unpickle: a file that is not safetensors, or .bin files."""
     if path.is_file():
         return [path] if path.suffix != ".safetensors" else []
     files = weight_files(path / "unet" if (path / "unet").is_dir() else path)

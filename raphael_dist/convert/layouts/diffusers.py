@@ -51,9 +51,10 @@ _LATER_FIELDS: JsonObject = {"image_positions": False}  # fields that folders of
 
 
 def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
-    """Return the plan of a diffusers pipeline folder, or of its unet/ only (`options.unet_only`).
+    """Return the plan for converting `source` to a pipeline folder of diffusers, or only to its unet/ (options.unet_only).
 
-    `source`: the checkpoint to convert. `options`: options of the conversion. `target` is not used.
+    `options`: which weights to write, their dtype, the size of a file, and what else the folder contains. `target` is not
+    used: the paths in the plan are relative to it.
     Raises UserError if the VAE or text encoder that the source's configuration names is missing.
     """
     config = source.config
@@ -81,7 +82,10 @@ def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
 
 
 def expert_json(config: Config, kind: type) -> JsonObject:
-    """Return the content of config.json for a network with experts. kind: RaphaelUNet2D or RaphaelControlNet."""
+    """Return the content of diffusers' config.json for a network with experts.
+
+    `config`: configuration of the model. `kind`: class of the network, RaphaelUNet2D or RaphaelControlNet.
+    """
     m = config.model
     return {
         "_class_name": kind.__name__,
@@ -99,7 +103,7 @@ def config_of_experts(unet: JsonObject, where: Path, diffusion: JsonObject, upsc
     Args:
         unet: the content of the U-Net's config.json.
         where: path of this file, for messages.
-        diffusion: settings of the section `diffusion` that the folder states.
+        diffusion: settings of the section `diffusion` (noise schedule) that the folder's scheduler states; may be {}.
         upscale: settings of the section `upscale`; None: no super-resolution.
 
     Raises:
@@ -178,7 +182,7 @@ class Encoders:
         return index | sample | {"max_tokens": config.text.max_tokens, "size": list(config.image.buckets[0])}
 
     def write(self, folder: Path) -> None:
-        """Copy the files of VAE and text encoder into the pipeline's folder, and write its scheduler and tokenizer."""
+        """Copy the VAE and the text encoder into the pipeline's folder `folder`, and write its scheduler and tokenizer."""
         self._scheduler().save_pretrained(folder / "scheduler")
         if self.vae is not None and not _copied(self.vae, folder / "vae", DIFFUSERS):
             save_autoencoder(self.config.image.vae, folder / "vae")
@@ -220,8 +224,8 @@ def open_diffusers(folder: Path, config: Config | None = None) -> Checkpoint:
         return open_dense(folder)
     if manifest is None and unet.get("_class_name") != UNET:
         raise UserError(
-            f"{folder}: the class of its U-Net must be {UNET} or {CLASS}, but it is "
-            f"{unet.get('_class_name', 'missing')}. Give the folder of such a pipeline."
+            f"_class_name={unet.get('_class_name')} in {folder}/unet/config.json must be {UNET} or {CLASS}. Give the folder "
+            "of a pipeline whose U-Net has one of these classes."
         )
     diffusion = scheduler_settings(folder)
     if manifest is not None:
@@ -235,7 +239,7 @@ def open_diffusers(folder: Path, config: Config | None = None) -> Checkpoint:
 
 
 def detect(path: Path) -> bool:
-    """Return whether `path` is the folder of a diffusers pipeline."""
+    """Return whether `path` is the folder of a diffusers pipeline: one with a model_index.json."""
     return (path / "model_index.json").is_file()
 
 

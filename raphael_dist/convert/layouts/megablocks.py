@@ -31,10 +31,10 @@ STEM = "model"
 
 
 def tensors(shapes: Shapes, gated: bool) -> Iterator[tuple[str, tuple[int, ...], list[Span], bool]]:
-    """Yield every tensor of the layout `megablocks` as (key, shape, spans, transposed).
+    """Yield every tensor that a model has in the format of MegaBlocks, as (key, shape, spans, transposed).
 
-    The tensor is the concatenation of `spans`, ranges of elements of flattened parameters of the model. If `transposed`,
-    each span is a matrix whose transpose is stored.
+    `key` is the tensor's name. The tensor is the concatenation of `spans`, ranges of elements of flattened parameters of
+    the trainer's model. If `transposed`, each span is a matrix, and its transpose is stored.
 
     Args:
         shapes: shape of every parameter of the model, by name.
@@ -59,9 +59,10 @@ def tensors(shapes: Shapes, gated: bool) -> Iterator[tuple[str, tuple[int, ...],
 
 
 def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
-    """Return the plan of a folder in the layout `megablocks`. Raises UserError for a model without experts.
+    """Return the plan for converting `source` to a folder with weights in the format of MegaBlocks (the library's dMoE).
 
-    `source`: the checkpoint to convert. `options`: options of the conversion. `target` is not used.
+    `options`: which weights to write, their dtype, and the size of a file. `target` is not used: the paths in the plan are
+    relative to it. Raises UserError for a model without experts.
     """
     model = source.config.model
     if not (model.space_experts or model.time_experts):
@@ -79,9 +80,10 @@ def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
 
 
 def open_megablocks(folder: Path, config: Config | None = None) -> Checkpoint:
-    """Open a folder in the layout `megablocks`. Raises UserError for a missing or unexpected tensor, or a wrong shape.
+    """Open a folder with weights in the format of MegaBlocks that this project has written. Only headers are read.
 
     `config` is not used, since the folder's manifest has the configuration.
+    Raises UserError for a missing or unexpected tensor, or a wrong shape.
     """
     manifest = read_manifest(folder / MANIFEST, "megablocks")
     config = config_from_tree(manifest["config"])

@@ -20,7 +20,7 @@ from raphael_dist.errors import UserError
 
 
 def open_run(path: Path, config: Config | None = None) -> Checkpoint:
-    """Open a step-* folder, or the newest checkpoint of a run directory whose files have complete headers.
+    """Open a step-* folder of a run, or the newest checkpoint of a run directory whose files have complete headers.
 
     `config` is not used, since each checkpoint's manifest has the configuration.
     Raises UserError if there is no such checkpoint, or the run trained only LoRA adapters or a ControlNet.
@@ -58,9 +58,10 @@ def _open_step(folder: Path) -> Checkpoint:
 
 
 def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
-    """Return the plan of a run directory `target` with one checkpoint for `options.world` ranks.
+    """Return the plan for converting `source` to a run directory `target` with one checkpoint, from which a run can resume.
 
-    A run that resumes from it starts at step 0 if the source has no Adam moments.
+    `options`: number of ranks, ZeRO stage and expert parallelism. UserError: the model does not allow them.
+    The checkpoint is of the source's step, or of step 0 if the source lacks the Adam moments that its run had.
     """
     config = parallel_config(source.config, options)
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": target, "init_from": None})})

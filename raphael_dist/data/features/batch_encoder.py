@@ -34,7 +34,7 @@ class Encoders:
         image: The image encoder (VAE).
         edges: The edge detector HED; None if the run does not compute edge maps.
         device: Device on which they run.
-        upscale: Factor of super-resolution; 0: no super-resolution.
+        upscale: Factor per side by which the model enlarges small images (super-resolution); 0: no super-resolution.
         null: The encoded empty caption (batch of one), on the device; None until `null_text` is called.
     """
 
@@ -53,9 +53,9 @@ class Encoders:
 
     @contextmanager
     def side_stream(self) -> Iterator[None]:
-        """Run the block on a CUDA stream of this thread, so that training does not wait for it. Without a GPU: do nothing.
+        """Return a context manager that runs its block on a CUDA stream of this thread. Without a GPU: it does nothing.
 
-        At its end the block waits until the stream has finished.
+        So the training stream does not wait for the block. At its end the block waits until its own stream has finished.
         """
         if not is_gpu(self.device):
             yield
@@ -67,20 +67,27 @@ class Encoders:
         _thread.stream.synchronize()  # in the encoding thread, so that the training stream never waits for it
 
     def latents(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and std of the latents of images uint8 [B, 3, H, W]; both float32 [B, C, h, w] on the device."""
+        """Return (mean, standard deviation) of the latents of images uint8 [B, 3, H, W]; each float32 [B, C, h, w].
+
+        Both are on the encoders' device.
+        """
         parts = [self.image.encode(_signed(part.to(self.device))) for part in images.split(IMAGE_BATCH)]
         return torch.cat([mean for mean, _ in parts]), torch.cat([std for _, std in parts])
 
     def edge_maps(self, images: Tensor) -> Tensor:
-        """Return the edge maps of images uint8 [B, 3, H, W] at the latents' size, float32 [B, h, w] on the device."""
+        """Return the edge maps of images uint8 [B, 3, H, W], reduced to the latents' size: float32 [B, h, w] in 0..1.
+
+        They are computed with HED, and are on the encoders' device.
+        """
         assert self.edges is not None
         parts = [self.edges.encode(_signed(part.to(self.device))) for part in images.split(IMAGE_BATCH)]
         return pool_edges(torch.cat(parts), self.image.factor)
 
     def provenance(self, dataset: ImageDataset) -> dict[str, object]:
-        """Return everything on which the encoded samples of `dataset` depend, by configuration key, as JSON values.
+        """Return everything on which the encoded samples of `dataset` depend, as JSON values by setting ("image.vae", ...).
 
-        These are hashes of the encoders' files and settings such as image sizes. Features with other values are not reused.
+        These are hashes of the encoders' files and settings such as image sizes. Stored features (encoded samples) are only
+        used if they were made with the same values.
         """
         edges = dataset.edge if self.edges is None else f"{dataset.edge} {self.edges.fingerprint}"
         return {
@@ -118,7 +125,7 @@ class Encoded:
         end: Index of the end-of-text token of each caption, int64 [B].
         edge: Edge maps, float32 [B, h, w], or None.
         seconds: Seconds spent, by kind of work ("reading", "decoding", "encoding").
-        small: Small images for super-resolution, uint8 [B, 3, Hs, Ws], or None.
+        small: The downscaled images for super-resolution, uint8 [B, 3, Hs, Ws], or None.
     """
 
     x0: Tensor
@@ -133,7 +140,7 @@ class Encoded:
 class BatchEncoder:
     """Encodes those images and captions of a batch that are not encoded yet, on the device of the encoders.
 
-    If all samples of a batch are already encoded, the result is in host memory.
+    If all samples of a batch are already encoded, the result is in host memory. `with_edges`: also return edge maps.
     """
 
     def __init__(self, encoders: Encoders, with_edges: bool) -> None:
@@ -157,7 +164,7 @@ class BatchEncoder:
         return encoded
 
     def zeros(self, count: int, shape: tuple[int, int, int]) -> Encoded:
-        """Return zeros in the shapes that `encode` returns for `count` samples with latents of the shape [C, h, w]."""
+        """Return zeros with the shapes of an encoded batch of `count` samples. `shape`: [C, h, w] of a sample's latents."""
         text = self._encoders.text
         tokens, ends = torch.zeros(count, text.max_tokens, text.width), torch.zeros(count, dtype=torch.int64)
         edge = torch.zeros(count, *shape[1:]) if self._with_edges else None
@@ -246,8 +253,8 @@ class HostEncoder(BatchEncoder):
         """Create it with the shapes and settings of `encoder`.
 
         Args:
-            encoder: The encoder of the rank.
-            null: The encoded empty caption. None: `encoder` computes it now.
+            encoder: The `BatchEncoder` of the rank, which has a device.
+            null: The encoded empty caption (batch of one). None: `encoder` computes it now.
         """
         null = encoder._encoders.null_text() if null is None else null
         null = TextFeatures(null.tokens.cpu().float(), null.mask.cpu(), null.end.cpu())

@@ -39,7 +39,7 @@ _UNREADABLE = (OSError, SafetensorError, KeyError, ValueError, IndexError)
 
 
 class FeatureCache:
-    """Encoded samples (features), in one safetensors file for each shard, in the folder `root`/`fingerprint`.
+    """Encoded samples (features), in a safetensors file for each shard (tar file), in the folder `root`/`fingerprint`.
 
     - The fingerprint is a hash of everything that features depend on: encoders, image sizes, flip, captions, edge maps.
     - A file's name depends on the content of the shard. So shards can be added or moved, and only new ones are computed.
@@ -56,7 +56,7 @@ class FeatureCache:
         Args:
             root: Folder that contains the feature caches, each in a subfolder.
             dataset: Loads the samples to encode.
-            encoders: The encoders; their weights are loaded when something is computed.
+            encoders: The encoders; their weights are loaded when a sample is encoded.
             flip: Also store the latents of mirrored images.
             with_text: Store the captions as encoded tokens; False: as strings.
 
@@ -75,19 +75,19 @@ class FeatureCache:
         self._fill_thread: _FillThread | None = None
 
     def path(self, shard: int) -> Path:
-        """Return the path of a shard's file, which may not exist. `shard`: number of the shard in the index."""
+        """Return the path of the cache file of a shard, which may not exist. `shard`: number in `index.shards`."""
         source = self.index.shards[shard]
         return self.folder / f"{Path(source.name).stem[:100]}-{source.content[:16]}.safetensors"
 
     def missing(self) -> list[int]:
-        """Return the numbers of the shards that have usable samples but no file in the cache yet."""
+        """Return the numbers (in `index.shards`) of the shards that have usable samples but no file in the cache yet."""
         return [n for n, shard in enumerate(self.index.shards) if shard.num_samples and not self.path(n).is_file()]
 
     def build(self, shards: Sequence[int], report: Reporter = no_report) -> None:
-        """Compute and write the files of the shards with these numbers. `report`: called with lines of progress.
+        """Encode the samples of the shards with these numbers, and write their cache files.
 
-        A file also lists the samples that cannot be encoded. Raises UserError if a file cannot be written, or encoded
-        captions exceed the range of float16.
+        A file also lists the samples that cannot be encoded. `report`: called with lines of progress. Raises UserError if a
+        file cannot be written, or encoded captions exceed the range of float16.
         """
         for number, shard in enumerate(shards, start=1):
             self._build_shard(shard, number, len(shards), report)
@@ -109,9 +109,9 @@ class FeatureCache:
             raise _cannot_write(path, error) from error
 
     def fill_in_background(self, shards: Sequence[int]) -> None:
-        """Start a thread that computes the files of these shards. `close` stops it.
+        """Start a thread that computes the cache files of the shards with these numbers. `close` stops it.
 
-        Until a file exists, `get` returns its samples raw (image and caption).
+        Until a shard has its file, `get` returns the shard's samples raw (image and caption).
         """
         self._fill_thread = _FillThread(self, shards)
         self._fill_thread.start()
@@ -122,7 +122,7 @@ class FeatureCache:
         return self._fill_thread is not None
 
     def close(self) -> None:
-        """Stop the thread of `fill_in_background`: shards that are left get no file. Raises UserError if it has failed."""
+        """Stop the thread of `fill_in_background`, if any: the shards left get no file. UserError: the thread has failed."""
         if self._fill_thread is not None:
             self._fill_thread.stop()
 
@@ -130,8 +130,8 @@ class FeatureCache:
         """Return a sample with one of its captions. It is encoded, or raw (image and caption) if the cache does not have it.
 
         Args:
-            sample_id: Number of the sample in the index.
-            bucket: Number of its image size.
+            sample_id: Number of the sample, counted over all shards.
+            bucket: Number of its image size in `buckets`.
             pick: Function that draws the index of a caption, given the weights of the sample's captions.
             flip: Return the features of the mirrored image.
 
@@ -175,9 +175,9 @@ class FeatureCache:
         )
 
     def verify(self, shards: Sequence[int], report: Reporter = no_report) -> None:
-        """Check headers and small tables of the files of the shards with these numbers, but not the features in them.
+        """Check the cache files of the shards with these numbers: headers and small tables, but not the features in them.
 
-        A damaged file is renamed to damaged-NAME, so that it is missing. `report`: called with the name of each shard.
+        A damaged file is renamed to damaged-NAME, so that it is missing. `report`: called with the number of each shard.
         """
         for number in shards:
             report(f"the cached shard {number}")
@@ -190,7 +190,7 @@ class FeatureCache:
 
     @cached_property
     def known_bad(self) -> dict[int, BadSample]:
-        """The samples that could not be encoded, by sample id. Samples that the index excludes are not among them."""
+        """The samples that could not be encoded, with the reason, by sample id. Bad samples of the index are left out."""
         missing = set(self.missing())
         present = [n for n, shard in enumerate(self.index.shards) if shard.num_samples and n not in missing]
         return {sample_id: bad for number in present for sample_id, bad in self._read_bad(number).items()}

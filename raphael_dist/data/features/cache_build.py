@@ -60,10 +60,13 @@ class _Rows:
 
 
 class ShardBuilder:
-    """Computes the tensors of a shard's file in the feature cache, one shard after another."""
+    """Encodes the samples of a shard (tar file) into the tensors of its file in the feature cache; one shard per call."""
 
     def __init__(self, dataset: ImageDataset, encoders: Encoders, flip: bool, with_text: bool) -> None:
-        """Create the builder. `flip`: also compute latents of mirrored images. `with_text`: store captions as tokens."""
+        """Create the builder. `dataset`: loads the samples. `encoders`: encode them.
+
+        `flip`: also compute latents of mirrored images. `with_text`: store captions as tokens; False: as strings.
+        """
         self.dataset, self.encoders, self.flip, self.with_text = dataset, encoders, flip, with_text
 
     def build(
@@ -72,12 +75,13 @@ class ShardBuilder:
         """Encode all samples of a shard.
 
         Args:
-            first_id: The id of the shard's first sample.
-            buckets: The number of the bucket (image size) of each sample of the shard.
+            first_id: The id of the shard's first sample: its number, counted over all shards.
+            buckets: For each sample of the shard, the number of its bucket (image size).
             report: Called with a line of progress for each batch.
 
         Returns:
-            The tensors by name, and (number in the shard, reason) of each sample that cannot be used.
+            The tensors by name (listed at the top of cache_build.py), and (number in the shard, reason) of each sample that
+            cannot be used.
 
         Raises:
             UserError: Encoded captions exceed the range of float16.
@@ -173,10 +177,12 @@ class ShardBuilder:
 
 
 def sample_of(tensors: Mapping[str, Tensor], number: int) -> dict[str, Tensor] | None:
-    """Return the tensors of one sample, in the format of `packing.py`; None if the sample cannot be used.
+    """Return the encoded sample with this number as tensors by name; None if it cannot be used.
+
+    The names ("mean", "tokens", ...) and formats are those of the table at the top of packing.py.
 
     Args:
-        tensors: The tensors of a shard, as `ShardBuilder.build` returns them.
+        tensors: The tensors of all samples of a shard, as `ShardBuilder.build` returns them.
         number: Number of the sample in the shard.
     """
     bucket, row = int(tensors["bucket"][number]), int(tensors["row"][number])
@@ -207,7 +213,7 @@ def checksum(rows: Iterable[Tensor]) -> int:
 
 
 def encode_half(text: TextEncoder, captions: Sequence[str], report: Callable[[str], None] = no_report) -> TextFeatures:
-    """Encode captions on the device and return their features on the CPU, with tokens in 16 bits.
+    """Encode captions with `text` on its device, and return the results on the CPU, with tokens in 16 bits.
 
     Tokens are bfloat16 if the encoder computes in bfloat16, otherwise float16. `report`: called with a line of progress for
     each batch. Raises UserError if the tokens exceed the range of float16.

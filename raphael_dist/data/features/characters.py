@@ -71,7 +71,10 @@ class CharacterTokenizer:
         add_special_tokens: bool = True,
         **_: object,
     ) -> Any:
-        """Tokenize one caption or several, and return a BatchEncoding. Arguments are those of tokenizers of transformers."""
+        """Tokenize one caption or several, and return a BatchEncoding (input_ids, attention_mask, special_tokens_mask).
+
+        Arguments are those of the tokenizers of transformers; further ones are ignored.
+        """
         from transformers import BatchEncoding
 
         limit = max_length if truncation else None
@@ -120,7 +123,10 @@ class CharacterModel(nn.Module):
 
 
 def fingerprint(max_tokens: int) -> str:
-    """Return a SHA-256 (hex) of the encoder's version and `max_tokens`. It identifies what the encoder computes."""
+    """Return a SHA-256 (hex) that identifies the outputs of the encoder text.encoder=characters.
+
+    It depends on the encoder's version and on `max_tokens`, the number of tokens of a caption.
+    """
     return hashlib.sha256(f"{CHARACTERS} {VERSION} {max_tokens}".encode()).hexdigest()
 
 
@@ -153,9 +159,10 @@ def _clamped(value: int) -> int:
 
 @lru_cache(maxsize=1 << 16)
 def embed(number: int) -> list[float]:
-    """Return the embedding, a list of WIDTH numbers, of a token. `number`: its number in the tokenizer's output.
+    """Return the embedding of a token, a list of WIDTH (256) numbers. That of padding is all zeros.
 
-    The number contains everything that the embedding depends on. The embedding of padding is all zeros.
+    `number`: the token's number in the output of `CharacterTokenizer`. It contains everything that the embedding depends on:
+    the character and its place in the quoted text, or hashes of the word and of the word before it.
     """
     zeros = [0.0] * BLOCK
     if number & _CHARACTER:

@@ -27,9 +27,9 @@ _PROBES, _PROBE_BYTES = 16, 1 << 18
 
 @contextmanager
 def reported(field: str, spec: str) -> Iterator[None]:
-    """Convert errors of transformers and diffusers in the block into a UserError that begins with `field=spec`.
+    """Return a context manager that converts errors of transformers and diffusers inside it into a UserError.
 
-    `field`: name of a setting, such as "text.encoder". `spec`: its value.
+    Its message begins with `field=spec`. `field`: name of a setting, such as "text.encoder". `spec`: value of the setting.
     """
     try:
         yield
@@ -54,9 +54,9 @@ def offline() -> dict[str, Any]:
 
 
 def text_folders(spec: str) -> tuple[Path, Path]:
-    """Return the folder of the text encoder and the folder of its tokenizer. UserError: there is no such folder.
+    """Return (folder of the text encoder, folder of its tokenizer). UserError: there is no such folder.
 
-    `spec`: value of text.encoder, such as "minilm", the folder of a text encoder, or that of a diffusers pipeline.
+    `spec`: value of the setting text.encoder: "minilm", the folder of a text encoder, or that of a diffusers pipeline.
     """
     if spec in PACKAGED:
         folder = packaged_folder(spec)
@@ -85,9 +85,10 @@ def packaged_folder(name: str) -> Path:
 
 
 def packaged_text_model(name: str) -> tuple[Model, Tokenizer]:
-    """Return the model and the tokenizer of a text encoder by its name (one of NAMED), such as "minilm".
+    """Return (model, tokenizer) of a text encoder that needs no folder. The weights are float32.
 
-    Raises UserError if the name is unknown or the package is not installed.
+    `name`: "minilm", whose weights come with a Python package, or "characters", which has none. Raises UserError if the name
+    is unknown or the package is not installed.
     """
     if name == CHARACTERS:
         return CharacterModel(), CharacterTokenizer()
@@ -103,7 +104,7 @@ def packaged_text_model(name: str) -> tuple[Model, Tokenizer]:
 def vae_folder(spec: str) -> Path:
     """Return the folder of the autoencoder (VAE). UserError: there is no such folder.
 
-    `spec`: value of image.vae: the folder of an autoencoder, or of a diffusers pipeline that contains one.
+    `spec`: value of the setting image.vae: the folder of an autoencoder, or of a diffusers pipeline that contains one.
     """
     return _subfolder(_existing_folder("image.vae", spec), "vae")
 
@@ -125,10 +126,14 @@ def _subfolder(folder: Path, name: str) -> Path:
 
 
 def fingerprint(folders: Sequence[Path], settings: tuple[str | int, ...] = ()) -> str:
-    """Return the SHA-256 (hex) of the settings and of the model files (config, tokenizer, weights) in these folders.
+    """Return a SHA-256 (hex) that identifies a model: of its files (config, tokenizer, weights) and of `settings`.
 
-    The folders' paths have no effect. Weights may be many GB. So of each weight file, only the size and 16 blocks of 256 KiB
-    are hashed, which suffices: training changes all parts of such a file.
+    Weights may be many GB. So of each weight file, only the size and 16 blocks of 256 KiB are hashed, which suffices:
+    training changes all parts of such a file.
+
+    Args:
+        folders: The folders with the files. Their paths have no effect on the hash.
+        settings: Values on which the model's outputs depend, too, such as its dtype.
     """
     digest = hashlib.sha256(repr(settings).encode())
     for folder in dict.fromkeys(folders):

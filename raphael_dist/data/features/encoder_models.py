@@ -29,9 +29,9 @@ _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 
 
 def text_class(folder: Path, spec: str) -> tuple[Any, Any]:
-    """Return the transformers class of the text encoder in `folder`, and its configuration.
+    """Return (class of transformers for the text encoder in `folder`, its configuration object).
 
-    Raises UserError if it is another kind of model. `spec`: value of text.encoder, for messages.
+    Raises UserError if the folder has another kind of model. `spec`: value of the setting text.encoder, for messages.
     """
     from transformers import AutoConfig, AutoModelForTextEncoding, CLIPTextModel
 
@@ -49,9 +49,16 @@ def text_class(folder: Path, spec: str) -> tuple[Any, Any]:
 
 
 def empty_text_model(spec: str, layer: TextLayer) -> Model:
-    """Build a text encoder without reading its weights, on the meta device, to learn its shapes.
+    """Build a text encoder of transformers without weights, on the meta device, to learn its shapes.
 
-    The headers of its safetensors files are read, so that damage is detected. Arguments and errors as in `text_model`.
+    The headers of its safetensors files are read, so that damage is detected.
+
+    Args:
+        spec: Value of the setting text.encoder: a name such as "minilm", or a folder.
+        layer: "last", or "penultimate" to leave out its last layer.
+
+    Raises:
+        UserError: Files are missing or damaged, or it is no text encoder.
     """
     if spec == CHARACTERS:
         return text_model(spec, torch.float32, layer)
@@ -66,11 +73,11 @@ def empty_text_model(spec: str, layer: TextLayer) -> Model:
 
 
 def text_model(spec: str, dtype: torch.dtype | str, layer: TextLayer = "last") -> Model:
-    """Load a text encoder with its weights. Raises UserError if it cannot be loaded.
+    """Load a text encoder with its weights, and return the model of transformers. UserError: it cannot be loaded.
 
     Args:
         spec: Value of the setting text.encoder: a name such as "minilm", or a folder.
-        dtype: Of the weights; "auto": as in the files.
+        dtype: Dtype of the weights; "auto": that in the files.
         layer: "last", or "penultimate" to leave out its last layer.
     """
     if spec == CHARACTERS:
@@ -107,7 +114,8 @@ def _without_last_layer(model: Model, spec: str) -> Model:
 def tokenizer_of(spec: str) -> Tokenizer:
     """Load the tokenizer of a text encoder. It pads and truncates on the right.
 
-    Raises UserError if it cannot be loaded or has no padding token. `spec`: value of text.encoder.
+    Raises UserError if it cannot be loaded or has no padding token. `spec`: value of the setting text.encoder: a name such
+    as "minilm", or a folder.
     """
     if spec == CHARACTERS:
         return CharacterTokenizer()
@@ -126,9 +134,10 @@ def tokenizer_of(spec: str) -> Tokenizer:
 
 
 def save_text_model(spec: str, layer: TextLayer, folder: Path) -> None:
-    """Load a text encoder as `text_model` does, and write it into `folder` with `save_pretrained`.
+    """Copy a text encoder into `folder`, in the format of transformers (`save_pretrained`). UserError: it cannot be loaded.
 
-    Raises UserError if it cannot be loaded.
+    `spec`: value of the setting text.encoder: a name such as "minilm", or a folder. `layer`: "last", or "penultimate" to
+    leave out its last layer.
     """
     text_model(spec, "auto", layer).save_pretrained(folder)
     apply_umask(folder)
@@ -138,9 +147,10 @@ def save_text_model(spec: str, layer: TextLayer, folder: Path) -> None:
 
 
 def autoencoder_class(folder: Path, spec: str) -> tuple[Any, JsonObject]:
-    """Return the diffusers class of the autoencoder (VAE) in `folder`, and its configuration.
+    """Return (class of diffusers for the autoencoder (VAE) in `folder`, fields of its config.json).
 
-    Raises UserError if the class is not supported or is not for RGB images. `spec`: value of image.vae, for messages.
+    Raises UserError if the class is not supported or the autoencoder is not for RGB images. `spec`: value of the setting
+    image.vae, for messages.
     """
     import diffusers
 
@@ -159,9 +169,10 @@ def autoencoder_class(folder: Path, spec: str) -> tuple[Any, JsonObject]:
 
 
 def empty_autoencoder(spec: str) -> Model:
-    """Build an autoencoder (VAE) without reading its weights, on the meta device. `spec`: the folder that image.vae names.
+    """Build an autoencoder (VAE) of diffusers without weights, on the meta device, to learn its shapes.
 
-    Raises UserError if its shapes differ from those in the headers of its weight files, or as `autoencoder`.
+    `spec`: value of the setting image.vae, a folder. Raises UserError if the folder has no supported autoencoder, or its
+    shapes differ from those in the headers of its weight files.
     """
     folder = vae_folder(spec)
     kind, config = autoencoder_class(folder, spec)
@@ -186,9 +197,9 @@ def _current_name(name: str) -> str:
 
 
 def autoencoder(spec: str, dtype: torch.dtype | None) -> Model:
-    """Load an autoencoder (VAE) with its weights. Raises UserError if it cannot be loaded.
+    """Load an autoencoder (VAE) with its weights, and return the model of diffusers. UserError: it cannot be loaded.
 
-    `spec`: the folder that image.vae names. `dtype`: of the weights; None: float32.
+    `spec`: value of the setting image.vae, a folder. `dtype`: dtype of the weights; None: float32.
     """
     folder = vae_folder(spec)
     kind, _ = autoencoder_class(folder, spec)
@@ -204,9 +215,9 @@ def autoencoder(spec: str, dtype: torch.dtype | None) -> Model:
 
 
 def save_autoencoder(spec: str, folder: Path) -> None:
-    """Load an autoencoder (VAE), and write it into `folder` under diffusers' standard file names.
+    """Copy an autoencoder (VAE) into `folder` in float32, under diffusers' standard file names.
 
-    Raises UserError if it cannot be loaded.
+    `spec`: value of the setting image.vae, a folder. Raises UserError if it cannot be loaded.
     """
     autoencoder(spec, None).save_pretrained(folder)
     apply_umask(folder)

@@ -49,11 +49,11 @@ class TextFacts:
 
     @classmethod
     def read(cls, spec: str, max_tokens: int, dtype: torch.dtype, layer: TextLayer = "last") -> Self:
-        """Read the encoder's configuration, tokenizer and the headers of its weights, and hash its files.
+        """Return the facts about a text encoder: read its configuration and tokenizer, and hash its files.
 
         Args:
             spec: Value of the setting text.encoder: a name such as "minilm", or a folder.
-            max_tokens: Number of tokens of a caption.
+            max_tokens: Number of tokens of a caption, with padding.
             dtype: In which the encoder will compute. It is a part of the fingerprint.
             layer: "last" or "penultimate": the layer whose output is the tokens.
 
@@ -107,7 +107,11 @@ class TextEncoder(_Frozen[tuple[Model, Tokenizer]]):
     """
 
     def __init__(self, load: Callable[[], tuple[Model, Tokenizer]], facts: TextFacts) -> None:
-        """Create the encoder. `load` returns the model and the tokenizer; it is called when a caption is first encoded."""
+        """Create the encoder.
+
+        `load`: returns (model, tokenizer); it is called when a caption is first encoded. `facts`: width, number of tokens
+        and hash of this encoder.
+        """
         super().__init__(load, facts.fingerprint)
         self.max_tokens, self.width = facts.max_tokens, facts.width
         self.dtype, self.counter = torch.float32, TruncationCounter(facts.max_tokens)
@@ -129,7 +133,7 @@ class TextEncoder(_Frozen[tuple[Model, Tokenizer]]):
             layer: "last" or "penultimate": the layer whose output is the tokens.
 
         Raises:
-            UserError: As `TextFacts.read` and `load_weights`.
+            UserError: The encoder cannot be read, is no text encoder, or has fewer positions than `max_tokens`.
         """
         return cls.lazy(spec, TextFacts.read(spec, max_tokens, dtype, layer), device, dtype, layer).load_weights()
 
@@ -139,7 +143,8 @@ class TextEncoder(_Frozen[tuple[Model, Tokenizer]]):
     ) -> Self:
         """Return the encoder that `load` returns, but open no file before the first caption is encoded.
 
-        `facts`: the result of `TextFacts.read` for this encoder, perhaps on another rank. Other arguments as in `load`.
+        `spec`: value of text.encoder. `facts`: the result of `TextFacts.read` for this encoder, perhaps from another rank.
+        `device`, `dtype`: where and in which dtype it computes. `layer`: whose output is the tokens.
         """
         encoder = cls(lambda: (_freeze(text_model(spec, dtype, layer), device), tokenizer_of(spec)), facts)
         encoder.dtype = dtype
@@ -147,7 +152,10 @@ class TextEncoder(_Frozen[tuple[Model, Tokenizer]]):
 
     @classmethod
     def of(cls, model: Model, tokenizer: Tokenizer, max_tokens: int, fingerprint: str) -> Self:
-        """Make a text encoder from a loaded model and its tokenizer. `fingerprint`: identifies the model."""
+        """Make a text encoder from a loaded model of transformers and its tokenizer.
+
+        `max_tokens`: number of tokens of a caption, with padding. `fingerprint`: hash that identifies the model.
+        """
         return cls(lambda: (model, tokenizer), TextFacts(max_tokens, int(model.config.hidden_size), fingerprint))
 
     @property
@@ -164,7 +172,7 @@ class TextEncoder(_Frozen[tuple[Model, Tokenizer]]):
             pad: Pad each caption to `max_tokens` tokens. False: to the length of the longest caption.
 
         Returns:
-            Tokens float32 [B, Y, width], their mask bool [B, Y], and the index of each end-of-text token int64 [B].
+            Tokens float32 [B, Y, width]; mask bool [B, Y], False at padding; index of each end-of-text token int64 [B].
         """
         model, tokenizer = self._loaded()
         with self._tokenizing:
@@ -174,9 +182,9 @@ class TextEncoder(_Frozen[tuple[Model, Tokenizer]]):
         return run_text_encoder(model, batch["input_ids"], batch["attention_mask"], tokenizer.eos_token_id)
 
     def warn_truncated(self, texts: Sequence[str], what: str) -> None:
-        """Count texts with more than `max_tokens` tokens without encoding them, and log their number.
+        """Log a warning with the number of texts that have more than `max_tokens` tokens, if there are any.
 
-        It is logged at most once for each `what`, the kind of the texts, such as "captions".
+        `what`: kind of the texts, such as "captions". The warning is logged at most once for each kind. Nothing is encoded.
         """
         with self._tokenizing:
             count = count_longer(self.tokenizer, texts, self.max_tokens)
@@ -184,7 +192,7 @@ class TextEncoder(_Frozen[tuple[Model, Tokenizer]]):
 
 
 def count_longer(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int) -> int:
-    """Return how many texts have more than `max_tokens` tokens."""
+    """Return how many of `texts` have more than `max_tokens` tokens with this tokenizer of transformers."""
     parts = [texts[first : first + _TOKENIZED] for first in range(0, len(texts), _TOKENIZED)]
     return sum(tokenize(tokenizer, part, max_tokens, "longest")[1] for part in parts)
 
@@ -207,13 +215,13 @@ class ImageFacts:
 
     @classmethod
     def of(cls, model: Model, fingerprint: str) -> Self:
-        """Return the facts about an autoencoder of diffusers, with or without weights. `fingerprint`: hash of its files."""
+        """Return the facts about an autoencoder of diffusers. `model` needs no weights. `fingerprint`: hash of its files."""
         deterministic = type(model).__name__ != "AutoencoderKL"  # the only class whose latents are a distribution
         return cls(downscale_factor(model.config), int(model.config.latent_channels), fingerprint, deterministic)
 
     @classmethod
     def read(cls, spec: str, dtype: torch.dtype = torch.float32) -> "ImageFacts":
-        """Read the autoencoder's configuration, compare it with the headers of the weight files, and hash the files.
+        """Return the facts about an image encoder: read its configuration and weight headers, and hash its files.
 
         Args:
             spec: Value of the setting image.vae: a folder, or "none".
@@ -242,7 +250,11 @@ class ImageEncoder(_Frozen[Model]):
     """
 
     def __init__(self, load: Callable[[], Model], facts: ImageFacts) -> None:
-        """Create the encoder. `load` returns the autoencoder, or None if latents are pixels; called when first needed."""
+        """Create the encoder.
+
+        `load`: returns the autoencoder, or None if latents are pixels; it is called when the autoencoder is first used.
+        `facts`: factor, channels and hash of this encoder.
+        """
         super().__init__(load, facts.fingerprint)
         self.factor, self.channels, self.deterministic = facts.factor, facts.channels, facts.deterministic
 
@@ -250,8 +262,8 @@ class ImageEncoder(_Frozen[Model]):
     def load(cls, spec: str, device: torch.device | str, dtype: torch.dtype) -> Self:
         """Load the image encoder `spec` with its weights. It runs on `device` and computes in `dtype`.
 
-        spec: "none" (latents are the pixels), or the folder of an autoencoder or of a diffusers pipeline that contains one.
-        Raises the UserErrors of `ImageFacts.read`.
+        `spec`: "none" (latents are the pixels), or the folder of an autoencoder or of a diffusers pipeline that contains
+        one. Raises UserError if the autoencoder cannot be read or is not supported.
         """
         return cls.lazy(spec, ImageFacts.read(spec, dtype), device, dtype).load_weights()
 
@@ -259,7 +271,8 @@ class ImageEncoder(_Frozen[Model]):
     def lazy(cls, spec: str, facts: ImageFacts, device: torch.device | str, dtype: torch.dtype) -> Self:
         """Return the encoder that `load` returns, but open no file before the first image is encoded or decoded.
 
-        `facts`: the result of `ImageFacts.read` for this encoder, perhaps on another rank. Other arguments as in `load`.
+        `spec`: value of image.vae. `facts`: the result of `ImageFacts.read` for this encoder, perhaps from another rank.
+        `device`, `dtype`: where and in which dtype it computes.
         """
         return cls(lambda: None if spec == "none" else _freeze(autoencoder(spec, dtype), device), facts)
 
@@ -277,9 +290,10 @@ class ImageEncoder(_Frozen[Model]):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation of the latents of `images` [B, 3, H, W] in [-1, 1], each float32 [B, C, h, w].
+        """Return (mean, standard deviation) of the latents of images, each float32 [B, C, h, w].
 
-        Shift and scale of the VAE's configuration are applied: training latents are mean + std * noise.
+        `images`: [B, 3, H, W] in [-1, 1]. The shift and scale in the VAE's configuration are already applied, so that
+        training latents are mean + std * noise.
         """
         if self._model is None:
             return images.float(), torch.zeros_like(images, dtype=torch.float32)
@@ -287,7 +301,7 @@ class ImageEncoder(_Frozen[Model]):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode `latents` [B, C, h, w] (scaled as by `encode`) to images, float32 [B, 3, H, W] in [-1, 1]."""
+        """Decode `latents` [B, C, h, w] (shifted and scaled as by `encode`) to images, float32 [B, 3, H, W] in [-1, 1]."""
         if self._model is None:
             return latents.float().clamp(-1, 1)
         return decode_latents(self._model, latents, self._model.device)

@@ -26,16 +26,17 @@ from raphael_dist.text import parse_json, reason_unreadable
 
 
 class FeatureSource(Protocol):
-    """Interface of the objects that return a sample's features: `OnlineFeatures`, `FeatureCache`, `StoredFeatures`.
+    """Interface of the objects from which training gets samples: `OnlineFeatures`, `FeatureCache` and `StoredFeatures`.
 
-    Threads and forked processes may share an object.
+    The features of a sample are its image and one caption, each encoded or raw. Threads and forked processes may share an
+    object.
 
     Attributes:
-        index: The index of the shards.
+        index: A table of all samples of the shards (tar files).
         buckets: (height, width) of each image size (bucket) in pixels.
         latent_factor: Number of image pixels per side of a latent position.
         latent_channels: Number of channels of the latents.
-        decodes_images: Whether `get` decodes an image file, because images are not stored encoded.
+        decodes_images: Whether `get` always decodes an image file, because no encoded images are stored.
     """
 
     index: DatasetIndex
@@ -46,18 +47,18 @@ class FeatureSource(Protocol):
 
     @property
     def known_bad(self) -> dict[int, BadSample]:
-        """The samples that are known to be unusable before they are read, by sample id."""
+        """The samples that are known to be unusable before they are read, with the reason, by sample id."""
 
     @property
     def null_text(self) -> TextFeatures | None:
-        """The encoded empty caption (B = 1), if it is stored; None: it must be encoded."""
+        """The encoded empty caption (batch of one), if it is stored; None: it must be encoded."""
 
     def get(self, sample_id: int, bucket: int, pick: Pick, flip: bool) -> SampleFeatures:
         """Return a sample with one of its captions; image and caption are encoded if they are stored so, otherwise raw.
 
         Args:
-            sample_id: Number of the sample in the index.
-            bucket: Number of the image size.
+            sample_id: Number of the sample, counted over all shards.
+            bucket: Number of its image size in `buckets`.
             pick: Function that draws the index of a caption, given the weights of the sample's captions.
             flip: Return the mirrored image.
 
@@ -67,7 +68,7 @@ class FeatureSource(Protocol):
         """
 
     def close(self) -> None:
-        """Stop the threads of this source."""
+        """Stop the threads of this source, if it has any."""
 
 
 class OnlineFeatures:
@@ -78,7 +79,7 @@ class OnlineFeatures:
     decodes_images = True
 
     def __init__(self, dataset: ImageDataset, image: ImageEncoder) -> None:
-        """Create the source. `dataset` loads and decodes the samples.
+        """Create the source. `dataset`: loads and decodes the samples. `image`: the image encoder of the run.
 
         Raises UserError if an image size is not a multiple of `image.factor`, the image pixels per side of a latent.
         """
@@ -99,15 +100,20 @@ class OnlineFeatures:
 
 
 class StoredFeatures(OnlineFeatures):
-    """Source of samples for data.features=stored: reads the features of a sample from the file KEY.features in its shard."""
+    """Source of samples for data.features=stored: reads each encoded sample from the file KEY.features in its shard."""
 
     decodes_images = False
 
     def __init__(self, dataset: ImageDataset, image: ImageEncoder, provenance: dict[str, object]) -> None:
-        """Create the source. `dataset` reads the files of the samples.
+        """Create the source.
 
-        `provenance`: settings with which the features must have been made (`Encoders.provenance`); `get` checks it. Raises
-        UserError if an image size is not a multiple of `image.factor`, the image pixels per side of a latent.
+        Args:
+            dataset: Reads the files of the samples.
+            image: The image encoder of the run.
+            provenance: Settings with which the samples must have been encoded (`Encoders.provenance`); `get` checks them.
+
+        Raises:
+            UserError: An image size is not a multiple of `image.factor`, the image pixels per side of a latent.
         """
         super().__init__(dataset, image)
         # Without the edge loss any edge maps are accepted: they are not used.

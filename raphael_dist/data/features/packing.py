@@ -34,11 +34,11 @@ _STEPS, _LOWEST = 8, -26
 
 @dataclass
 class SampleFeatures:
-    """A sample with one of its captions. Image and caption are each either encoded or, if that is not stored, raw.
+    """A sample with one of its captions. Image and caption are each encoded (if they are stored so) or raw.
 
     Attributes:
         image: RGB image, uint8 [3, H, W]; None if `mean` and `std` are set.
-        mean, std: Mean and standard deviation of its latents, float32 [C, h, w]; None if `image` is set.
+        mean, std: Mean and standard deviation of the image's latents, float32 [C, h, w]; None if `image` is set.
         caption: The caption as a string; not used if `text` is set.
         text: The encoded caption: tokens float32 [Y, D], mask bool [Y], and index of the end-of-text token; or None.
         edge: Edge map at the latents' size, float32 [h, w] in 0..1, or None.
@@ -57,7 +57,7 @@ class SampleFeatures:
 
 
 def pack_std(std: Tensor) -> Tensor:
-    """Round float32 standard deviations to 8 bits on a logarithmic scale; return uint8 of the same shape."""
+    """Round standard deviations of latents, float32, to 8 bits on a logarithmic scale; return uint8 of the same shape."""
     code = (std.clamp_min(2.0**_LOWEST).log2() - _LOWEST) * _STEPS + 1
     return torch.where(std > 0, code.round().clamp(1, 255), 0).to(torch.uint8)
 
@@ -85,7 +85,8 @@ def unpack(tensors: dict[str, Tensor], pick: Pick, flip: bool) -> SampleFeatures
     """Convert the stored tensors of one sample to features, with one of its captions.
 
     Args:
-        tensors: The tensors by name, in the format that this module describes.
+        tensors: The tensors of the sample by name ("mean", "std", "tokens", ...), in the format of the table at the top of
+            packing.py.
         pick: Function that draws the index of a caption, given the weights of the sample's captions.
         flip: Return the features of the mirrored image.
 

@@ -31,12 +31,12 @@ class TextFeatures:
 
 
 def run_text_encoder(model: Model, ids_BY: Tensor, attention_mask_BY: Tensor, end_id: int | None) -> TextFeatures:
-    """Return the features of B tokenized captions of Y tokens.
+    """Encode B tokenized captions of Y tokens each.
 
     Args:
         model: a text encoder of transformers.
-        ids_BY: token numbers, int64, on the model's device.
-        attention_mask_BY: 1 at tokens of the caption, 0 at padding.
+        ids_BY: token numbers, int64 [B, Y], on the model's device.
+        attention_mask_BY: [B, Y], 1 at tokens of the caption, 0 at padding.
         end_id: number of the end-of-text token; None: the tokenizer has none.
     """
     mask_BY = attention_mask_BY.bool()
@@ -53,8 +53,8 @@ def end_of_text_B(ids_BY: Tensor, mask_BY: Tensor, end_id: int | None) -> Tensor
     not padding.
 
     Args:
-        ids_BY: token numbers, int64.
-        mask_BY: bool, False at padding.
+        ids_BY: token numbers of B captions of Y tokens, int64 [B, Y].
+        mask_BY: bool [B, Y], False at padding.
         end_id: number of the end-of-text token; None: the tokenizer has none.
     """
     last = (mask_BY.sum(dim=1) - 1).clamp_min(0)
@@ -93,10 +93,10 @@ def decode_latents(vae: Model, latents: Tensor, device: torch.device) -> Tensor:
 
 
 def latent_shift_and_scale(vae: Model, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return shift and scale of a VAE's latents, from its configuration.
+    """Return (shift, scale) of a VAE's latents, from its configuration, as float32 tensors on `device`.
 
-    The model is trained on (latents - shift) * scale. Each is a scalar tensor [] for all channels, or [C, 1, 1] with a
-    number for each channel.
+    `vae`: an autoencoder of diffusers. The diffusion model is trained on (latents - shift) * scale. Each
+    of them is a scalar tensor [] for all channels, or [C, 1, 1] with a number for each channel.
     """
     config = vae.config
     mean, std = config.get("latents_mean"), config.get("latents_std")

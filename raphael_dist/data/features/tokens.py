@@ -18,11 +18,12 @@ def tokenize(tokenizer: Tokenizer, captions: Sequence[str], max_tokens: int, pad
     Args:
         tokenizer: The tokenizer.
         captions: B captions.
-        max_tokens: Largest number of tokens of a caption.
+        max_tokens: Largest number of tokens of a caption, with special tokens. Longer captions are truncated.
         padding: "max_length": pad all captions to `max_tokens` tokens. "longest": to the length of the longest caption.
 
     Returns:
-        The tokenizer's output (input_ids, attention_mask) as tensors, and the number of captions that were truncated.
+        The tokenizer's output (input_ids, attention_mask, int64 [B, Y] for Y tokens), and the number of captions that were
+        truncated.
     """
     texts = list(captions)
     for _ in range(_TRIES):
@@ -75,14 +76,14 @@ def _count_truncated(tokenizer: Tokenizer, texts: Sequence[str], batch: TokenBat
 
 
 class TruncationCounter:
-    """Counts texts that are truncated to `max_tokens` tokens, and logs their number once."""
+    """Counts texts, and those of them that are truncated to `max_tokens` tokens; logs both numbers as a warning."""
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens, self.truncated, self.total = max_tokens, 0, 0
         self._warned: set[str] = set()
 
     def add(self, truncated: int, total: int) -> None:
-        """Count `total` texts, `truncated` of which were truncated."""
+        """Count `total` further texts, `truncated` of which were truncated."""
         self.truncated += truncated
         self.total += total
 
@@ -99,5 +100,8 @@ class TruncationCounter:
 
 
 def truncation_line(what: str, truncated: int, total: int, max_tokens: int) -> str:
-    """Return a log line: `truncated` of `total` texts of the kind `what` ("captions") have over `max_tokens` tokens."""
+    """Return a line for the log: `truncated` of `total` texts have more than `max_tokens` tokens and are truncated.
+
+    `what`: kind of the texts in the plural, such as "captions".
+    """
     return f"text.max_tokens={max_tokens}: longer {what} are truncated ({truncated} of {total})"

@@ -36,9 +36,10 @@ _STAT_THREADS = 32
 
 
 def open_index(names: Sequence[str], store: ShardStore, columns: Sequence[str] = ()) -> DatasetIndex | None:
-    """Return the stored index (table of all samples) of the shards `names`, if it is still valid.
+    """Return the stored index (table of all samples) of some shards (tar files), if it is still valid.
 
-    `store`: provides the shards; its folder contains the index. `columns`: names of the columns that filters use.
+    `names`: paths and URLs of the shards. `store`: provides the shards; its folder contains the index. `columns`: names of
+    the columns that filters use.
 
     Returns:
         The index. None if it must be built: there is no index of these shards with these columns; a local shard has changed;
@@ -68,8 +69,8 @@ def open_index(names: Sequence[str], store: ShardStore, columns: Sequence[str] =
 def unindexed(names: Sequence[str], store: ShardStore, report: Reporter = no_report) -> list[tuple[str, int]]:
     """Return (name, size in bytes) of each shard that was never indexed, has changed since then, or cannot be reached.
 
-    `store`: provides the shards; its folder contains the index. `report`: called with lines of progress. The size of a
-    shard that cannot be reached is 0.
+    `names`: paths and URLs of the shards (tar files). `store`: provides the shards; its folder contains the index.
+    `report`: called with lines of progress. The size of a shard that cannot be reached is 0.
     """
 
     def check(name: str) -> tuple[str, int] | None:
@@ -121,14 +122,14 @@ def scan_shards(names: Sequence[str], store: ShardStore, report: Reporter = no_r
 def join_records(
     names: Sequence[str], store: ShardStore, columns: Sequence[str] = (), report: Reporter = no_report
 ) -> DatasetIndex:
-    """Join the records of shards (results of `scan_shards`) to an index (table of all samples), write and return it.
+    """Join the stored records of shards into an index (table of all samples), write it, and return it.
 
-    A shard without a record counts as damaged.
+    A record lists the samples of one shard; `scan_shards` has written it. A shard without a record counts as damaged.
 
     Args:
         names: Paths and URLs of the shards.
         store: Provides the shards; its folder contains the records.
-        columns: Names of the columns that the table gets (those that filters use).
+        columns: Names of the columns (values from the samples' metadata) that the index gets: those that filters use.
         report: Called with lines of progress.
 
     Raises:
@@ -173,16 +174,17 @@ def build_index(
     store: ShardStore | None = None,
     columns: Sequence[str] = (),
 ) -> DatasetIndex:
-    """Return the index of shards, a table with the place and image size of each sample.
+    """Return the index of shards (tar files): a table with the place and image size of each sample.
 
-    Shards that are not indexed yet are read first. It is for a single process: ranks call `open_index.open_order`.
+    Shards that are not indexed yet are read first. It is for a single process: the ranks of a run call `open_order` instead.
 
     Args:
         paths: Paths and URLs of the shards.
         folder: Folder in which the index is stored and .tar.gz shards are unpacked. None: the index exists in memory only.
         report: Called with lines of progress.
         store: Provides the shards. It is an alternative to `folder`.
-        columns: Names of the columns that the index gets (those that filters use). An index in memory gets all.
+        columns: Names of the columns (values from the samples' metadata) that the index gets: those that filters use. An
+            index in memory gets all columns.
 
     Raises:
         UserError: No sample can be used; a file cannot be written; or a shard is gzipped or remote and there is no folder.
@@ -205,13 +207,13 @@ def build_index(
 
 
 def check_index_in_run(missing: Sequence[tuple[str, int]], command: str) -> None:
-    """Raise UserError if the shards without an index have more than MAX_BYTES_IN_RUN (64 GiB) in all.
+    """Raise UserError if the shards that are not indexed yet have more than 64 GiB (MAX_BYTES_IN_RUN) together.
 
     Reading them would take too long at the start of a run.
 
     Args:
-        missing: (name, size in bytes) of each shard without an index.
-        command: The command that indexes them, for the message.
+        missing: (path or URL, size in bytes) of each shard that is not indexed yet.
+        command: The command line that indexes them, for the error message.
     """
     total = sum(size for _, size in missing)
     if total > MAX_BYTES_IN_RUN:

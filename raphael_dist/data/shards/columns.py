@@ -39,9 +39,9 @@ class ColumnCollector:
         self._words: dict[str, set[str]] = defaultdict(set)
 
     def add(self, meta: Mapping[str, object]) -> None:
-        """Add a row for one sample. `meta`: the fields of its json file.
+        """Add a row for the next sample. `meta`: the fields of its json file, by name.
 
-        Numbers and strings of up to 64 characters are kept.
+        Numbers and strings of up to 64 characters are kept, of at most 64 different fields.
         """
         for name, value in meta.items():
             number = self._number(name, value)
@@ -73,9 +73,9 @@ class ColumnCollector:
 
 
 def word_code(word: str) -> float:
-    """Return the number that represents a string in a column: a hash of 23 bits as an integer of -2 or less.
+    """Return the number that represents the string `word` in a column, which is a float32 array.
 
-    So it is exact in float32.
+    It is an integer of -2 or less that contains a 23-bit hash of the string, so it is exact in float32.
     """
     return -2.0 - (zlib.crc32(word.encode("utf-8", "surrogateescape")) & 0x7FFFFF)
 

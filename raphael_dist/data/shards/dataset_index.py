@@ -44,7 +44,13 @@ _SHARDS_IN_MEMORY = 20
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that cannot be used for training: base name of its shard, its key (name in the shard), and the reason."""
+    """A sample that cannot be used for training.
+
+    Attributes:
+        shard: Base name of the shard (tar file) that contains it.
+        key: Name of the sample in the shard.
+        reason: Why it cannot be used.
+    """
 
     shard: str
     key: str
@@ -56,7 +62,7 @@ class BadSample:
 
 @dataclass(frozen=True, eq=False)
 class ShardIndex:
-    """The usable samples of one shard: the shard's rows of the index, without a copy.
+    """The usable samples of one shard (tar file): the shard's rows of the index, which is a table of all samples.
 
     Attributes:
         source: Path or URL of the shard, as configured.
@@ -65,7 +71,8 @@ class ShardIndex:
         sizes: uint16 [num_samples, 2], width and height of each image in pixels.
         places: uint32 [num_samples, 2], each sample's first block (512 bytes) and number of blocks in the tar.
         packed_keys: The keys (names) of the samples, compressed.
-        fingerprint, content, text_digest: Hashes of what the shard contains; see `ShardRecord`.
+        fingerprint, content, text_digest: SHA-256 of the names and sizes; of all that encoded samples depend on; of the
+            txt and json files. See `ShardRecord`.
         damage: Why the shard could not be read to its end; "" if it could.
     """
 
@@ -94,7 +101,10 @@ class ShardIndex:
         return unpack_keys(zlib.decompress(self.packed_keys))
 
     def span(self, number: int) -> tuple[int, int]:
-        """Return (offset, size) in bytes of the part of the tar that contains all files of sample `number` of the shard."""
+        """Return (offset, size) in bytes of the part of the tar that contains all files of one sample.
+
+        `number`: number of the sample in the shard, from 0.
+        """
         first, blocks = self.places[number].tolist()
         return first * BLOCK, blocks * BLOCK
 
@@ -129,8 +139,8 @@ class DatasetIndex:
     processes, which open the files again.
 
     Attributes:
-        store: Provides the shards as local files.
-        arrays: The tables of the index by name ("place", "size", "column.NAME", "shards"); see the top of this file.
+        store: Provides the shards (tar files of samples) as local files.
+        arrays: The arrays of the index by name ("place", "size", "column.NAME", "shards"); see the top of this file.
         packed_keys: The keys (names) of all usable samples, compressed (the file keys.bin).
         packed_bad: Key and reason of all samples that cannot be used, compressed (bad.bin).
         about: Facts about each shard and the data set, such as names and digests (shards.json).
@@ -160,7 +170,7 @@ class DatasetIndex:
 
     @cached_property
     def starts(self) -> np.ndarray:
-        """The first sample id of each shard, and at the end the number of samples; int64 [num_shards + 1]."""
+        """The first sample id of each shard, followed by the number of all samples; int64 [num_shards + 1]."""
         return np.ascontiguousarray(self.arrays["shards"][:, SAMPLES])
 
     @property
@@ -169,7 +179,7 @@ class DatasetIndex:
 
     @property
     def num_bad(self) -> int:
-        """The number of samples that cannot be used."""
+        """The number of samples in the shards that cannot be used. They have no sample id."""
         return int(self.arrays["shards"][-1, NUM_BAD])
 
     @property
@@ -179,11 +189,11 @@ class DatasetIndex:
 
     @property
     def bad(self) -> list[BadSample]:
-        """All samples that cannot be used. There may be millions; `iter_bad` yields them one by one."""
+        """All samples of the shards that cannot be used. There may be millions; `iter_bad` yields them one by one."""
         return list(self.iter_bad())
 
     def iter_bad(self) -> Iterator[BadSample]:
-        """Yield the samples that cannot be used, one by one."""
+        """Yield the samples of the shards that cannot be used, one by one, with the reason, in the order of the shards."""
         for shard in np.flatnonzero(np.diff(self.arrays["shards"][:, NUM_BAD])).tolist():
             first, end = self.arrays["shards"][shard : shard + 2, BAD].tolist()
             for key, reason in json.loads(zlib.decompress(bytes(self.packed_bad[first:end]))):
@@ -191,7 +201,7 @@ class DatasetIndex:
 
     @cached_property
     def damaged(self) -> dict[int, str]:
-        """The shards that could not be read to their end: the reason by shard number."""
+        """The shards that could not be read to their end: from the number of the shard to the reason."""
         return {int(shard): reason for shard, reason in self.about["damage"].items()}
 
     @property
@@ -201,24 +211,24 @@ class DatasetIndex:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) that depends on the base names, sizes and sample keys of all shards, in order."""
+        """SHA-256 (hex) of the base names, sizes in bytes and sample keys (names) of all shards, in order."""
         return str(self.about["whole"]["fingerprint"])
 
     @property
     def text_digest(self) -> str:
-        """SHA-256 (hex) that depends on the txt and json files of all samples, in order."""
+        """SHA-256 (hex) of the txt and json files of all samples, in order. It changes if a caption changes."""
         return str(self.about["whole"]["text_digest"])
 
     @property
     def columns(self) -> list[str]:
-        """The names of the columns in the index: those that data.filters use."""
+        """Names of the columns that the index stores: values from the samples' metadata that data.filters use."""
         return [name.removeprefix("column.") for name in self.arrays if name.startswith("column.")]
 
     @property
     def known_columns(self) -> list[str]:
-        """The names of all columns (values from the metadata, for data.filters) that the samples have.
+        """Names of all columns that the samples have: values from their metadata that data.filters could use.
 
-        The index stores only those in `columns`.
+        The index stores the values only for those in `columns`.
         """
         return list(self.about["known"])
 
@@ -249,7 +259,7 @@ class DatasetIndex:
 
 
 def open_table(folder: Path, store: ShardStore, names: Sequence[str] | None = None) -> DatasetIndex:
-    """Open the index that is stored in `folder`. Its arrays are memory-mapped.
+    """Open the index (table of all samples of the shards) that is stored in `folder`. Its arrays are memory-mapped.
 
     Args:
         folder: The folder with the files of the index.

@@ -58,7 +58,7 @@ class DecodedSample:
         edge: Edge map, uint8 [h, w], or None.
         key: Name of the sample in its shard.
         weights: Relative probability of each caption.
-        seconds: Seconds spent on "reading" and on "decoding".
+        seconds: Seconds spent, with the keys "reading" and "decoding".
     """
 
     image: np.ndarray
@@ -73,7 +73,7 @@ Request = tuple[int, int, bool]  # sample id, bucket, flip
 
 
 class ImageDataset:
-    """Loads samples of an index by id, resized and cropped to an image size (bucket). Threads and forks may share it."""
+    """Loads samples by id, decoded, resized and cropped to an image size (bucket). Threads and forks may share it."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class ImageDataset:
         """Create a data set; no file is opened before the first sample.
 
         Args:
-            index: The index of the shards.
+            index: A table of all samples of the shards (tar files).
             buckets: (height, width) of each bucket (image size) in pixels.
             edge: Whether to read edge maps from the shard: from all samples ("stored"), from those that have one ("auto"),
                 or from none ("hed": they are computed later; "none": they are not used).
@@ -105,16 +105,18 @@ class ImageDataset:
     def set_decoder(self, decode: Callable[[Request], DecodedSample] | None) -> None:
         """Set the function that `load` calls to decode a sample, such as `DecodePool.load`. None: decode in this process.
 
-        The function gets one tuple (sample id, bucket, flip) with the arguments of `load`.
+        The function gets one tuple with the arguments of `load`: (sample id, number of the image size, whether to mirror).
         """
         self._decode_elsewhere = decode
 
     def read(self, sample_id: int, exts: Iterable[str] = RAW_EXTS) -> dict[str, bytes]:
-        """Return the content of a sample's files by extension. `exts`: extensions of the files to return, if they exist.
+        """Return the content of a sample's files, by extension, without decoding it.
+
+        `sample_id`: number of the sample, counted over all shards. `exts`: extensions of the files to return, if they exist.
 
         Raises:
             BadSampleError: The files are not where they were when the shard was indexed.
-            ShardError: The shard is missing or has changed.
+            ShardError: The shard (tar file) is missing, cannot be read, or has changed.
         """
         number, row = self.index.locate(sample_id)
         shard = self.index.shards[number]
@@ -139,17 +141,23 @@ class ImageDataset:
     def load(self, sample_id: int, bucket: int, flip: bool = False) -> DecodedSample:
         """Return a decoded sample at the image size `buckets[bucket]`, mirrored left to right if `flip`.
 
+        `sample_id`: number of the sample, counted over all shards. If `set_decoder` has set a function, that one decodes.
+
         Raises:
-            BadSampleError: The image cannot be decoded or has too many pixels, or the sample lacks the edge map that
-                edge="stored" requires.
-            ShardError: See `read`.
+            BadSampleError: The image cannot be decoded or has too many pixels, there is no caption, or the sample lacks the
+                edge map that edge="stored" requires.
+            ShardError: The shard (tar file) is missing, cannot be read, or has changed.
         """
         if self._decode_elsewhere is None:
             return self.decode(sample_id, bucket, flip)
         return self._decode_elsewhere((sample_id, bucket, flip))
 
     def decode(self, sample_id: int, bucket: int, flip: bool = False) -> DecodedSample:
-        """Return what `load` returns, but decode always in this process. MemoryError: the machine has too little memory."""
+        """Return a decoded sample at the image size `buckets[bucket]`, mirrored left to right if `flip`.
+
+        Unlike `load`, it always decodes in this process. It raises the same errors, and MemoryError if the machine has too
+        little memory. `sample_id`: number of the sample, counted over all shards.
+        """
         began = time.monotonic()
         members = self.read(sample_id)
         read = time.monotonic()

@@ -68,9 +68,9 @@ class DecodePool:
     """Decodes samples in worker processes. A process starts when the first sample is requested."""
 
     def __init__(self, dataset: ImageDataset, workers: int) -> None:
-        """Create a pool of `workers` processes, each with a copy of `dataset`.
+        """Create a pool of `workers` processes, each with a copy of `dataset`, which reads and decodes samples.
 
-        If no worker process can be started, samples are decoded in the calling process.
+        If no worker process can be started, samples are decoded in a thread of this process.
         """
         shorten_socket_paths()
         self._dataset = dataset
@@ -82,15 +82,19 @@ class DecodePool:
             thread.start()
 
     def prefetch(self, requests: Iterable[Request]) -> None:
-        """Start to decode samples: (sample id, bucket, flip) each. `load` must then be called exactly once for each."""
+        """Start to decode samples in the background. `load` must then be called exactly once for each of `requests`.
+
+        A request is (sample id, number of the image size, whether to mirror): the arguments of `ImageDataset.decode`.
+        """
         for request in requests:
             with self._lock:
                 self._prefetched[request].append(self._submit(request))
 
     def load(self, request: Request) -> DecodedSample:
-        """Decode a sample in a worker process and return it. Thread-safe.
+        """Decode a sample in a worker process and return it, or return the result of `prefetch`. Thread-safe.
 
-        `request`: (sample id, bucket, flip), the arguments of `ImageDataset.decode`. Raises the errors of that method.
+        `request`: (sample id, number of the image size, whether to mirror), the arguments of `ImageDataset.decode`. Raises
+        the errors of that method, and BadSampleError if decoding takes too long or crashes 3 workers.
         """
         with self._lock:
             futures = self._prefetched.get(request)

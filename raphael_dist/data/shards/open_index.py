@@ -26,7 +26,7 @@ Order = SampleOrder | MixedOrder
 
 
 def patterns_of(config: Config, training: bool) -> list[tuple[tuple[str, ...], float]]:
-    """Return for each source of samples (patterns of its shards, its weight in the mixture).
+    """Return (patterns of its shards, its weight in the mixture) for each source of samples.
 
     For training, these are the sources in data.sources, or without them data.shards as one source of weight 1. For
     validation (`training` is False), data.val_shards is the only source.
@@ -42,9 +42,10 @@ def _field(training: bool) -> str:
 
 
 def names_of(config: Config, training: bool) -> list[list[str]]:
-    """Return, for each source, the paths and URLs of its shards. Raises the UserErrors of `expand_shards`.
+    """Return, for each source of samples, the paths and URLs of its shards (tar files).
 
-    `training`: whether to return those for training. For validation, UserError is raised if a shard is used for both.
+    `training`: return the shards for training; False: those for validation. Raises UserError if a shard is missing, a
+    pattern is invalid, or a validation shard is also a training shard.
     """
     retry = store_of(config.data).retry
     with name_option(_field(training)):
@@ -70,13 +71,16 @@ def _check_held_out(config: Config, names: Sequence[str]) -> None:
 
 
 def require_shards(config: Config) -> None:
-    """Raise UserError if the configuration names no training data."""
+    """Raise UserError if the configuration names no training data: data.shards and data.sources are both empty."""
     if not config.data.shards and not config.data.sources:
         raise UserError("data.shards=[] must name the training data. Set, for example, data.shards='data/emoji/train-*'.")
 
 
 def find_shards(config: Config, *, training: bool) -> list[str]:
-    """Return the paths and URLs of all training shards, or of all validation shards. Errors as in `names_of`."""
+    """Return the paths and URLs of all training shards (tar files) or, if `training` is False, of all validation shards.
+
+    Raises UserError if a shard is missing, a pattern is invalid, or a validation shard is also a training shard.
+    """
     return [name for source in names_of(config, training) for name in source]
 
 
@@ -89,10 +93,10 @@ def command_of(config: Config, training: bool) -> str:
 
 
 def open_order(config: Config, ranks: Ranks, *, training: bool) -> Order:
-    """Index the shards that are not indexed yet, and return the order in which their samples are read.
+    """Index the shards (tar files) that are not indexed yet, and return the order in which their samples are read.
 
-    Collective: all ranks call it, and each indexes a part of the shards. `training`: use the training shards; False: the
-    validation shards.
+    Indexing lists the samples of a shard. Collective: all ranks call it, and each indexes a part of the shards. `training`:
+    use the training shards; False: the validation shards.
 
     Raises:
         UserError: On all ranks, if shards are missing or too many of them damaged; no sample can be used; there is too much
@@ -157,9 +161,9 @@ def order_of(
 
     Args:
         config: The configuration of the run.
-        index: The index of the shards.
+        index: The index: a table of the samples of all sources.
         view: Which samples pass the filters, and their image sizes (buckets).
-        by_source: For each source, the names of its shards.
+        by_source: For each source, the names (paths or URLs) of its shards, in the order of the index.
         weights: For each source, its weight in the mixture.
         training: Whether these are the training samples, not those for validation.
 
@@ -203,7 +207,7 @@ def check_damage(index: DatasetIndex, on_error: str, max_bad_fraction: float) ->
     """Raise UserError if more shards or samples are unreadable than the configuration allows.
 
     Args:
-        index: The index of the shards.
+        index: The index: a table of all samples of the shards (tar files), with the shards that could not be read.
         on_error: data.on_error. "stop" allows none. "skip" allows some shards; samples are checked by `TrainStream`.
         max_bad_fraction: data.max_bad_fraction: the allowed fraction of unreadable shards. One shard is always allowed.
     """
@@ -224,5 +228,5 @@ def check_damage(index: DatasetIndex, on_error: str, max_bad_fraction: float) ->
     if len(index.damaged) > max(1.0, max_bad_fraction * len(index.shards)):
         raise UserError(
             f"data.max_bad_fraction={max_bad_fraction} is exceeded: {len(index.damaged)} of {len(index.shards)} shards "
-            f"cannot be read: {first}. Write or copy these shards again, or raise data.max_bad_fraction."
+            f"cannot be read, the first of them {first}. Write or copy these shards again, or raise data.max_bad_fraction."
         )

@@ -12,9 +12,9 @@ from raphael_dist.data.shards.decode_workers import DecodePool
 
 
 class SampleReader:
-    """Lets a data set decode its samples in `data.workers` worker processes, and fetches its shards ahead of time.
+    """Lets a data set decode samples in worker processes (data.workers), and fetches its shards (tar files) ahead of time.
 
-    It does so from its creation until it is closed.
+    It does so from its creation until `close` or the end of a `with` block.
     """
 
     def __init__(
@@ -37,8 +37,10 @@ class SampleReader:
         """Start to read and decode a batch in the background.
 
         Args:
-            position: Number of its first sample in the order of training; the shards from there on are fetched, too.
-            requests: Arguments of `ImageDataset.load`, which must be called exactly once for each of them afterwards.
+            position: Number of the batch's first sample in the endless order of training. The shards that are read from
+                there on are fetched, too.
+            requests: For each sample of the batch, the arguments of `ImageDataset.load` (sample id, number of the image
+                size, whether to mirror). `load` must afterwards be called exactly once with each of them.
         """
         if self._shards is not None:
             self._shards.prefetch_from(position)
@@ -46,7 +48,7 @@ class SampleReader:
             self._pool.prefetch(requests)
 
     def close(self) -> None:
-        """Stop workers and threads. Afterwards the data set decodes samples in the calling process."""
+        """Stop the worker processes and threads. Afterwards the data set decodes samples in the calling process."""
         self._dataset.set_decoder(None)
         if self._pool is not None:
             self._pool.close()

@@ -23,9 +23,9 @@ _BRACES = re.compile(rf"(\{{{_END}\.\.{_END}(?:\.\.(-?\d+))?\}}|[{{}},])")
 
 @contextmanager
 def name_option(option: str) -> Iterator[None]:
-    """Return a context manager that makes UserErrors raised inside it name `option` instead of data.shards.
+    """Return a context manager that replaces "data.shards" by `option` at the start of UserErrors raised inside it.
 
-    `option`: the option with the patterns, such as "data.val_shards". It replaces "data.shards" at the start of messages.
+    `option`: the option or setting in which the user named the shards, such as "data.val_shards".
     """
     try:
         yield
@@ -36,7 +36,7 @@ def name_option(option: str) -> Iterator[None]:
 
 
 def expand_shards(patterns: Sequence[str], retry: RetryPolicy = DEFAULT_RETRY) -> list[str]:
-    """Expand patterns to the paths and URLs of shards, without duplicates.
+    """Expand patterns to the paths and URLs of shards (tar files of samples), without duplicates.
 
     Braces and wildcards in the name of an existing file or folder are taken literally.
 

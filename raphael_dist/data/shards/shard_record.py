@@ -32,7 +32,9 @@ _ABOUT = ("num_bytes", "bad", "damage", "fingerprint", "content", "text_digest",
 
 @dataclass(frozen=True, eq=False)
 class ShardRecord:
-    """What is known about one shard: its usable samples, with one row per sample in each array, and its other samples.
+    """What is known about one shard (tar file): its usable samples, and the samples and files in it that are not usable.
+
+    Each array has one row per usable sample.
 
     Attributes:
         name: Path or URL of the shard.
@@ -40,14 +42,14 @@ class ShardRecord:
         num_bytes: Size of the uncompressed tar in bytes.
         places: uint32 [num_samples, 2], first block (512 bytes) of each sample in the tar, and number of blocks.
         sizes: int32 [num_samples, 2], width and height of each image in pixels.
-        keys: Name of each sample in the shard.
+        keys: Key (name in the shard) of each usable sample.
         bad: (key, reason) of each sample that cannot be used.
         damage: Why the shard could not be read to its end; "" if it could.
         fingerprint: SHA-256 of base name, size in bytes and keys. It does not depend on the folder.
         content: SHA-256 of everything that encoded samples depend on: fingerprint, texts, image sizes, offsets of the files.
         text_digest: SHA-256 of all txt and json files in the shard.
-        columns: Values for data.filters by name, float32 [num_samples] each (see columns.py).
-        skipped: By reason, (number, first name) of the files in the tar that belong to no sample.
+        columns: From the name of a column to its values for data.filters, float32 [num_samples] each (see columns.py).
+        skipped: Files in the tar that belong to no sample: from the reason to (how many, name of the first one).
     """
 
     name: str
@@ -70,14 +72,20 @@ class ShardRecord:
 
 
 def record_path(folder: Path, name: str) -> Path:
-    """Return the path, in an index folder, of the file with the record of the shard `name` (path or URL)."""
+    """Return the path of the file in which `save_record` stores the record of a shard.
+
+    `folder`: folder of the index. `name`: path or URL of the shard.
+    """
     full_name = name if remote.is_remote(name) else str(Path(name).resolve())
     digest = hashlib.sha256(f"{_VERSION} {full_name}".encode()).hexdigest()
     return folder / "shards" / digest[:2] / f"{digest[:32]}.safetensors"
 
 
 def load_record(folder: Path, name: str) -> ShardRecord | None:
-    """Read a shard's `ShardRecord` from an index folder; None if it is missing or does not match its checksum."""
+    """Read the `ShardRecord` of a shard that `save_record` has stored; None if it is missing or damaged.
+
+    `folder`: folder of the index. `name`: path or URL of the shard.
+    """
     try:
         arrays = load(read_sealed(record_path(folder, name)))
         about = parse_json(arrays.pop("about").tobytes().decode())
@@ -93,7 +101,10 @@ def load_record(folder: Path, name: str) -> ShardRecord | None:
 
 
 def save_record(folder: Path, record: ShardRecord) -> None:
-    """Write a `ShardRecord` into an index folder. Several processes may write the same one at once. Raises OSError."""
+    """Write a `ShardRecord` into `folder`, the folder of the index. Raises OSError if this fails.
+
+    Several processes may write the record of the same shard at once.
+    """
     about = {"stamp": asdict(record.stamp), **{key: getattr(record, key) for key in _ABOUT}}
     arrays = {
         "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
@@ -106,12 +117,13 @@ def save_record(folder: Path, record: ShardRecord) -> None:
 
 
 def scan_shard(store: ShardStore, name: str) -> ShardRecord:
-    """Read a shard and return its record: the place, image size, key and columns of each sample.
+    """Read a shard (tar file) and return its record: the place, image size, key and columns of each sample.
 
-    If the shard cannot be read to its end, `damage` of the record states the reason.
+    `store`: provides the shard as a local file. `name`: path or URL of the shard. If the shard cannot be read to its
+    end, `damage` of the record states the reason.
 
     Raises:
-        ShardError: The shard cannot be reached.
+        ShardError: The shard does not exist or cannot be reached.
         UserError: The shard is remote or gzipped, and there is no folder to store it or no library to download it.
     """
     stamp, num_bytes, rows = store.stamp(name), 0, _Rows()
@@ -131,7 +143,10 @@ def scan_shard(store: ShardStore, name: str) -> ShardRecord:
 
 
 def unreached_record(name: str, reason: str) -> ShardRecord:
-    """Return a record without samples for a shard that is missing. `reason`: stored as the record's `damage`."""
+    """Return a record without samples for a shard that is missing.
+
+    `name`: path or URL of the shard. `reason`: stored as the record's `damage`.
+    """
     rows = _Rows()
     rows.damage = reason
     return rows.record(name, UNREACHED, 0)
@@ -232,10 +247,10 @@ def _read_parquet(store: ShardStore, name: str, keys: Sequence[str]) -> dict[str
 
 
 def pack_keys(keys: Sequence[str]) -> bytes:
-    """Join the keys (names) of a shard's samples to one byte string: UTF-8, with a zero byte after each key."""
+    """Join the keys (names) of a shard's samples into one byte string: UTF-8, with a zero byte after each key."""
     return "".join(f"{key}\0" for key in keys).encode("utf-8", "surrogateescape")
 
 
 def unpack_keys(data: bytes) -> list[str]:
-    """Return the keys from the byte string that `pack_keys` returned."""
+    """Return the list of keys (names of samples) from which `pack_keys` has made the byte string `data`."""
     return data.decode("utf-8", "surrogateescape").split("\0")[:-1]

@@ -22,39 +22,41 @@ def is_hidden(name: str) -> bool:
 
 
 class SkipCounts:
-    """Counts skipped files by reason.
+    """Counts the files in a folder or tar that are not used as samples, by the reason for it.
 
     Attributes:
-        counts: By reason, (number of files, name of the first one).
+        counts: From the reason to (number of files, name of the first one).
     """
 
     def __init__(self, counts: Mapping[str, tuple[int, str]] | None = None) -> None:
-        """Start with `counts`, by reason (number of files, name of the first one), or with none."""
+        """Start with `counts`: from the reason to (number of files, name of the first one). None: start with no file."""
         self.counts: dict[str, tuple[int, str]] = {
             str(reason): (int(count), str(first)) for reason, (count, first) in (counts or {}).items()
         }
 
     def add(self, reason: str, name: str, count: int = 1) -> None:
-        """Count `count` files that are skipped for `reason`. name: the first of them."""
+        """Count `count` further files that are skipped for `reason`. `name`: name of the first of them."""
         before, first = self.counts.get(reason, (0, name[:_MAX_NAME]))
         self.counts[reason] = (before + count, first)
 
     def merge(self, other: "SkipCounts", prefix: str = "") -> None:
-        """Add the counts of another object. `prefix`: text to put in front of its file names."""
+        """Add the counts of `other` to these. `prefix`: text to put in front of its file names."""
         for reason, (count, first) in other.counts.items():
             self.add(reason, f"{prefix}{first}", count)
 
     def lines(self) -> Iterator[str]:
-        """Yield a line for each reason, with the number of files and the name of the first one."""
+        """Yield a line of text for each reason: the number of files, the reason, and the name of the first file."""
         for reason, (count, first) in self.counts.items():
             yield f"{count:,} x {reason}, the first {first!r}"
 
 
 def most_common_reasons(bad: Iterable[tuple[str, str]]) -> list[tuple[str, int, str]]:
-    """Count pairs (name, reason) by reason. Reasons that differ only in numbers are counted together.
+    """Count samples that cannot be used by the reason for it. Reasons that differ only in numbers count as one.
+
+    `bad`: (name, reason) of each sample.
 
     Returns:
-        (reason, count, name in the first pair with it) of each reason, the most frequent one first.
+        (reason, number of samples, name of the first sample) for each reason, the most frequent one first.
     """
     counts, first = Counter[str](), dict[str, tuple[str, str]]()
     for name, reason in bad:

@@ -41,13 +41,16 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\x
 
 
 class DamagedShardError(Exception):
-    """A shard is cut short, damaged or not a tar file. The message states the reason, and the byte position if known."""
+    """A shard (tar file of samples) is cut short, damaged or not a tar file.
+
+    The message states the reason, and the byte position of the damage if it is known.
+    """
 
 
 def expanded_limit(num_bytes: int) -> int:
-    """Return the size limit, in bytes, for the unpacked content of a compressed file of `num_bytes` bytes.
+    """Return how many bytes the content of a compressed file of `num_bytes` bytes may have when it is unpacked.
 
-    It is MAX_RATIO (50) times `num_bytes`, but at least SMALL_BYTES (64 MiB) and at most MAX_BYTES (8 GiB).
+    The limit is MAX_RATIO (50) times `num_bytes`, but at least SMALL_BYTES (64 MiB) and at most MAX_BYTES (8 GiB).
     """
     return min(MAX_BYTES, max(SMALL_BYTES, MAX_RATIO * num_bytes))
 
@@ -76,7 +79,7 @@ class TarSample:
     """Where the files of one sample lie in a tar.
 
     Attributes:
-        key: Name of the sample.
+        key: Name of the sample: its files are named KEY.EXT.
         members: (offset, size) in bytes of the content of each of its files, by extension.
         start, end: The bytes from `start` up to `end` of the tar contain all these files and their headers.
     """
@@ -94,7 +97,7 @@ def iter_samples(file: io.BufferedReader, skipped: SkipCounts) -> Iterator[TarSa
 
     Args:
         file: The tar, open for reading.
-        skipped: Counts the files that belong to no sample.
+        skipped: Object to which the files that belong to no sample are added.
 
     Raises:
         DamagedShardError: The tar is damaged. The samples before the damage have been yielded.
@@ -118,7 +121,10 @@ def iter_samples(file: io.BufferedReader, skipped: SkipCounts) -> Iterator[TarSa
 
 
 def key_and_ext(name: str) -> tuple[str, str] | None:
-    """Split the name of a file in a tar into (key of its sample, extension); None for a file that is not used."""
+    """Split the name of a file in a tar, KEY.EXT, into (key of its sample, extension in lower case).
+
+    Return None for a file that is not used: a hidden one, or one with an unknown extension.
+    """
     folder, slash, base = name.rpartition("/")
     stem, dot, ext = base.partition(".")
     ext = ext.lower()
@@ -134,10 +140,10 @@ def _skip_reason(name: str) -> str:
 
 
 def members_of(data: bytes, key: str) -> dict[str, bytes]:
-    """Return the content of each file of a sample, by extension.
+    """Return the content of each file of a sample, by the file's extension.
 
     Args:
-        data: The part of the tar with the sample's files and their headers.
+        data: A part of a tar, with the sample's files and their headers.
         key: The key (name) of the sample.
 
     Raises:
@@ -231,8 +237,8 @@ def check_sample(
 
     Args:
         fd: File descriptor of the uncompressed tar.
-        sample: Where the files of the sample lie.
-        hash_text: Called with the bytes of the sample's json file and of its txt file.
+        sample: Where the files of the sample lie in it.
+        hash_text: Called once with the bytes of the sample's json file followed by those of its txt file.
 
     Returns:
         - (width, height) of the image in pixels, from its header, after the EXIF rotation;

@@ -40,13 +40,14 @@ SIZE_COLUMNS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """Which samples of an index pass the filters, and the bucket (image size) of each of them.
+    """Which samples of an index (table of all samples) pass data.filters, and the bucket (image size) of each of them.
 
     Attributes:
         buckets: (height, width) of each bucket in pixels.
         bucket_of: int8 or int16 [num_samples], the bucket number of each sample id; DROPPED (-1) if a filter drops it.
         counts: int64 [num_shards, num_buckets], number of samples of each bucket in each shard.
-        dropped: By filter (`Filter.describe`): number of samples that it drops, number of samples that have no value.
+        dropped: From the text of a filter, such as "score >= 0.5", to (number of samples that it drops, number of samples
+            that have no value in its column).
         digest: SHA-256 (hex) of `buckets` and `bucket_of`, which becomes a part of the run's fingerprint.
     """
 
@@ -57,7 +58,7 @@ class View:
     digest: str
 
     def describe(self) -> list[str]:
-        """Return lines for the log: how many samples each filter drops, then how many samples each image size has."""
+        """Return lines for the log: for each filter, how many samples it drops; then how many each image size has."""
         lines = [
             f"filter {words}: {dropped:,} samples dropped" + (f" ({missing:,} samples have no value)" if missing else "")
             for words, (dropped, missing) in self.dropped.items()
@@ -68,17 +69,18 @@ class View:
 
 
 def columns_of(filters: Sequence[Filter]) -> list[str]:
-    """Return the names of the columns of the samples' metadata that these filters read, sorted.
+    """Return the names of the columns (fields of the samples' metadata) that these filters read, sorted.
 
-    Width and height are left out: they are always read.
+    Columns that are computed from the image size, such as width and ratio, are left out.
     """
     return sorted({rule.column for rule in filters} - set(SIZE_COLUMNS))
 
 
 def filter_columns(index: DatasetIndex) -> list[str]:
-    """Return, for an error message, the names of columns that data.filters may use.
+    """Return, for a message, the names of columns that data.filters may use with the samples of `index`.
 
-    They are at most 20 columns from the samples' metadata, then those computed from the image size ("width", "ratio", ...).
+    They are at most 20 columns from the samples' metadata, followed by "..." if there are more; then those computed from the
+    image size ("width", "ratio", ...).
     """
     known = [name for name in index.known_columns if name not in SIZE_COLUMNS]
     return [*known[:_COLUMNS_SHOWN], *(["..."] if len(known) > _COLUMNS_SHOWN else []), *SIZE_COLUMNS]
@@ -89,11 +91,10 @@ def open_view(
 ) -> View:
     """Return which samples of an index pass the filters, and the bucket (image size) of each of them.
 
-    If the index is stored in a folder, the result is stored there, too; it is computed if it is missing. For an index in
-    memory it is computed.
+    If the index is stored on disk, the result is stored next to it, and is only computed if it is missing.
 
     Args:
-        index: The index.
+        index: The index: a table of all samples of the shards (tar files).
         buckets: (height, width) of each bucket in pixels.
         filters: The rules that a sample must fulfil.
         check: Verify the checksums of the stored files, and compute them again if they do not match. False: another process

@@ -95,9 +95,10 @@ def _npy_header(kind: type[np.generic], shape: tuple[int, ...]) -> bytes:
 
 
 def table_in_memory(store: ShardStore, records: Iterable[ShardRecord]) -> DatasetIndex:
-    """Join the records of shards to an index in memory, with all columns that the samples have. No file is written.
+    """Join the records of shards into an index (table of all samples) in memory, with all columns. No file is written.
 
-    `store`: provides the shards.
+    `store`: provides the shards (tar files) as local files. `records`: for each shard, the place, size and key of its
+    samples.
     """
     records = list(records)
     columns = sorted({name for record in records for name in record.columns})
@@ -115,9 +116,10 @@ def table_in_memory(store: ShardStore, records: Iterable[ShardRecord]) -> Datase
 
 
 def write_table(folder: Path, records: Iterable[ShardRecord], columns: Sequence[str]) -> None:
-    """Join the records of shards to the table of an index, and write it as `folder`. Raises OSError.
+    """Join the records of shards into an index (table of all samples), and write it as `folder`.
 
-    Several processes may write the same folder at once. `columns`: names of the columns that the table gets.
+    Several processes may write the same folder at once. `records`: for each shard, the place, size and key of its samples.
+    `columns`: names of the columns (values for data.filters) that the index gets. Raises OSError if writing fails.
     """
     with sealed_folder(folder) as temporary:
         writer = _Writer(columns, temporary)

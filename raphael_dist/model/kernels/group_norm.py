@@ -180,10 +180,12 @@ def _input_gradient(
 def group_norm(x_BCHW: Tensor, weight_C: Tensor, bias_C: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
     """Return `group_norm(x)`, or `silu(group_norm(x))`, [B, C, H, W] in channels-last memory and the dtype of x.
 
+    Forward and backward pass are Triton kernels.
+
     Args:
-        x_BCHW: float32 or bfloat16; copied if it is not channels last.
-        weight_C: weight of each channel.
-        bias_C: bias of each channel.
+        x_BCHW: feature map, float32 or bfloat16; copied if it is not channels last.
+        weight_C: scale of each channel.
+        bias_C: shift of each channel.
         groups: number of groups, which divides C.
         eps: added to the variance.
         silu: whether SiLU is applied to the result.

@@ -48,7 +48,10 @@ def _backward_rows(
 
 
 def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
-    """Apply LayerNorm over the last dimension of x [..., D], float32 or bfloat16; the backward pass is a Triton kernel."""
+    """Apply LayerNorm over the last dimension of x [..., D], float32 or bfloat16; the backward pass is a Triton kernel.
+
+    `weight_D`, `bias_D`: scale and shift of each value, [D]. `eps`: added to the variance.
+    """
     y: Tensor = _LayerNorm.apply(x, weight_D, bias_D, eps)
     return y
 

@@ -30,12 +30,14 @@ Tile = dict[str, int]  # sizes that Triton compiles into a kernel, and its launc
 
 
 class Pairs(NamedTuple):
-    """The (row, expert) pairs to compute, numbered by expert and then row. Buffers have P places for them.
+    """The (row, expert) pairs to compute, for R rows (tokens) and K experts, numbered by expert and then row.
+
+    Buffers have P places for pairs, P being an upper bound of their number.
 
     Attributes:
         row_P: row of each pair, int32. Places after the last pair have no meaning.
         place_RK: number of the pair (r, k), int32; -1 if it is not to be computed.
-        ends_K: for each expert, 1 plus the number of its last pair, int32.
+        ends_K: for each expert, the number of pairs of this expert and all experts before it, int32.
     """
 
     row_P: Tensor
@@ -44,7 +46,7 @@ class Pairs(NamedTuple):
 
 
 def find_pairs(needed_RK: Tensor, per_row: int) -> Pairs:
-    """Number the pairs that are True in `needed_RK` (bool), without reading anything on the host.
+    """Number the (row, expert) pairs that are True in `needed_RK` (bool), without reading anything on the host.
 
     `per_row`: upper bound of the number of True values in a row; the result has P = R per_row places.
     """
@@ -214,7 +216,9 @@ def _weight_gradient(
 
 
 def sparse_experts(x_RD: Tensor, w_RK: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, per_row: int) -> Tensor:
-    """Return `sum_k w[r,k] w2_k gelu(w1_k x[r] + b1_k)` for each row r, [R, D], in the dtype of x.
+    """Return the weighted sum of K experts `sum_k w[r,k] w2_k gelu(w1_k x[r] + b1_k)` for each row r, [R, D].
+
+    The result has the dtype of x, and the function is differentiable.
 
     Args:
         x_RD: rows (tokens), float32 or bfloat16, at least one.

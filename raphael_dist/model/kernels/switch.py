@@ -22,7 +22,9 @@ _MODULES: dict[str, type[nn.Module]] = {
 
 
 def use_kernels(model: nn.Module, kernels: Sequence[Kernel], device: torch.device) -> None:
-    """Make the parts of `model` that `kernels` (`train.kernels`) names run in Triton on `device`.
+    """Make the parts of `model` that `kernels` names run in Triton kernels on `device`. Nothing changes if it is empty.
+
+    `kernels`: the setting `train.kernels`, e.g. ["group_norm", "space_moe"]; names of parts outside the model are ignored.
 
     Raises:
         UserError: Triton is not installed, or `device` is not a GPU.
@@ -40,7 +42,10 @@ def use_kernels(model: nn.Module, kernels: Sequence[Kernel], device: torch.devic
 
 
 def set_kernels(model: nn.Module, kernels: Sequence[Kernel]) -> None:
-    """Make the named parts of `model` run in Triton, without checking the device (for traces on tensors without data)."""
+    """Make the parts of `model` that `kernels` names run in Triton kernels, without checking the device.
+
+    This is `use_kernels` for traces on tensors without data. `kernels`: the setting `train.kernels`.
+    """
     types = tuple(_MODULES[name] for name in kernels if name in _MODULES)
     for module in model.modules():
         if isinstance(module, types):

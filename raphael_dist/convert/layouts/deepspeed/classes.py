@@ -6,7 +6,12 @@ from raphael_dist.storage.torchfile import Allowed
 
 
 class FragmentAddress:
-    """Replaces DeepSpeed's `fragment_address`: a parameter's place in a flat buffer, `numel` elements from `start` on."""
+    """Replaces DeepSpeed's `fragment_address` when its pickle files are read: where a parameter lies in a flat buffer.
+
+    Attributes:
+        start: index of its first element in the buffer.
+        numel: number of elements.
+    """
 
     numel: int
     start: int

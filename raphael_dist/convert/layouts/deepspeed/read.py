@@ -36,7 +36,7 @@ _OPTIM = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 
 
 def tag_folder(path: Path) -> Path | None:
-    """Return the folder with DeepSpeed's files: `path` itself, or the subfolder that the file `latest` in it names.
+    """Return the folder with a checkpoint's DeepSpeed files: `path`, or the subfolder that the file `latest` in it names.
 
     None if `path` contains neither. Raises UserError if `latest` names a folder without these files.
     """
@@ -71,7 +71,7 @@ def detect(path: Path) -> bool:
 
 
 def pickles(path: Path) -> list[Path]:
-    """Return the files of a checkpoint that would be unpickled: all that torch.save wrote."""
+    """Return the files that opening the DeepSpeed checkpoint `path` would unpickle: its .pt files, written by torch.save."""
     return sorted((tag_folder(path) or path).glob("*.pt"))
 
 

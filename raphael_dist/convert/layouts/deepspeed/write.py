@@ -66,9 +66,10 @@ class _Target:
 
 
 def plan(source: Source, options: Options, path: Path) -> ConversionPlan:
-    """Return the plan of the files of a DeepSpeed checkpoint in the new folder `path`.
+    """Return the plan for converting the checkpoint `source` to files that DeepSpeed's `load_checkpoint` reads.
 
-    `source`: the checkpoint to convert. `options`: options of the conversion, such as the number of ranks.
+    `options`: number of ranks, ZeRO stage and expert parallelism. `path` is not used: the paths in the plan are relative to
+    the new folder.
     Raises UserError if the model or DeepSpeed does not allow the ranks, ZeRO stage or expert parallelism in `options`.
     """
     target = _Target(source, options)
