@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from raphael_dist.config.types import INT_LIMIT
+from raphael_dist.data.image import to_rgb
 from raphael_dist.errors import UserError
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -103,10 +104,11 @@ class CallArguments:
             for image in images:
                 _check_image(name, image)
         for image, mask in zip(self.images, self.masks, strict=False):  # one of them may be empty
-            if image.size != mask.size:
+            upright, upright_mask = to_rgb(image), to_rgb(mask)
+            if upright.size != upright_mask.size:
                 raise UserError(
-                    f"mask_image of {mask.width} x {mask.height} pixels must have the size of the image, which is "
-                    f"{image.width} x {image.height}. Resize the mask."
+                    f"mask_image of {upright_mask.width} x {upright_mask.height} pixels must have the size of the image, "
+                    f"which is {upright.width} x {upright.height}. Resize the mask."
                 )
 
 

@@ -75,8 +75,8 @@ class RaphaelInpaintPipeline(RaphaelPipeline):
         Args:
             prompt: one caption or several.
             image: a PIL image, or one for each prompt; it is resized and cropped to height x width.
-            mask_image: a PIL image of the same size, or one for each prompt: white where the image is drawn, black where it
-                is kept.
+            mask_image: a PIL image of the same size, or one for each prompt: white where the image is drawn, black or
+                transparent where it is kept.
             strength: share of the denoising steps, 0 to 1, that are applied to the image. 1: the masked part starts from
                 pure noise.
             options: other arguments of RaphaelPipeline.
@@ -87,7 +87,8 @@ class RaphaelInpaintPipeline(RaphaelPipeline):
         if not call.masks:
             raise UserError("mask_image=None must be a PIL image, white where the image is repainted. Pass a mask.")
         start, copies = self._encode_images(call), call.num_images_per_prompt
-        fitted = [fit(mask.convert("L"), call.size_hw, False, Image.Resampling.NEAREST) for mask in call.masks]
+        grey = [to_rgb(mask, "black").convert("L") for mask in call.masks]
+        fitted = [fit(mask, call.size_hw, False, Image.Resampling.NEAREST) for mask in grey]
         drawn_B1HW = torch.from_numpy(np.stack([np.asarray(mask) >= 128 for mask in fitted])).unsqueeze(1).float()
         mask = F.interpolate(drawn_B1HW, start.shape[-2:]).repeat_interleave(copies, dim=0)
         return ImageInputs(start=start, mask=mask.to(start.device))

@@ -15,6 +15,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from raphael_dist.config.data_sections import Filter
+from raphael_dist.config.model_sections import Control
+from raphael_dist.config.schema import load_config
 from raphael_dist.config.upscale import Upscale
 from raphael_dist.data.fonts import drawable
 from raphael_dist.data.image import decode_image, upright_size
@@ -29,7 +31,8 @@ from raphael_dist.data.shards.view import open_view
 from raphael_dist.errors import UserError
 from raphael_dist.evaluation.draw import read_image as read_drawn
 from raphael_dist.sampling.pipeline_variants import small_images
-from raphael_dist.sampling.prompts import fit_image, read_edges, read_fitted_image, read_small
+from raphael_dist.sampling.prompts import fit_image, read_edges, read_fitted_image, read_small, sample_requests
+from tests.data.test_edges import needs_weights
 from tests.data.test_shards import good, png, write_raw, write_shard
 from tests.data_prep.test_data_prep import captions_in, draw, folder_of, prepare, read_shard
 from tools import inspect_data
@@ -90,9 +93,32 @@ def test_user_images_are_read_as_training_images(tmp_path: Path, make) -> None:
     }
     assert [name for name, found in ways.items() if found is None or not np.array_equal(found, pixels)] == []
     expected.save(tmp_path / "flat.png")
-    edges = [read_edges(tmp_path / name, (32, 48), "map") for name in ("a.png", "flat.png")]
-    if make is not transparent:
-        assert np.array_equal(*edges)
+    pytest.importorskip("skimage", reason="needs scikit-image (the extra `edges`)")
+    for kind in ("map", "canny"):
+        edges = [read_edges(tmp_path / name, (32, 48), kind) for name in ("a.png", "flat.png")]
+        assert edges[0].any() or make is deep
+        assert np.array_equal(*edges) == (make is not transparent or kind == "canny"), "transparent: black in a map"
+
+
+@pytest.mark.parametrize("make", [transparent, turned, deep])
+@pytest.mark.parametrize("section", [pytest.param("control", marks=needs_weights), "upscale"])
+def test_sample_images_are_read_as_other_images(tmp_path: Path, make, section: str) -> None:
+    data, expected = make()
+    (tmp_path / "a.png").write_bytes(data)
+    expected.save(tmp_path / "flat.png")
+    config = load_config("emoji-tiny", [])
+    names = tuple(tmp_path / name for name in ("a.png", "flat.png"))
+    is_control = section == "control"
+    parts = {
+        section: Control(enabled=True) if is_control else Upscale(factor=2),
+        "image": config.image.model_copy(update={"buckets": [(32, 48) if is_control else (64, 96)]}),
+        "sample": config.sample.model_copy(update={"prompts": ["a", "b"], "images": names}),
+    }
+    requests = sample_requests(config.model_copy(update=parts))
+    one, other = (request.edges if is_control else request.small for request in requests)
+    assert one is not None
+    assert other is not None
+    assert np.array_equal(one, other)
 
 
 def test_transparent_edge_map_has_no_edges_where_transparent(tmp_path: Path) -> None:

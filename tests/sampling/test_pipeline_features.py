@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import io
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -352,6 +353,35 @@ def test_inpainting_keeps_what_the_mask_excludes(parts: dict[str, Any], pipeline
             filled(wrong)
     with pytest.raises(UserError, match="image=None must be a PIL image"):
         inpaint("a cat", mask_image=left)
+
+
+def test_masks_are_read_as_other_images(pipeline: Any) -> None:
+    """16-bit grey keeps its high bytes, transparent pixels are black, and the EXIF orientation is applied, also to sizes."""
+    inpaint, left = RaphaelInpaintPipeline.from_pipe(pipeline), np.repeat([[255] * 16 + [0] * 16], 32, axis=0)
+    sideways, upright = Image.Exif(), Image.fromarray(left.astype(np.uint8))
+    sideways[0x0112] = 6
+
+    def stored(image: Image.Image, **options: Any) -> Image.Image:
+        image.save(buffer := io.BytesIO(), "PNG", **options)
+        return Image.open(buffer)
+
+    def filled(mask: Image.Image, image: Image.Image | None = None) -> Tensor:
+        image = picture() if image is None else image
+        return inpaint("a cat", image=image, mask_image=mask, seed=1, output_type="latent").images
+
+    nothing, half = filled(Image.new("L", (32, 32), 0)), filled(upright)
+    assert torch.equal(filled(stored(Image.fromarray(np.full((32, 32), 300, np.uint16)))), nothing)
+    assert torch.equal(filled(stored(Image.fromarray((left * 257).astype(np.uint16)))), half)
+    assert torch.equal(filled(Image.new("RGBA", (32, 32), (255, 255, 255, 0))), nothing)
+    clear = Image.merge("LA", (Image.new("L", (32, 32), 255), upright))
+    assert torch.equal(filled(clear), half)
+    assert torch.equal(filled(stored(upright.transpose(Image.Transpose.ROTATE_90), exif=sideways)), half)
+    photo, wide = picture(1).resize((48, 32)), Image.new("L", (48, 32), 255)
+    turned = stored(photo.transpose(Image.Transpose.ROTATE_90), exif=sideways)
+    assert turned.size == (32, 48)
+    assert torch.equal(filled(wide, turned), filled(wide, photo))
+    with pytest.raises(UserError, match=r"mask_image of 32 x 48 .* 48 x 32"):
+        filled(wide.transpose(Image.Transpose.ROTATE_90), turned)
 
 
 def test_control_of_scale_zero_changes_nothing(parts: dict[str, Any], pipeline: Any, tmp_path: Path) -> None:
