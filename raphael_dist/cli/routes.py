@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> None:
 
     from raphael_dist.analysis.route_report import Report
     from raphael_dist.sampling.load_model import load_trained
+    from raphael_dist.storage.files import replace_bytes
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trained = load_trained(args.checkpoint, args.weights, device)
@@ -76,8 +77,8 @@ def run(args: argparse.Namespace) -> None:
         for number, prompt in enumerate(args.prompt or own):
             _draw_prompt(args, trained, number, prompt, report)
         _report_experts(args, trained, report)
-        (args.out / "paths.json").write_text(json.dumps(report.routes, indent=1))
-        (args.out / "report.md").write_text(report.text(), encoding="utf-8")
+        replace_bytes(args.out / "paths.json", json.dumps(report.routes, indent=1).encode(), durable=False)
+        replace_bytes(args.out / "report.md", report.text().encode(), durable=False)
     except OSError as error:
         raise UserError(
             f"--out {args.out}: {error.filename} cannot be written: {error.strerror or error}. Choose another folder."
@@ -101,13 +102,13 @@ def _draw_time_routes(out: Path, trained: "TrainedModel", report: "Report") -> N
     """Draw which time expert each block uses at each timestep."""
     from raphael_dist.analysis.route_figures import draw_bands
     from raphael_dist.analysis.routes import time_routes
+    from raphael_dist.sampling.grid import save_image
 
     num = trained.config.diffusion.num_timesteps
     route_LT = time_routes(trained.model, num)
     if route_LT is not None:
-        draw_bands(route_LT.numpy(), range(num), "time expert of each block at each timestep (right: noise)").save(
-            out / "time.png"
-        )
+        title = "time expert of each block at each timestep (right: noise)"
+        save_image(draw_bands(route_LT.numpy(), range(num), title), out / "time.png")
         report.add_time(route_LT)
 
 
@@ -119,18 +120,20 @@ def _draw_prompt(args: argparse.Namespace, trained: "TrainedModel", number: int,
     from raphael_dist.analysis.route_figures import draw_overlays, draw_routes
     from raphael_dist.analysis.routes import noisy_word_routes
     from raphael_dist.analysis.trace_prompt import trace_prompt
+    from raphael_dist.sampling.grid import save_image
 
     s = trained.config.sample
     steps = s.steps if args.steps is None else args.steps
     seen = trace_prompt(trained, prompt, steps=steps, guidance=s.guidance, seed=args.seed, timestep=args.timestep)
-    Image.fromarray(seen.pixels).save(args.out / f"prompt-{number}.png")
+    save_image(Image.fromarray(seen.pixels), args.out / f"prompt-{number}.png")
     if seen.route_WL is None:
         return
     title = f"space expert of each word in each block: {prompt}"
-    draw_routes(seen.words, seen.route_WL, title).save(args.out / f"prompt-{number}-routes.png")
+    save_image(draw_routes(seen.words, seen.route_WL, title), args.out / f"prompt-{number}-routes.png")
     title = f"regions of the words in each block at timestep {seen.timestep:.0f}: {prompt}"
     pixels, regions = seen.pixels, seen.regions
-    draw_overlays(pixels, seen.words, regions, seen.route_WL, title).save(args.out / f"prompt-{number}-regions.png")
+    overlays = draw_overlays(pixels, seen.words, regions, seen.route_WL, title)
+    save_image(overlays, args.out / f"prompt-{number}-regions.png")
     text, m = trained.sampler.text.encode([prompt]), trained.config.model
     noisy_LY = noisy_word_routes(trained.model, text.tokens, m.gate_noise)[0]
     mask_Y = text.mask[0].cpu()
@@ -145,6 +148,7 @@ def _report_experts(args: argparse.Namespace, trained: "TrainedModel", report: "
     from raphael_dist.analysis.experts import expert_loads, find_dead, find_duplicates
     from raphael_dist.analysis.route_figures import draw_heat_map
     from raphael_dist.analysis.routes import collect_word_paths, time_routes
+    from raphael_dist.sampling.grid import save_image
 
     m, findings = trained.config.model, []
     if m.space_experts:
@@ -152,7 +156,7 @@ def _report_experts(args: argparse.Namespace, trained: "TrainedModel", report: "
         paths = torch.tensor([path for _, _, path in words])
         load_LK = expert_loads(paths.T, m.space_experts)
         title = f"how often the words of the captions choose each space expert ({len(paths)} words; 1 is an even share)"
-        draw_heat_map(load_LK.numpy(), title).save(args.out / "space-experts.png")
+        save_image(draw_heat_map(load_LK.numpy(), title), args.out / "space-experts.png")
         findings += find_dead("space", load_LK)
     route_LT = time_routes(trained.model, trained.config.diffusion.num_timesteps)
     if route_LT is not None:

@@ -18,6 +18,7 @@ from raphael_dist.cluster.prove_results import Proof
 from raphael_dist.config.schema import Config
 from raphael_dist.errors import describe_error
 from raphael_dist.runtime.ranks import discover, initialise
+from raphael_dist.storage.files import no_links
 
 Message = tuple[str, Any]  # of a worker to its agent: "mark", "result" or "error", and its value
 KILLED = "killed"  # the last mark of a worker that ends itself
@@ -43,8 +44,7 @@ def work(
         log: file for the output of this process.
         options: further arguments of the checks (`Proof.options`).
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    descriptor = open_log(log)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(env)
@@ -67,6 +67,15 @@ def work(
         pipe.send(("failed", describe_error(error)[:300]))
     sys.stdout.flush()
     threading.Event().wait()  # the agent ends it once all ranks have finished: rank 0 keeps the store of the others
+
+
+def open_log(path: Path) -> int:
+    """Open the file for the output of a worker process, and return its descriptor. Its folder is created.
+
+    Raises OSError if the path is a symbolic link.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return no_links(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
 
 
 def _end_with(agent: int) -> None:

@@ -1,5 +1,6 @@
 """Draws fidelity to real images against agreement with the captions, with a point for each guidance scale."""
 
+import io
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from raphael_dist.errors import UserError
 from raphael_dist.evaluation.image_features import INSTALL
 from raphael_dist.evaluation.study import Result
+from raphael_dist.storage.files import replace_bytes
 
 
 def require_matplotlib() -> None:
@@ -40,7 +42,9 @@ def draw_curve(results: Sequence[Result], path: Path, title: str) -> None:
     axes.set_title(title, fontsize=9, wrap=True)
     axes.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path, format="png")
+    data = io.BytesIO()
+    figure.savefig(data, format="png")
+    replace_bytes(path, data.getvalue(), durable=False)
 
 
 def _axes(results: Sequence[Result]) -> list[tuple[str, list[float]]]:

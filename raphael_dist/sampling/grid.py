@@ -1,5 +1,6 @@
 """Arranges images with captions in a grid."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from raphael_dist.data.fonts import drawable
+from raphael_dist.storage.files import replace_bytes
 
 
 def caption_grid(images: Sequence[np.ndarray] | np.ndarray, captions: Sequence[str], columns: int = 6) -> Image.Image:
@@ -42,6 +44,7 @@ def _wrap(text: str, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | I
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write an image to a file. Missing folders are created."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
+    """Write an image to a file, in the format that its suffix (such as .png) names. Missing folders are created."""
+    data = io.BytesIO()
+    image.save(data, Image.registered_extensions()[path.suffix.lower()])
+    replace_bytes(path, data.getvalue(), durable=False)

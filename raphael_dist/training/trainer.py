@@ -25,6 +25,7 @@ from raphael_dist.runtime.ranks import Ranks, all_reduce_sum, raise_on_all_ranks
 from raphael_dist.runtime.stop_request import StopRequest
 from raphael_dist.runtime.watchdog import SLOW, Watchdog
 from raphael_dist.sampling.grid import caption_grid, save_image
+from raphael_dist.storage.files import replace_bytes
 from raphael_dist.training import recovery, run_dir, startup, summary
 from raphael_dist.training.lr_schedule import gate_noise_deviation, learning_rate
 from raphael_dist.training.run_state import Run, RunProgress, StopState
@@ -308,7 +309,8 @@ def sample(run: Run) -> None:
     grid = caption_grid(samples.images, prompts)
     try:
         save_image(grid, path)
-        path.with_suffix(".routes.json").write_text(json.dumps(routes_of(samples, prompts[0], run.data.text)))
+        routes = json.dumps(routes_of(samples, prompts[0], run.data.text))
+        replace_bytes(path.with_suffix(".routes.json"), routes.encode(), durable=False)
     except OSError as error:
         run.telemetry.warn(f"{path} cannot be written ({error.strerror or error}); training continues")
     run.telemetry.log_images(step, {"samples": grid, **figures_of(samples, prompts[0], run.data.text)})

@@ -4,17 +4,21 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import MagicMock, patch
 
+import numpy as np
 import pytest
 
 from raphael_dist.checkpoint.resume import Restorer
+from raphael_dist.cluster import prove_worker
 from raphael_dist.config.schema import Config
 from raphael_dist.data.fetch import shard_cache
 from raphael_dist.errors import UserError, write_exit_code
+from raphael_dist.evaluation.curve import draw_curve
 from raphael_dist.runtime.ranks import Ranks
 from raphael_dist.runtime.watchdog import Watchdog
 from raphael_dist.storage.files import replace_bytes
-from raphael_dist.training import run_dir
+from raphael_dist.training import run_dir, trainer
 from raphael_dist.training.metrics_files import MetricsWriter
 
 WORDS = "the words of another file"
@@ -42,6 +46,20 @@ def write_metrics(folder: Path) -> None:
     MetricsWriter(folder).write(1, 1, {"train/loss": 1.0})
 
 
+def write_samples(folder: Path) -> None:
+    run, samples = MagicMock(), MagicMock(images=np.zeros((1, 8, 8, 3), np.uint8))
+    run.config.run.dir, run.progress.step, run.requests = folder, 1, [MagicMock(prompt="a heart")]
+    drawn = {"draw_samples": lambda *_: samples, "routes_of": lambda *_: {}, "figures_of": lambda *_: {}}
+    with patch.multiple(trainer, **drawn):
+        trainer.sample(run)
+    run.telemetry.warn.assert_not_called()
+
+
+def write_curve(folder: Path) -> None:
+    pytest.importorskip("matplotlib")
+    draw_curve([MagicMock(guidance=g, clip=g, fid=g) for g in (1.0, 2.0)], folder / "curve.png", "a title")
+
+
 WRITERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "lock": (".lock", lambda folder: run_dir.acquire(config_of(folder))),
     "log": ("train.log", lambda folder: run_dir.start_logging(config_of(folder), 0)),
@@ -53,6 +71,10 @@ WRITERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "lock of a cache": (".room.lock", lambda folder: shard_cache._locked(folder / "room").__enter__()),
     "replaced file": (".latest.new", lambda folder: replace_bytes(folder / "latest", b"step-1")),
     "exit code": ("code", lambda folder: write_exit_code(2, "no such shard")),
+    "sample grid": ("samples/step-00000001.png", write_samples),
+    "routes of samples": ("samples/step-00000001.routes.json", write_samples),
+    "log of a check": ("log.txt", lambda folder: os.close(prove_worker.open_log(folder / "log.txt"))),
+    "curve": ("curve.png", write_curve),
     "reason": ("code.why", lambda folder: write_exit_code(2, "no such shard")),
 }
 
