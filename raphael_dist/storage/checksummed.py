@@ -1,15 +1,19 @@
 """Files with a checksum, for derived data such as an index: undetected damage in them would change results.
 
 A *sealed* file ends with the 32 bytes of the SHA-256 of the data before them. A sealed folder contains `sums.json`, a sealed
-file with the size and SHA-256 of each other file. If a file is damaged, the caller computes and writes it again.
+file with the size and SHA-256 of each other file. A large file has its CRC-32 in a small file next to it, and is compared
+with it once after the start of a process. If a file is damaged, the caller computes and writes it again.
 """
 
 import hashlib
 import io
 import json
+import os
 import shutil
+import time
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +22,11 @@ from raphael_dist.storage.files import atomic_folder, atomic_path, integrity_err
 from raphael_dist.text import open_regular
 
 SUMS = "sums.json"
+CRC_SUFFIX = ".crc32"
 _DIGEST_BYTES = hashlib.sha256().digest_size
+_PIECE_BYTES = 1 << 20
+_START_TIME = time.time()  # of this process or, if it was forked, of its parent
+_verified: set[tuple[str, int]] = set()  # (path, inode) of the large files that need no further comparison
 
 
 def write_sealed(path: Path, data: bytes) -> None:
@@ -92,3 +100,54 @@ def folder_damage(folder: Path) -> str | None:
         return f"{folder / SUMS} is missing"
     except (OSError, ValueError) as error:
         return str(error)
+
+
+def crc_path(path: Path) -> Path:
+    """Return the path of the small file with the CRC-32 of the large file `path`."""
+    return path.with_name(f".{path.name}{CRC_SUFFIX}")
+
+
+def write_crc(path: Path, content: Path) -> None:
+    """Write the CRC-32 of the file `content` as that of the large file `path`, to which `content` is renamed afterwards.
+
+    `path` must not exist yet. Raises OSError if the CRC-32 cannot be written.
+    """
+    with atomic_path(crc_path(path)) as temporary:
+        temporary.write_text(f"{_crc(content):08x}\n")
+
+
+def is_verified(path: Path) -> bool:
+    """Return whether the large file `path` was written or found to be intact since this process started.
+
+    It counts whichever process did so: each one sets the modification time of the CRC-32's file. So the processes of a node,
+    which start together, read a file once.
+    """
+    try:
+        key = (str(path), path.stat().st_ino)
+        if key not in _verified and crc_path(path).stat().st_mtime > _START_TIME:
+            _verified.add(key)
+    except OSError:
+        return False
+    return key in _verified
+
+
+def verify_crc(path: Path) -> bool:
+    """Read the large file `path`, and return whether it matches its CRC-32. False: damaged, or one of them is missing."""
+    try:
+        key = (str(path), path.stat().st_ino)
+        if f"{_crc(path):08x}\n" != crc_path(path).read_text():
+            return False
+    except (OSError, ValueError):
+        return False
+    _verified.add(key)
+    with suppress(OSError):  # the folder may be read-only
+        os.utime(crc_path(path), (time.time(), time.time()))
+    return True
+
+
+def _crc(path: Path) -> int:
+    crc = 0
+    with open(open_regular(path), "rb", buffering=0) as file:
+        while piece := file.read(_PIECE_BYTES):
+            crc = zlib.crc32(piece, crc)
+    return crc

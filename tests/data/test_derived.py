@@ -1,6 +1,8 @@
 """Derived files that affect numbers: a flipped byte is detected, and the file is written again."""
 
+import gzip
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -10,13 +12,17 @@ from raphael_dist.config.data_sections import Filter
 from raphael_dist.config.schema import Config
 from raphael_dist.data.features.batch_encoder import Encoders
 from raphael_dist.data.features.cache import FeatureCache
+from raphael_dist.data.fetch.shard_cache import ShardStore
 from raphael_dist.data.order import SampleOrder
 from raphael_dist.data.shards.build_index import build_index
+from raphael_dist.data.shards.decode_sample import ImageDataset
 from raphael_dist.data.shards.view import open_view
+from raphael_dist.storage import checksummed
 from raphael_dist.storage.checksummed import read_sealed, write_sealed
 from tests.data.test_features import config, encoders, samples, stream_of, with_data, write_shard  # noqa: F401
 from tests.data.test_index import laion_shard
 from tests.data.test_order import BUCKETS
+from tests.lib.servers import http_files
 
 
 def flip(path: Path, at: int) -> None:
@@ -84,6 +90,51 @@ def test_flipped_byte_in_null_text_or_a_cache_header_is_computed_again(
     assert isinstance(again, FeatureCache)
     again.verify(range(1))
     assert again.missing() == [0], "discarded, and computed again by the next build"
+
+
+@pytest.mark.parametrize("kind", ["expanded", "fetched"])
+def test_flipped_byte_in_copy_of_a_shard_is_mended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    """A copy is compared with its checksum at its first use after the start of a process, and is written again."""
+    packed = tmp_path / "served" / "a.tar.gz"
+    packed.parent.mkdir()
+    packed.write_bytes(gzip.compress(laion_shard(tmp_path / "a.tar", 0, 6).read_bytes()))
+    compared = []
+    crc = checksummed._crc
+    monkeypatch.setattr(checksummed, "_crc", lambda path: compared.append(path) or crc(path))
+
+    def samples_of_new_process(address: str) -> list[tuple[list[str], bytes]]:
+        monkeypatch.setattr(checksummed, "_START_TIME", time.time())
+        monkeypatch.setattr(checksummed, "_verified", set())
+        compared.clear()
+        index = build_index([address], store=ShardStore(tmp_path / "index", tmp_path / "fetched"))
+        data = ImageDataset(index, BUCKETS, "none")
+        found = [data.load(n, 0) for n in (*range(6), *range(6))]
+        return [(sample.captions, sample.image.tobytes()) for sample in found]
+
+    with http_files(packed.parent) as server:
+        address = str(packed) if kind == "expanded" else f"{server}/{packed.name}"
+        expected = samples_of_new_process(address)
+        [copy] = (tmp_path / ("index" if kind == "expanded" else "fetched")).rglob("a.tar")
+        content = copy.read_bytes()
+        assert samples_of_new_process(address) == expected
+        assert compared == [copy], "once"
+        caplog.clear()
+        for damage in ("caption", "size", "checksum", "no checksum"):
+            if damage == "caption":
+                flip(copy, content.index(b"picture 3") + 8)
+            elif damage == "size":
+                copy.write_bytes(content[:-512])
+            elif damage == "checksum":
+                flip(checksummed.crc_path(copy), 1)
+            else:
+                checksummed.crc_path(copy).unlink()
+            assert samples_of_new_process(address) == expected, damage
+            assert copy.read_bytes() == content
+            [warning] = [record.message for record in caplog.records if record.levelname == "WARNING"]
+            assert f"{copy} does not match its checksum" in warning
+            caplog.clear()
 
 
 def test_changed_sealed_file_is_rejected(tmp_path: Path) -> None:

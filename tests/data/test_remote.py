@@ -1,5 +1,7 @@
 """Shards on HTTP and S3 servers: equal to local ones in spite of faults; the limited shard cache."""
 
+import errno
+import fcntl
 import os
 import threading
 import time
@@ -15,6 +17,7 @@ from raphael_dist.data.shards.build_index import build_index
 from raphael_dist.data.shards.decode_sample import ImageDataset
 from raphael_dist.data.shards.shard_names import expand_shards
 from raphael_dist.errors import UserError
+from raphael_dist.storage.files import free_bytes
 from tests.data.test_index import laion_shard
 from tests.lib.servers import Faults, gcs_bucket, hf_dataset, http_files, s3_bucket
 from tests.lib.small_disk import small_disk
@@ -154,6 +157,18 @@ def test_shard_is_fetched_once_for_many_processes(local: list[Path], tmp_path: P
     assert faults.asked == ["00000.tar"]
 
 
+def test_shards_are_fetched_where_no_lock_is_possible(
+    local: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    expected = loaded(store_in(tmp_path / "a"), [str(path) for path in local])
+    with http_files(local[0].parent) as address:
+        assert loaded(store_in(tmp_path / "b"), [f"{address}/{path.name}" for path in local]) == expected
+
+
 def test_full_disk_evicts_once_and_is_reported(local: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Uses a separate small file system that really fills up."""
     size = local[0].stat().st_size
@@ -161,7 +176,7 @@ def test_full_disk_evicts_once_and_is_reported(local: list[Path], tmp_path: Path
         names, store = [f"{address}/{path.name}" for path in local], ShardStore(tmp_path / "index", disk, retry=QUICK)
         index = build_index(names, store=store)
         assert index.num_samples == 15, "each shard was read in turn: the one before made room"
-        (disk / "filled").write_bytes(bytes(2 * size - sum(p.stat().st_size for p in disk.rglob("*.tar"))))
+        (disk / "filled").write_bytes(bytes(free_bytes(disk)))
         for path in disk.rglob("*.tar"):
             path.unlink()
         (disk / "filled more").write_bytes(bytes(size // 2))

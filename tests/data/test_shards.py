@@ -243,7 +243,7 @@ def test_gzip_bomb_is_rejected_before_it_fills_the_disk(tmp_path, monkeypatch):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "\n" not in str(caught.value)
-    assert not list((tmp_path / "cache").rglob("*.tar*"))
+    assert not [path for path in (tmp_path / "cache").rglob("*.tar*") if path.suffix != ".lock"]
     monkeypatch.setattr(tar_scan, "MAX_BYTES", 1000)
     with pytest.raises(UserError, match="more than 1000 bytes"):
         build_index([bomb], tmp_path / "another cache")

@@ -1,7 +1,8 @@
 """Provides shards as local tar files: downloads remote shards into a cache folder of limited size, and unpacks .tar.gz.
 
 The processes of a node share the folder. One of them downloads a shard under a lock while the others wait. A file appears
-complete or not at all. If the folder is full, the least recently used files are deleted; a process that has such a file open
+complete or not at all, and has a checksum: a process that starts later reads each file once to compare it, and a damaged
+file is written again. If the folder is full, the least recently used files are deleted; a process that has such a file open
 can still read it.
 """
 
@@ -10,6 +11,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import time
@@ -22,17 +24,21 @@ from raphael_dist.data.fetch import remote
 from raphael_dist.data.fetch.remote import DEFAULT_RETRY, RemoteError, RetryPolicy
 from raphael_dist.data.shards.tar_scan import gunzip
 from raphael_dist.errors import UserError
+from raphael_dist.storage.checksummed import CRC_SUFFIX, crc_path, is_verified, verify_crc, write_crc
 from raphael_dist.storage.files import atomic_path, no_links, sha256, write_all
 from raphael_dist.text import hide_secrets
 
 if TYPE_CHECKING:
     from raphael_dist.config.data_sections import Data  # not imported at run time: worker processes do not need pydantic
 
+_log = logging.getLogger(__name__)
 _GZIPPED = re.compile(r"(\.tar\.gz|\.tgz)$", re.IGNORECASE)
 _CACHE_VERSION = 1
 _SHA256 = "sha256:"  # prefix of a mark that is the digest of the plain tar, since the server states none
 _STALE_S = 3600.0  # an older temporary file was left by a killed process
 _TOUCH_S = 10.0
+# A folder that is read-only, or on a file system without locks.
+_NO_LOCK = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class ShardError(UserError):
@@ -115,6 +121,7 @@ class ShardStore:
         final_path = self.path(name, stamp)
         final_path.parent.mkdir(parents=True, exist_ok=True)
         path.replace(final_path)
+        crc_path(path).replace(crc_path(final_path))
         return stamp, final_path
 
     def path(self, name: str, stamp: Stamp) -> Path:
@@ -145,6 +152,8 @@ class ShardStore:
     def fetch(self, name: str, stamp: Stamp) -> Path:
         """Return the local path of a shard's uncompressed tar, after downloading or unpacking the shard if necessary.
 
+        An existing copy is compared with its checksum before its first use, and is written again if it is damaged.
+
         Args:
             name: Path or URL of the shard.
             stamp: The version of its file that is expected.
@@ -155,16 +164,15 @@ class ShardStore:
             UserError: There is no folder to store the shard, or it is larger than data.shard_cache_gb.
         """
         path = self.path(name, stamp)
-        if path == Path(name) or path.is_file():
+        if path == Path(name) or is_verified(path):
             return path
         try:
-            if remote.is_remote(name):
-                with _locked(path):
-                    if not path.is_file():
-                        self._download(name, stamp, path)
-            else:
-                with atomic_path(path) as temporary:
-                    gunzip(Path(name), temporary)
+            with _locked(path):
+                if not is_verified(path) and not verify_crc(path):
+                    if path.exists():
+                        _log.warning("%s does not match its checksum or has none. It is fetched or unpacked again", path)
+                        path.unlink()
+                    (self._download if remote.is_remote(name) else _expand)(name, stamp, path)
         except RemoteError as error:
             raise ShardError(base_name(name), str(error), error.absent) from error
         except OSError as error:
@@ -255,6 +263,7 @@ class ShardStore:
                     plain.unlink(missing_ok=True)
             if by_content and _SHA256 + sha256(temporary) != stamp.mark:
                 raise changed
+            write_crc(path, temporary)
 
     def _evict(self, num_bytes: int) -> None:
         """Delete the least recently used downloaded files until `num_bytes` more bytes fit below the limit."""
@@ -264,13 +273,16 @@ class ShardStore:
             for path in self.fetched.glob("*/*/*"):
                 with contextlib.suppress(OSError):  # another process removed it
                     status = path.stat()
-                    if path.suffix != ".lock" and (path.suffix != ".tmp" or now - status.st_mtime > _STALE_S):
+                    if path.suffix not in (".lock", CRC_SUFFIX) and (
+                        path.suffix != ".tmp" or now - status.st_mtime > _STALE_S
+                    ):
                         files.append((status.st_mtime, status.st_size, path))
             excess = sum(size for _, size, _ in files) + num_bytes - self.max_bytes
             for _, size, path in sorted(files):
                 if excess <= 0:
                     return
                 path.unlink(missing_ok=True)
+                crc_path(path).unlink(missing_ok=True)
                 excess -= size
 
 
@@ -291,13 +303,28 @@ def plain_name(name: str) -> str:
     return _GZIPPED.sub(".tar", base_name(name))
 
 
+def _expand(name: str, _: Stamp, path: Path) -> None:
+    """Unpack the local .tar.gz `name` to `path`, and write its checksum."""
+    with atomic_path(path) as temporary:
+        gunzip(Path(name), temporary)
+        write_crc(path, temporary)
+
+
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file next to `path`, so that only one process of this node runs the block at a time."""
+    """Hold an exclusive lock on a file next to `path`, so that only one process of this node runs the block at a time.
+
+    Where no lock is possible, the block runs without one: work may then be done twice, but files still appear complete.
+    """
     lock = path.with_name(f".{path.name}.lock")
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with open(lock, "a", opener=no_links) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(lock, "a", opener=no_links))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_LOCK:
+                raise
         yield
 
 
