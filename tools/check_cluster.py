@@ -23,6 +23,7 @@ from raphael_dist.config.schema import load_config
 from raphael_dist.engine import ds_config
 from raphael_dist.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from raphael_dist.storage.files import replace_bytes
+from raphael_dist.text import print_line
 
 EXIT_LEFT_OUT = 4
 
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return verdict(args) if args.judge else probe(args.out, train.parse(rest))
     except UserError as error:
         if os.environ.get("SLURM_PROCID", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+            print_line(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
 
 
@@ -65,9 +66,9 @@ def probe(out: Path | None, args: argparse.Namespace) -> int:
 
 def verdict(args: argparse.Namespace) -> int:
     result = judge(read_reports(args.judge), args.ranks, args.nodes)
-    print("\n".join([*result.lines, *(f"warning: {text}" for text in result.warnings)]))
-    for node, texts in result.faults.items():
-        print("\n".join(f"fault: {node}: {text}" for text in texts))
+    faults = (f"fault: {node}: {text}" for node, texts in result.faults.items() for text in texts)
+    for line in (*result.lines, *(f"warning: {text}" for text in result.warnings), *faults):
+        print_line(line)
     if not result.faults:
         print("preflight passed")
         return 0
@@ -76,10 +77,11 @@ def verdict(args: argparse.Namespace) -> int:
         print("preflight failed with the same fault on every node")
         return EXIT_USER_ERROR
     if not args.need or len(good) < args.need:
-        print(f"preflight failed: exclude {', '.join(result.faults)} (sbatch --exclude), or ask for spares (SPARE_NODES=1)")
+        names = ", ".join(result.faults)
+        print_line(f"preflight failed: exclude {names} (sbatch --exclude), or ask for spares (SPARE_NODES=1)")
         return 1
     replace_bytes(args.judge / "good-nodes", ("\n".join(good) + "\n").encode())
-    print(f"left out: {', '.join(result.faults)}; {len(good)} nodes remain")
+    print_line(f"left out: {', '.join(result.faults)}; {len(good)} nodes remain")
     return EXIT_LEFT_OUT
 
 

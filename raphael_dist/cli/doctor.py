@@ -59,8 +59,8 @@ def run(args: argparse.Namespace) -> int:
 
     # Only the bundle shows the plan, which takes a while to trace.
     examined = examine(args.run, args.cluster if args.bundle else NO_PLAN, with_data=not args.no_data)
-    text = "\n".join(describe(examined)) + "\n"
-    print(escape_control(hide_secrets_in_text(text), keep="\n"), end="")
+    text = "".join(escape_control(hide_secrets_in_text(line)) + "\n" for line in describe(examined))
+    print(text, end="")
     if args.bundle is not None:
         names = write_bundle(examined, text, args.bundle)
         print_line(f"bundle: {args.bundle} ({len(names)} files); read it before you publish it")

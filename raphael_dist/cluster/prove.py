@@ -34,7 +34,7 @@ from raphael_dist.errors import EXIT_USER_ERROR
 from raphael_dist.runtime import rendezvous
 from raphael_dist.runtime.ranks import Ranks, complete_environment, discover, free_port, host_name
 from raphael_dist.storage.versions import versions
-from raphael_dist.text import JsonObject
+from raphael_dist.text import JsonObject, print_line
 
 # Seconds to connect all agents; for a worker's imports; for an answer after a check's time limit.
 JOIN_S, START_S, GRACE_S = 120.0, 120.0, 20.0
@@ -229,7 +229,8 @@ class _Run:
         if self.agents.ranks.is_main:
             self.report.add(status)
             self.report.write(self.out)
-            print("\n".join(status.text()), flush=True)
+            for line in status.text():
+                print_line(line)
         return status
 
 

@@ -233,7 +233,8 @@ def html(tree: JsonObject) -> str:
     if colour == GREEN and any(check["status"] == AMBER for check in tree["checks"]):
         colour = AMBER
     tiles = "".join(
-        f'<a class="tile {_css(check["status"])}" href="#{check["name"]}">{escape(check["title"])}: {check["status"]}</a>'
+        f'<a class="tile {_css(check["status"])}" href="#{escape(check["name"])}">{escape(check["title"])}: '
+        f"{escape(check['status'])}</a>"
         for check in tree["checks"]
     )
     missing = [*_not_proven(tree["checks"]), *tree["never_proven"]]
@@ -263,7 +264,8 @@ def _not_proven(checks: list[JsonObject]) -> list[str]:
 def _details(check: JsonObject) -> str:
     problems = "".join(f'<p class="problem">{escape(text)}</p>' for text in check["problems"])
     lines = escape("\n".join(check["lines"] + [f"not proven: {text}" for text in check["not_proven"]]))
-    head = f'<h3 id="{check["name"]}"><span class="tile {_css(check["status"])}">{check["status"]}</span> '
+    name, status = escape(check["name"]), escape(check["status"])
+    head = f'<h3 id="{name}"><span class="tile {_css(check["status"])}">{status}</span> '
     return f"{head}{escape(check['title'])} ({check['seconds']:.0f} s)</h3>{problems}" + (
         f"<pre>{lines}</pre>" if lines else ""
     )

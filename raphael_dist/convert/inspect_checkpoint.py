@@ -126,7 +126,7 @@ def show(checkpoint: Checkpoint) -> bool:
     progress = f"step {checkpoint.progress.step}, {checkpoint.progress.samples_seen:,} samples seen"
     console.print(escape_control(f"{checkpoint.path}: layout {checkpoint.layout}, {progress}"))
     if checkpoint.topology:
-        console.print(f"written by {checkpoint.topology}")
+        console.print(escape_control(f"written by {checkpoint.topology}"))
     m = checkpoint.config.model
     console.print(f"channels {list(m.channels)}, {m.space_experts} space experts, {m.time_experts} time experts")
     for kind in checkpoint.kinds():

@@ -11,12 +11,18 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
 from raphael_dist import train
+from raphael_dist.checkpoint.manifest import seal
+from raphael_dist.cli import doctor
+from raphael_dist.cluster import prove
 from raphael_dist.config.schema import load_config
+from raphael_dist.convert.conversion import convert
 from raphael_dist.convert.layouts.dense import read_object
+from raphael_dist.convert.write_plan import Options
 from raphael_dist.data.shards.shard_names import expand_shards
 from raphael_dist.engine.ds_config import read_deepspeed_json
 from raphael_dist.errors import UserError, run_command
@@ -27,9 +33,12 @@ from raphael_dist.sampling.sampler import Request
 from raphael_dist.storage.torchfile import load_tree
 from raphael_dist.text import LineFormat, decode_text, escape_control, parse_json, print_line, read_json, split_lines
 from raphael_dist.training.summary import end_lines
+from tests.cluster.test_slurm_scripts import report
 from tests.data.test_shards import png
+from tests.lib.checkpoints import DENSE, handmade_canonical, random_state
 from tests.lib.launch import ROOT
-from tools import inspect_data
+from tests.lib.planted_run import plant
+from tools import check_cluster, inspect_checkpoint, inspect_data
 
 DEFAULT = Request("", (64, 64))
 DEEP = "[" * 200_000
@@ -126,6 +135,40 @@ def test_inspect_data_escapes_keys_captions_and_json_names(tmp_path: Path, capsy
     assert "key\\nnot usable" in output
     assert is_clean(output)
     assert "text.max_tokens=4: longer captions are truncated (0 of 1)" in output
+
+
+def inspect_planted(folder: Path) -> None:
+    handmade_canonical(folder / "source", DENSE, random_state(DENSE, ("master",)))
+    convert("canonical", folder / "source", "raphael", folder / "run", Options())
+    (path,) = (folder / "run").rglob("manifest.json")
+    path.write_bytes(seal({**read_json(path), "world_size": EVIL}))
+    assert inspect_checkpoint.main([str(folder / "run")]) == 0
+
+
+def diagnose_planted(folder: Path) -> None:
+    (plant(folder / "run") / "checkpoints" / f"damaged-{EVIL}").mkdir(parents=True)
+    assert doctor.main([str(folder / "run"), "--no-data"]) == doctor.FOUND
+
+
+def judge_planted(folder: Path) -> None:
+    (folder / "rank-00000.json").write_text(json.dumps(report(0, node=EVIL)))
+    assert check_cluster.main(["--judge", str(folder), "--ranks", "2"]) == 2
+
+
+def prove_planted(folder: Path) -> None:
+    run = prove._Run(MagicMock(), MagicMock(), folder, [EVIL])
+    run.report.environment = {"ranks": [], "commit": ""}
+    run._record("sums", [prove.Outcome(0, EVIL, why="died")])
+
+
+@pytest.mark.parametrize("show", [inspect_planted, diagnose_planted, judge_planted, prove_planted])
+def test_value_in_a_file_cannot_forge_a_line(
+    show: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    show(tmp_path)
+    output = capsys.readouterr().out
+    assert escape_control(EVIL) in output
+    assert is_clean(output)
 
 
 def test_error_and_log_record_are_one_line_each(capsys: pytest.CaptureFixture) -> None:

@@ -114,10 +114,10 @@ def test_two_ranks_without_a_fault_pass_and_results_are_read_again(forks: Forks,
 
 
 def test_page_escapes_foreign_text() -> None:
-    check = {"name": "a", "title": "<b>", "status": "red", "problems": ["<script>"], "lines": ["&"], "not_proven": []}
+    check = {"name": '"><script>', "title": "<b>", "status": "<script>", "problems": ["<script>"], "lines": ["&"]}
     tree = {
         "exit_code": 3,
-        "checks": [{**check, "seconds": 1.0}],
+        "checks": [{**check, "not_proven": [], "seconds": 1.0}],
         "never_proven": [],
         "written": "now",
         "environment": {"ranks": [{"host": "<x>"}], "commit": ""},
