@@ -173,17 +173,18 @@ def unreachable(rank: int, world_size: int, seconds: float) -> list[int]:
     """
     present: set[int] = {rank}
 
-    def ask() -> None:
+    def ask(store: dist.Store) -> None:
         with contextlib.suppress(RuntimeError):
-            for _ in range(2):  # the second word is the sign that the answer to the first arrived
-                _stores[0].append(_HUNG_KEY, f"{rank} ")  # type: ignore[attr-defined]
+            for _ in range(2):  # the second word is the sign that an answer arrived: `append` itself has none
+                store.append(_HUNG_KEY, f"{rank} ")  # type: ignore[attr-defined]
+                store.get(_HUNG_KEY)
             while len(present) < world_size:
-                words = Counter(int(number) for number in _stores[0].get(_HUNG_KEY).split())
+                words = Counter(int(number) for number in store.get(_HUNG_KEY).split())
                 present.update(number for number, count in words.items() if count > 1)
                 time.sleep(max(0.2, world_size * POLL_S_PER_RANK))
 
-    thread = threading.Thread(target=ask, name="rendezvous", daemon=True)
     if _stores:
+        thread = threading.Thread(target=ask, args=(_stores[0],), name="rendezvous", daemon=True)
         thread.start()
         thread.join(seconds)
     return sorted(set(range(world_size)) - present)

@@ -71,7 +71,7 @@ def test_incomplete_launcher_variables_give_one_line(variables: dict[str, str], 
     ("variables", "message"),
     [
         ({"MASTER_PORT": ""}, "requires MASTER_ADDR and MASTER_PORT, but MASTER_PORT is not set"),
-        ({"MASTER_ADDR": "", "MASTER_PORT": ""}, "but MASTER_ADDR and MASTER_PORT is not set"),
+        ({"MASTER_ADDR": "", "MASTER_PORT": ""}, "but MASTER_ADDR and MASTER_PORT are not set"),
         ({"MASTER_PORT": "29500x"}, "MASTER_PORT=29500x must be a port"),
         ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000 must be a port"),
         ({"MASTER_ADDR": "no such host"}, "MASTER_ADDR=no such host must be the name or address of a host"),
@@ -120,6 +120,25 @@ def test_rank_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -
         assert [answer.result() for answer in both] == [[], []]
     monkeypatch.setattr(rendezvous, "_stores", [])
     assert rendezvous.unreachable(1, 2, 0.5) == [0]
+
+
+class Unanswered:
+    """A store that receives what a rank sends, and whose answers do not arrive there: a link that is cut one way."""
+
+    def __init__(self, store: dist.Store) -> None:
+        self.append = store.append
+
+    def get(self, _: str) -> bytes:
+        time.sleep(1)
+        raise dist.DistStoreError
+
+
+def test_rank_that_receives_nothing_is_named_by_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.HashStore()
+    monkeypatch.setattr(rendezvous, "_stores", [Unanswered(store)])
+    assert rendezvous.unreachable(1, 2, 0.2) == [0]
+    monkeypatch.setattr(rendezvous, "_stores", [store])
+    assert rendezvous.unreachable(0, 2, 0.5) == [1]
 
 
 @pytest.mark.parametrize("launcher", ["none", "deepspeed or torchrun"])
