@@ -131,9 +131,9 @@ class Trial:
 
     @property
     def log(self) -> str:
-        """Text of the run's log, "" without one."""
-        path = self.run / "train.log"
-        return path.read_text() if path.is_file() else ""
+        """Text of the run's log and of those of the other ranks, "" without one."""
+        paths = [self.run / "train.log", *self.run.glob("logs/rank-*.log")]
+        return "".join(path.read_text() for path in paths if path.is_file())
 
     def metrics_lines(self) -> list[str]:
         """The complete lines of metrics.jsonl."""
