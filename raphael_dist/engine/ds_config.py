@@ -307,22 +307,22 @@ def _check_capture(config: Config) -> None:
         )
 
 
-def _requirement_error(setting: str, without: str) -> RequirementError:
-    """Return a function that makes the error for a requirement of `setting` that is not met.
+def _requirement_error(requires: str, without: str) -> RequirementError:
+    """Return a function that makes the error for a requirement of a setting that is not met.
 
     Its arguments are what is required ("a GPU"), what there is ("the device is cpu") and what to change ("Use a GPU").
     `without`: how to do without the setting.
     """
 
     def error(requirement: str, actual: str, remedy: str) -> UserError:
-        return UserError(f"{setting} requires {requirement}, but {actual}. {remedy} or {without}.")
+        return UserError(f"{requires} {requirement}, but {actual}. {remedy} or {without}.")
 
     return error
 
 
-cuda_graphs_error = _requirement_error("train.cuda_graphs=true", "set train.cuda_graphs=false")
-fused_update_error = _requirement_error("train.kernels with adamw", "remove adamw from train.kernels")
-muon_error = _requirement_error("optim.kind=muon, which computes with whole matrices,", "set optim.kind=adamw")
+cuda_graphs_error = _requirement_error("train.cuda_graphs=true requires", "set train.cuda_graphs=false")
+fused_update_error = _requirement_error("train.kernels with adamw requires", "remove adamw from train.kernels")
+muon_error = _requirement_error("optim.kind=muon (which computes with whole matrices) requires", "set optim.kind=adamw")
 
 
 def _section(merged: Tree, *names: str) -> Tree:

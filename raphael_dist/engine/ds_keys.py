@@ -13,18 +13,19 @@ from raphael_dist.errors import UserError, did_you_mean
 
 Tree = dict[str, Any]  # a DeepSpeed configuration
 Value = str | tuple[str | int | bool, ...]  # a kind of values, or all values that are allowed
-FLAG, WHOLE, NUMBER, TEXT, TEXTS = "true or false", "a whole number, 0 or more", "a number", "a string", "a list of strings"
+FLAG, NUMBER, TEXT, TEXTS = "true or false", "a number", "a string", "a list of strings"
+WHOLE, COUNT = "a whole number, 0 or more", "a whole number, 1 or more"
 OFF, ON = (False,), (True,)
 
-_OFFLOAD: dict[str, Value] = {"device": ("none", "cpu"), "pin_memory": FLAG, "buffer_count": WHOLE}
+_OFFLOAD: dict[str, Value] = {"device": ("none", "cpu"), "pin_memory": FLAG, "buffer_count": COUNT}
 _ZERO: dict[str, Value] = {
     "stage": (0, 1, 2, 3),
-    "overlap_comm": FLAG, "reduce_bucket_size": WHOLE, "allgather_bucket_size": WHOLE, "sub_group_size": WHOLE,
+    "overlap_comm": FLAG, "reduce_bucket_size": COUNT, "allgather_bucket_size": COUNT, "sub_group_size": COUNT,
     "stage3_prefetch_bucket_size": WHOLE, "stage3_param_persistence_threshold": WHOLE,
     "stage3_model_persistence_threshold": WHOLE, "stage3_max_live_parameters": WHOLE, "stage3_max_reuse_distance": WHOLE,
     **{f"offload_optimizer.{key}": kind for key, kind in _OFFLOAD.items()},
     **{f"offload_param.{key}": kind for key, kind in _OFFLOAD.items()},
-    "offload_param.buffer_size": WHOLE, "offload_param.max_in_cpu": WHOLE, "offload_optimizer.ratio": (1,),
+    "offload_param.buffer_size": COUNT, "offload_param.max_in_cpu": WHOLE, "offload_optimizer.ratio": (1,),
     **dict.fromkeys((
         "contiguous_gradients", "reduce_scatter", "use_multi_rank_bucket_allreduce", "allgather_partitions",
         "compute_grad_norm", "ignore_unused_parameters", "parameter_alignment", "memory_efficient_linear",
@@ -41,7 +42,7 @@ _ZERO: dict[str, Value] = {
 }  # fmt: skip
 
 SUPPORTED: dict[str, Value] = {
-    "train_batch_size": WHOLE, "train_micro_batch_size_per_gpu": WHOLE, "gradient_accumulation_steps": WHOLE,
+    "train_batch_size": COUNT, "train_micro_batch_size_per_gpu": COUNT, "gradient_accumulation_steps": COUNT,
     "gradient_clipping": NUMBER,
     **{f"zero_optimization.{key}": kind for key, kind in _ZERO.items()},
     "bf16.enabled": FLAG, "bf16.immediate_grad_update": OFF, "bf16.check_grad_overflow": ON,
@@ -53,12 +54,12 @@ SUPPORTED: dict[str, Value] = {
     "data_types.grad_accum_dtype": ("fp32",), "communication_data_type": ("fp32",),
     "prescale_gradients": OFF, "gradient_predivide_factor": (1,), "gradient_allreduce_op": ("mean",),
     "zero_allow_untested_optimizer": ON, "zero_force_ds_cpu_optimizer": OFF,
-    "steps_per_print": WHOLE, "wall_clock_breakdown": FLAG, "memory_breakdown": FLAG, "dump_state": FLAG,
+    "steps_per_print": COUNT, "wall_clock_breakdown": FLAG, "memory_breakdown": FLAG, "dump_state": FLAG,
     "timers.throughput.enabled": FLAG, "timers.throughput.synchronized": FLAG,
     "comms_logger.enabled": FLAG, "comms_logger.prof_all": FLAG, "comms_logger.prof_ops": TEXTS,
     "comms_logger.verbose": FLAG, "comms_logger.debug": FLAG,
-    "flops_profiler.enabled": FLAG, "flops_profiler.profile_step": WHOLE, "flops_profiler.module_depth": NUMBER,
-    "flops_profiler.top_modules": WHOLE, "flops_profiler.detailed": FLAG, "flops_profiler.output_file": TEXT,
+    "flops_profiler.enabled": FLAG, "flops_profiler.profile_step": COUNT, "flops_profiler.module_depth": NUMBER,
+    "flops_profiler.top_modules": COUNT, "flops_profiler.detailed": FLAG, "flops_profiler.output_file": TEXT,
     "flops_profiler.recompute_fwd_factor": NUMBER,
 }  # fmt: skip
 
@@ -153,4 +154,4 @@ def _is_supported(value: object, supported: Value) -> bool:
         return isinstance(value, list) and all(isinstance(text, str) for text in value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return False
-    return supported == NUMBER or (value >= 0 and value == int(value))
+    return supported == NUMBER or (value >= (1 if supported == COUNT else 0) and value == int(value))
