@@ -30,7 +30,7 @@ TOPICS = {
 
 _SIGNS = ((Ge, "ge", "at least"), (Gt, "gt", "above"), (Le, "le", "at most"), (Lt, "lt", "below"))
 _TYPE_NAMES = {
-    "NoneType": "null", "bool": "true or false", "str": "text", "int": "integer", "float": "number", "Path": "path",
+    "NoneType": "null", "bool": "true or false", "str": "string", "int": "integer", "float": "number", "Path": "path",
 }  # fmt: skip
 _HEAD = """# Configuration
 
@@ -176,7 +176,8 @@ def _describe(annotation: object) -> tuple[str, list[str]]:
     if origin in (Union, UnionType):
         return " or ".join(names), limits
     if origin is tuple:
-        return (f"list of {names[0]}" if Ellipsis in args else f"[{', '.join(names)}]"), limits
+        plural = names[0] if " or " in names[0] else f"{names[0]}s"
+        return (f"list of {plural}" if Ellipsis in args else f"[{', '.join(names)}]"), limits
     if origin is dict:
         return "mapping", []
     name = getattr(annotation, "__name__", str(annotation))
@@ -188,6 +189,6 @@ def _limits(metadata: Iterable[object]) -> Iterator[str]:
         if isinstance(limit, FieldInfo):
             yield from _limits(limit.metadata)
         elif isinstance(limit, MinLen | Len):
-            yield f"at least {limit.min_length} entries"
+            yield f"at least {limit.min_length} {'entry' if limit.min_length == 1 else 'entries'}"
         elif not (isinstance(limit, Lt) and limit.lt == INT_LIMIT):
             yield from (f"{words} {getattr(limit, name):,}" for kind, name, words in _SIGNS if isinstance(limit, kind))

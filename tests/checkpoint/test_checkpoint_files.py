@@ -313,7 +313,7 @@ def test_malicious_file_is_refused_without_running_or_filling_memory(tmp_path: P
         ({"files": ["rank-00000.safetensors"]}, "each entry of files must have a size"),
         ({"tensors": {"w": [float("nan")]}}, "each entry of tensors must be a shape"),
         ({"tensors": {"w": [-1]}}, "each entry of tensors must be a shape"),
-        ({"format": 2}, "must have the format 1"),
+        ({"format": 2}, "it must have the layout raphael and the format 1"),
     ],
 )
 def test_malicious_manifest_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:

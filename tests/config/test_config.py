@@ -229,7 +229,7 @@ CONTRADICTIONS: list[tuple[dict, list[str]]] = [
     ({"gradient_clipping": 0.3}, ["=0.3 in", "must be 1.0", "optim.max_grad_norm"]),
     ({"train_batch_size": 64}, ["=64 in", "must be 32", "train.global_batch_size"]),
     ({"bf16": {"enabled": True}}, ["bf16.enabled=true", "must be false", "train.dtype"]),
-    ({"fp16": {"enabled": True}}, ["fp16.enabled=True", "float32 or bfloat16"]),
+    ({"fp16": {"enabled": True}}, ["fp16.enabled=true", "float32 or bfloat16"]),
     ({"bf16": True}, ["bf16=true in the DeepSpeed JSON must be a JSON object"]),
     ({"optimizer": {"type": "Adam"}}, ["optimizer in the DeepSpeed JSON is not used", "optim.*"]),
     ({"scheduler": {}}, ["scheduler", "optim.warmup_steps"]),

@@ -128,7 +128,7 @@ def test_user_mistakes_are_reported(tmp_path: Path, tool: ModuleType, capsys: py
     assert "--batch=88 must be from 1 to 87" in lines[1]
     with pytest.raises(UserError, match="must contain an AutoencoderKL"):
         vae.load(tmp_path)
-    with pytest.raises(UserError, match=r"images and of sizes are 0 and 0"):
+    with pytest.raises(UserError, match=r"has 0 such images, of 0 different sizes"):
         vae.read_images([])
 
 

@@ -31,9 +31,9 @@ FITS = {"expert_width": [24, 32]}
             {"parallel": {"space_ep": 2, "placement": ["shard"]}},
             "all experts on every rank, but parallel.space_ep=2",
         ),
-        (ZERO_2, {"train": {"dtype": "float32"}}, "train.dtype=bfloat16 .* but train.dtype=float32"),
+        (ZERO_2, {"train": {"dtype": "float32"}}, "train.dtype=bfloat16, .* but .* train.dtype=float32"),
         (ZERO_2, {"train": {"check_gradients": True}}, "train.check_gradients=false"),
-        (ZERO_2, {"model": {"expert_width": [20, 28]}}, r"multiples of 8, .* model.expert_width=\[20, 28\]"),
+        (ZERO_2, {"model": {"expert_width": [20, 28]}}, r"multiples of 8 .* model.expert_width=\[20, 28\]"),
         (ZERO_2, {"model": {**FITS, "expert_backend": "grouped"}}, "model.expert_backend=auto or dense, but it is grouped"),
     ],
 )

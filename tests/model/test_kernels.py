@@ -261,7 +261,7 @@ def test_kernels_without_triton_are_refused_before_the_run(monkeypatch, tmp_path
     config = tiny_config(train={"kernels": ["adamw"]}, run={"dir": str(tmp_path)})
     assert not [line for line in problems(config) if "train.kernels" in line]
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    message = r"train.kernels=['adamw'] requires the package triton, which is not installed. Run pip install"
+    message = r"train.kernels=['adamw'] requires the package triton, which is not installed. Run `pip install"
     assert [line for line in problems(config) if line.startswith(message)]
 
 

@@ -241,7 +241,7 @@ def test_unet_is_called_like_diffusers(exported):
     [
         ({"num_inference_steps": 0}, "num_inference_steps=0 must be .* 1 to 999"),
         ({"height": 30}, r"height=30 must be a multiple of 4"),
-        ({"output_type": "jpeg"}, "output_type='jpeg' must be one of pil, np"),
+        ({"output_type": "jpeg"}, "output_type='jpeg' must be one of 'pil', 'np'"),
         ({"negative_prompt": ["a", "b"]}, r"negative_prompt must be one value, .* prompt \(1\), but the list has 2"),
         ({"latents": torch.zeros(1, 4, 8, 8)}, r"latents must have the shape .* but it is \[1, 4, 8, 8\]"),
     ],

@@ -110,7 +110,7 @@ def test_tracker_that_is_not_installed_is_refused(tmp_path: Path, monkeypatch) -
         import no_such_tracker  # noqa: F401
 
     monkeypatch.setitem(wandb_mlflow._TRACKERS, "wandb", missing)
-    with pytest.raises(UserError, match=r"^run\.trackers=wandb .* not installed\. Run pip install wandb"):
+    with pytest.raises(UserError, match=r"^run\.trackers=wandb .* not installed\. Run `pip install wandb`"):
         Trackers(config_in(tmp_path, "wandb"))
 
 
