@@ -16,6 +16,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from raphael_dist.errors import UserError
 
 IMAGE_FORMATS = ("WEBP", "PNG", "JPEG")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")  # of files in these formats
 MAX_PIXELS = 64 << 20
 _USER_FORMATS = (*IMAGE_FORMATS, "AVIF", "BMP", "GIF", "TIFF")  # for files that the user names
 _EXT_OF = {"WEBP": "webp", "PNG": "png", "JPEG": "jpg"}

@@ -4,30 +4,29 @@ Captions come from a txt or json file next to each image, or from a table: metad
 parquet files of a Hugging Face data set. File names in a table must be relative paths inside the folder.
 """
 
-import csv
-import io
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from json import JSONDecodeError
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PureWindowsPath
 
 from raphael_dist.data.captions import first_texts, texts_in
-from raphael_dist.data.shards.columns import check_expansion
+from raphael_dist.data.image import IMAGE_SUFFIXES
 from raphael_dist.data.shards.skipped import HIDDEN, SkipCounts, is_hidden
 from raphael_dist.data.shards.tar_scan import EDGE_EXT, MAX_MEMBER_BYTES
+from raphael_dist.data_prep.caption_tables import Row, find_table
 from raphael_dist.errors import UserError, did_you_mean
-from raphael_dist.text import json_type, parse_json, read_json, read_text, split_lines
+from raphael_dist.text import read_json, read_text
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-UNSUPPORTED_SUFFIXES = {".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif", ".jxl"}
+UNSUPPORTED_SUFFIXES = {
+    ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".jpx", ".jpeg2000", ".psd", ".ico",
+    ".svg", ".tga", ".exr", ".dng", ".cr2", ".nef", ".arw",
+}  # fmt: skip
+_TEXT_SUFFIXES = {".txt", ".json", ".jsonl", ".csv", ".parquet", ".arrow"}  # captions and tables
 CAPTION_COLUMNS = ("captions", "caption", "text", "prompt", "description", "title")
 FILE_COLUMNS = ("file_name", "filename", "file", "image", "image_path", "path")
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "picture")
-Row = dict[str, object]
 _PLAIN = (str, int, float, bool)
-_EXAMPLE_LINE = '{"file_name": "heart.png", "text": "a red heart"}'
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def find_images(folder: Path, caption: str | None = None) -> tuple[list[SourceIm
     Raises:
         UserError: There are no images or no captions, or a table cannot be read.
     """
-    table = _table_of(folder)
+    table = find_table(folder)
     paths, skipped = image_files(folder)
     if table is None:
         images = _with_caption_files(folder, paths, caption)
@@ -78,7 +77,7 @@ def find_images(folder: Path, caption: str | None = None) -> tuple[list[SourceIm
         hint = f" Convert the images in {', '.join(others)}." if others else ""
         hint += "".join(f" Skipped: {line}." for line in skipped.lines())
         raise UserError(
-            f"SOURCE={folder} must contain images in {', '.join(SUFFIXES)}, but it has none. Give the folder of the "
+            f"SOURCE={folder} must contain images in {', '.join(IMAGE_SUFFIXES)}, but it has none. Give the folder of the "
             f"images.{hint}"
         )
     if not any(image.captions for image in images):
@@ -97,9 +96,11 @@ def image_files(folder: Path) -> tuple[list[Path], SkipCounts]:
     A symbolic link to a file is used; a symbolic link to a folder is not followed. Edge maps NAME.edge.png are not images.
     """
     paths, skipped = [], SkipCounts()
-    for path in sorted(folder.rglob("*")):
-        suffix, name = path.suffix.lower(), str(path.relative_to(folder))
-        is_image = suffix in SUFFIXES or suffix in UNSUPPORTED_SUFFIXES
+    files = sorted(folder.rglob("*"))
+    captioned = {path.with_suffix("") for path in files if path.suffix.lower() in (".txt", ".json")}
+    for path in files:
+        name, reason = str(path.relative_to(folder)), _skip_reason(path, captioned)
+        is_image = reason or path.suffix.lower() in IMAGE_SUFFIXES
         if is_hidden(name):
             if is_image and path.is_file():
                 skipped.add(HIDDEN, name)
@@ -110,11 +111,27 @@ def image_files(folder: Path) -> tuple[list[Path], SkipCounts]:
         elif not path.is_file():
             if path.is_symlink():
                 skipped.add("broken link", name)
-        elif suffix in UNSUPPORTED_SUFFIXES:
-            skipped.add(f"image in another format than {', '.join(SUFFIXES)}; convert it", name)
+        elif reason:
+            skipped.add(reason, name)
         else:
             paths.append(path)
     return paths, skipped
+
+
+def _skip_reason(path: Path, captioned: Container[Path]) -> str:
+    """Return why a file that may be meant as an image is not used; "" if it is used, or is not meant as an image.
+
+    `captioned`: paths of the caption files of the folder, without their suffix.
+    """
+    suffix, inner = path.suffix.lower(), {part.lower() for part in path.suffixes[:-1]}
+    supported = ", ".join(IMAGE_SUFFIXES)
+    if suffix in UNSUPPORTED_SUFFIXES:
+        return f"image in another format than {supported}; convert it"
+    if suffix in IMAGE_SUFFIXES or suffix in _TEXT_SUFFIXES:
+        return ""
+    if path.with_suffix("") in captioned or path in captioned or inner & {*IMAGE_SUFFIXES, *UNSUPPORTED_SUFFIXES}:
+        return f"file with a caption or an image's suffix, whose name does not end in {supported}; rename or convert it"
+    return ""
 
 
 def _with_caption_files(folder: Path, paths: Iterable[Path], caption: str | None) -> list[SourceImage]:
@@ -170,119 +187,6 @@ def _file_image(path: Path, folder: Path, captions: list[str], problem: str, met
     return SourceImage(name, read, captions, problem, meta, edge if edge.is_file() else None)
 
 
-def _table_of(folder: Path) -> tuple[Path, Iterable[Row]] | None:
-    """Return (path, rows) of the table with the captions of a folder's images; None if there is no table."""
-    if (folder / "dataset_dict.json").is_file():
-        raise UserError(
-            f"SOURCE={folder} must be one split of a data set, but it contains several. Use one of them, for example "
-            f"{folder}/train."
-        )
-    if arrows := sorted(folder.glob("*.arrow")):
-        return arrows[0], _arrow_rows(arrows)
-    for name, rows in (("metadata.jsonl", _json_rows), ("metadata.csv", _csv_rows)):
-        if (folder / name).is_file():
-            return folder / name, rows(folder / name)
-    if parquets := sorted(folder.rglob("*.parquet")):
-        return parquets[0], _parquet_rows(parquets)
-    tables = sorted([*folder.glob("*.csv"), *folder.glob("*.jsonl")])
-    if len(tables) > 1:
-        raise UserError(
-            f"SOURCE={folder} must contain one table of captions, but it has {len(tables)}, none of them with the name "
-            "metadata.csv or metadata.jsonl. Rename the one to use to metadata.csv or metadata.jsonl."
-        )
-    if tables:
-        return tables[0], (_csv_rows if tables[0].suffix == ".csv" else _json_rows)(tables[0])
-    return None
-
-
-def _json_rows(path: Path) -> Iterator[Row]:
-    """Yield the objects in a file with one JSON object per line.
-
-    The first one also gets the keys of all others, with None, since `_check_columns` looks only at the first row.
-    """
-    rows = list(_json_lines(path))
-    for number, row in enumerate(rows):
-        yield dict.fromkeys(key for other in rows for key in other) | row if number == 0 else row
-
-
-def _json_lines(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(split_lines(_table_text(path)), start=1):
-        if line.strip():
-            try:
-                row = parse_json(line)
-            except ValueError as error:
-                raise UserError(
-                    f"SOURCE: {path}, line {number} must be JSON, but it cannot be parsed ({error}). Write, for example, "
-                    f"{_EXAMPLE_LINE}."
-                ) from None
-            if not isinstance(row, dict):
-                raise UserError(
-                    f"SOURCE: {path}, line {number} must be a JSON object, but it is {json_type(row)}. Write, for example, "
-                    f"{_EXAMPLE_LINE}."
-                )
-            yield row
-
-
-def _csv_rows(path: Path) -> Iterator[Row]:
-    reader = csv.DictReader(io.StringIO(_table_text(path), newline=""))
-    try:
-        for number, row in enumerate(reader, start=1):
-            if surplus := row.get(None):  # DictReader stores surplus fields under the key None
-                columns = len(reader.fieldnames or ())
-                raise UserError(
-                    f"SOURCE: {path}, row {number} (line {reader.line_num}) must have as many fields as the header "
-                    f"({columns}), but it has {columns + len(surplus)}. Put captions with commas in double quotes."
-                )
-            if any(row.values()):  # spreadsheets leave rows of commas at the end
-                yield row
-    except csv.Error as error:
-        raise UserError(f"SOURCE: {path} cannot be read as CSV ({error}). Save it as UTF-8 with commas.") from None
-
-
-def _table_text(path: Path) -> str:
-    try:
-        return read_text(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"SOURCE: {path} cannot be read: {error}. Make it a readable UTF-8 file.") from None
-
-
-def _arrow_rows(paths: list[Path]) -> Iterator[Row]:
-    pyarrow = _pyarrow()
-    for path in paths:
-        try:
-            with pyarrow.memory_map(str(path)) as source:
-                for batch in pyarrow.ipc.open_stream(source):
-                    yield from batch.to_pylist()
-        except pyarrow.ArrowException as error:
-            raise UserError(f"SOURCE: {path} cannot be read as an Arrow stream ({error}). Write or copy it again.") from None
-
-
-def _parquet_rows(paths: list[Path]) -> Iterator[Row]:
-    pyarrow = _pyarrow()
-    from pyarrow import parquet
-
-    for path in paths:
-        try:
-            file = parquet.ParquetFile(path)
-            check_expansion(file, path.stat().st_size)
-            for batch in file.iter_batches(batch_size=8):  # small: a long string in each row may be stored only once
-                yield from batch.to_pylist()
-        except (pyarrow.ArrowException, OSError, ValueError) as error:
-            raise UserError(f"SOURCE: {path} cannot be read as parquet ({error}). Write or copy it again.") from None
-
-
-def _pyarrow() -> Any:
-    try:
-        import pyarrow
-        import pyarrow.ipc
-    except ImportError:
-        raise UserError(
-            "SOURCE: Arrow and parquet files require the package pyarrow, which is not installed. Run: pip install "
-            "'raphael_dist[parquet]'"
-        ) from None
-    return pyarrow
-
-
 def _from_table(folder: Path, table: Path, rows: Iterable[Row], caption: str | None) -> list[SourceImage]:
     images = []
     for number, row in enumerate(rows):
@@ -295,14 +199,22 @@ def _from_table(folder: Path, table: Path, rows: Iterable[Row], caption: str | N
             images.append(SourceImage(f"{table.name}, row {number}", partial(bytes, data), captions, problem, meta))
             continue
         name = embedded.get("path") or next((value for c in FILE_COLUMNS if isinstance(value := row.get(c), str)), "")
-        path = Path(str(name))
-        if not name or path.is_absolute() or ".." in path.parts or path.suffix.lower() not in SUFFIXES:
+        path = _table_path(folder, str(name))
+        if not name or path.is_absolute() or ".." in path.parts or path.suffix.lower() not in IMAGE_SUFFIXES:
             raise UserError(
-                f"SOURCE: {table}, row {number + 1} must name an image ({', '.join(SUFFIXES)}) inside {folder}, but it has "
-                f"{str(name)!r}. Write a path relative to this folder, such as images/0001.png."
+                f"SOURCE: {table}, row {number + 1} must name an image ({', '.join(IMAGE_SUFFIXES)}) inside {folder}, but "
+                f"it has {str(name)!r}. Write a path relative to this folder, such as images/0001.png."
             )
         images.append(_file_image(folder / path, folder, captions, problem, meta))
     return images
+
+
+def _table_path(folder: Path, name: str) -> Path:
+    """Return the path in a table's row. Of a table that was written on Windows, backslashes separate folders."""
+    if "\\" not in name or (folder / name).is_file():
+        return Path(name)
+    path = PureWindowsPath(name)
+    return Path("/" if path.anchor else "", path.as_posix())
 
 
 def _check_columns(table: Path, row: Row, caption: str | None) -> None:

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
+from raphael_dist.data.image import IMAGE_SUFFIXES
 from raphael_dist.data.plain_samples import read_samples
 from raphael_dist.errors import UserError
 from raphael_dist.evaluation.lettering import normalise_text, requested_text
 from raphael_dist.sampling.prompts import read_requests
 from raphael_dist.sampling.sampler import Request
 from raphael_dist.text import read_json, read_text
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def read_captions(spec: str, count: int | None, seed: int, default: Request, cache_dir: Path) -> list[Request]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from raphael_dist.data.shards.columns import parquet_columns, word_code
-from raphael_dist.data_prep.image_folder import _parquet_rows
+from raphael_dist.data_prep.caption_tables import _parquet_rows
 from raphael_dist.errors import UserError
 from tests.lib.launch import ROOT
 

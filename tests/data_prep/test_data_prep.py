@@ -200,12 +200,15 @@ def jsonl(folder: Path, captions: list, name: str = "text") -> Path:
 LABELS = "filename,label\na.png,x\n"
 MISTAKES = {
     "gone": (lambda d: None, [], "error: SOURCE="),
-    "nothing there": (lambda d: d.mkdir(), [], "must contain images in .jpg, .jpeg, .png, .webp"),
+    "nothing there": (lambda d: d.mkdir(), [], "must contain images in .jpg, .jpeg, .jpe, .jfif, .png, .webp"),
     "no captions": (lambda d: folder_of(d, 2, captions=False), [], "none of its images (2)"),
     "other pictures": (lambda d: write(d / "a.gif", "x"), [], "Convert the images in .gif"),
     "no column": (lambda d: write(d / "a.csv", LABELS), [], "it has only filename, label. Select a column with --caption"),
     "another column": (lambda d: write(d / "a.csv", LABELS), ["--caption", "lable"], "did you mean 'label'"),
     "outside": (lambda d: write(d / "metadata.jsonl", '{"file_name": "../a.png", "text": "x"}'), [], "must name an image"),
+    "outside, of Windows": (lambda d: write(d / "a.csv", "file_name,text\n..\\a.png,x\n"), [], r"but it has '..\\a.png'"),
+    "drive": (lambda d: write(d / "a.csv", "file_name,text\nC:\\in\\a.png,x\n"), [], "Write a path relative to this folder"),
+    "short": (lambda d: write(d / "a.csv", "text,file_name\na dog\n"), [], "row 1 must name an image"),
     "surplus": (lambda d: write(d / "metadata.csv", "file_name,text\n0.png,a\n1.png,a dog, a cat\n"), [],
                 "row 2 (line 3) must have as many fields as the header (2)"),
     "a dead link": (lambda d: (d.mkdir(), (d / "metadata.csv").symlink_to(d / "none")), [], "metadata.csv cannot be read"),
@@ -277,6 +280,31 @@ def test_spreadsheet_csv_with_mark_and_empty_rows_is_read(tmp_path: Path) -> Non
     assert captions_in(tmp_path / "out") == [["a dog, a cat"], ["größe"]]
 
 
+def test_csv_row_without_caption_is_left_out_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = folder_of(tmp_path / "in", 2, captions=False)
+    (folder / "metadata.csv").write_text(f"file_name,text\n{names(2)[0]}\n{names(2)[1]},a dog\n")
+    assert prepare(folder, "--out", tmp_path / "out", "--edges", "none") == 0
+    assert captions_in(tmp_path / "out") == [["a dog"]]
+    assert "1 samples in 1 shards, 1 left out: 1 x no caption" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("table", ["metadata.csv", "metadata.jsonl"])
+def test_windows_paths_in_table_name_the_same_images(tmp_path: Path, capsys: pytest.CaptureFixture, table: str) -> None:
+    folder = folder_of(tmp_path / "in", 2, captions=False)
+    folder_of(folder / "sub", 1, captions=False)
+    draw(3)[0].save(folder / "with\\backslash.png")
+    rows = [(f".\\{names(2)[0]}", "a"), (names(2)[1], "b"), (f"sub\\{names(1)[0]}", "c"), ("with\\backslash.png", "d")]
+    lines = [json.dumps({"file_name": name, "text": text}) for name, text in rows]
+    if table == "metadata.csv":
+        lines = ["file_name,text", *(f"{name},{text}" for name, text in rows)]
+    (folder / table).write_text("\n".join(lines))
+    assert prepare(folder, "--out", tmp_path / "out", "--edges", "none") == 0
+    output = capsys.readouterr().out
+    assert "4 samples in 1 shards" in output
+    assert "skipped" not in output
+    assert captions_in(tmp_path / "out") == [["a"], ["b"], ["c"], ["d"]]
+
+
 @pytest.mark.parametrize("name", MISTAKES)
 def test_user_mistake_is_one_line_with_remedy(tmp_path: Path, capsys: pytest.CaptureFixture, name: str) -> None:
     make, options, text = MISTAKES[name]
@@ -285,6 +313,25 @@ def test_user_mistake_is_one_line_with_remedy(tmp_path: Path, capsys: pytest.Cap
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert text in error
+
+
+def test_every_file_with_a_caption_is_used_or_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = folder_of(tmp_path / "in", 1)
+    jpeg = io.BytesIO()
+    draw(1)[0].save(jpeg, "JPEG")
+    others = ["d.heif", "e.jp2", "g.psd", "h.jpeg2000", "i.JPG.download", "j", "k.npy", "l.img"]
+    for name in ("b.jfif", "c.JPE", *others):
+        (folder / name).write_bytes(jpeg.getvalue())
+        text = f"{name.partition('.')[0]}.txt" if name != "l.img" else "l.img.txt"
+        (folder / text).write_text(name)
+    (folder / "m.jpg.crdownload").write_bytes(b"half")
+    (folder / "README.md").write_text("about")
+    assert prepare(folder, "--out", tmp_path / "out", "--edges", "none") == 0
+    assert [caption for [caption] in captions_in(tmp_path / "out")] == ["b.jfif", "c.JPE", draw(0)[1]]
+    output = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "3 samples in 1 shards" in output
+    assert re.search(r"skipped: 4 x image in another format .* the first 'd.heif'", output)
+    assert re.search(r"skipped: 5 x file with a caption or an image's suffix, .* the first 'i.JPG.download'", output)
 
 
 def test_missing_out_option_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
