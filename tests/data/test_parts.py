@@ -18,6 +18,8 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from raphael_dist import sample
 from raphael_dist.cli import evaluate
@@ -28,7 +30,8 @@ from raphael_dist.convert.layouts.dense import scheduler_settings
 from raphael_dist.convert.write_plan import Options
 from raphael_dist.data.features.batch_encoder import Encoders
 from raphael_dist.data.features.cache import FeatureCache
-from raphael_dist.data.features.encoder_models import save_autoencoder, save_text_model
+from raphael_dist.data.features.encoder_files import text_folders
+from raphael_dist.data.features.encoder_models import save_autoencoder, save_text_model, tokenizer_of
 from raphael_dist.data.features.encoders import ImageEncoder, ImageFacts, TextEncoder, TextFacts
 from raphael_dist.data.open_streams import source_of
 from raphael_dist.data.shards.build_index import build_index
@@ -387,6 +390,8 @@ SPOILED_VAES = {
     "cut short": (lambda f: cut(f / VAE_WEIGHTS), r"cannot be read"),
     "no shard": (lose_shard, r"b.safetensors is missing, but diffusion_pytorch_model.safetensors.index.json lists it"),
 }
+
+
 SPOILED_TEXTS = {
     "type": (lambda f: edit(f / "config.json", model_type="vit"), r"must be a text encoder, but its model_type is 'vit'"),
     "heads": (lambda f: edit(f / "config.json", num_attention_heads=5), r"cannot be loaded"),
@@ -444,6 +449,41 @@ def test_missing_weight_is_rejected_not_randomly_initialized(tmp_path: Path) -> 
     save_file(tensors, text / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"text\.encoder=.* weight encoder\.layer\.1\.output\.dense\.weight is missing"):
         TextEncoder.load(str(text), 12, CPU, torch.float32)
+
+
+VOCABULARY = {
+    "CLIP L": ["merges.txt", "tokenizer.json", "vocab.json"],
+    "BERT": ["tokenizer.json", "tokenizer_config.json", "vocab.txt"],
+    "ByT5": ["tokenizer_config.json"],
+}
+
+
+@pytest.mark.parametrize("name", VOCABULARY)
+def test_tokenizer_without_vocabulary_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers makes an empty tokenizer then, which maps all words to one token."""
+    monkeypatch.chdir(ROOT)
+    text = save_text(tmp_path / "text", name)
+    for file in VOCABULARY[name]:
+        (text_folders(str(text))[1] / file).unlink()
+    config = config_with(Path("none"), text, 3, f"run.dir={tmp_path}/run")
+    check_rejected(config, rf"\(.*, \d+ tokens\) maps all words to the same token: .* lacks .*{', '.join(VOCABULARY[name])}")
+    with pytest.raises(UserError, match="maps all words to the same token"):
+        TextEncoder.load(str(text), 12, CPU, torch.float32)
+
+
+def test_missing_tokenizer_is_named(tmp_path: Path) -> None:
+    text = save_text(tmp_path / "text", "T5")
+    (text / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"the files of its tokenizer are missing, such as tokenizer\.json\. Download"):
+        TextEncoder.load(str(text), 12, CPU, torch.float32)
+
+
+def test_sound_tokenizers_are_accepted(tmp_path: Path) -> None:
+    for spec in ("minilm", *(str(save_text(tmp_path / name, name)) for name in TEXTS)):
+        assert tokenizer_of(spec).pad_token is not None, spec
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "red": 1, "dog": 2}, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[UNK]").save_pretrained(tmp_path / "words")
+    assert len(tokenizer_of(str(tmp_path / "words"))) == 3, "it knows no letters"
 
 
 def test_code_in_encoder_folder_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

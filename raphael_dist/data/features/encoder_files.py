@@ -43,6 +43,8 @@ def reported(field: str, spec: str) -> Iterator[None]:
                 "it requires Python code from its folder (auto_map), which is never run; only classes of transformers are "
                 "supported"
             )
+        elif "backend tokenizer" in reason:
+            reason = "the files of its tokenizer are missing, such as tokenizer.json"
         raise UserError(
             f"{field}={spec!r} cannot be loaded: {reason.rstrip('.')}. Download the model again, or use another one."
         ) from error

@@ -5,6 +5,7 @@ No Python code in the models' folders is run. In this module, `spec` is the valu
 
 import importlib
 import re
+import string
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,8 @@ from raphael_dist.storage.torchfile import file_tensors
 from raphael_dist.storage.weight_files import TRANSFORMERS, weight_files
 from raphael_dist.text import JsonObject
 
+_OWN_TOKENS = 100  # of a tokenizer, as texts that it must distinguish
+_SPACE = "▁"  # in the vocabulary of every T5, also of an empty one
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # diffusers before 0.16
 
@@ -114,15 +117,17 @@ def _without_last_layer(model: Model, spec: str) -> Model:
 def tokenizer_of(spec: str) -> Tokenizer:
     """Load the tokenizer of a text encoder. It pads and truncates on the right.
 
-    Raises UserError if it cannot be loaded or has no padding token. `spec`: value of the setting text.encoder: a name such
-    as "minilm", or a folder.
+    Raises UserError if it cannot be loaded, has no padding token, or has no vocabulary. `spec`: value of the setting
+    text.encoder: a name such as "minilm", or a folder.
     """
     if spec == CHARACTERS:
         return CharacterTokenizer()
     from transformers import AutoTokenizer
 
+    _, folder = text_folders(spec)
     with reported("text.encoder", spec):
-        tokenizer = AutoTokenizer.from_pretrained(text_folders(spec)[1], **offline())
+        tokenizer = AutoTokenizer.from_pretrained(folder, **offline())
+        _check_vocabulary(tokenizer, folder)
     if tokenizer.pad_token is None:
         raise UserError(
             f"text.encoder={spec} requires a tokenizer with a padding token, but its tokenizer has none. Set pad_token in "
@@ -131,6 +136,27 @@ def tokenizer_of(spec: str) -> Tokenizer:
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     tokenizer.split_special_tokens = True  # a caption is plain text
     return tokenizer
+
+
+def _check_vocabulary(tokenizer: Tokenizer, folder: Path) -> None:
+    """Raise ValueError if all texts get the same tokens.
+
+    If the files of the vocabulary are missing, transformers silently makes a tokenizer that knows only special tokens, and
+    all captions would be encoded alike. A sound tokenizer distinguishes letters, or at least the words in its vocabulary.
+    """
+    special = {_SPACE, *tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    words = sorted(set(tokenizer.get_vocab()) - special)[:_OWN_TOKENS]
+    texts = [*string.ascii_lowercase, *words]
+    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    if len({frozenset(row) for row in rows}) > 1:
+        return
+    files = sorted({*tokenizer.vocab_files_names.values(), "tokenizer_config.json"})
+    missing = [name for name in files if not (folder / name).is_file()]
+    reason = f"lacks {', '.join(missing)}" if missing else f"has damaged files among {', '.join(files)}"
+    raise ValueError(
+        f"its tokenizer ({type(tokenizer).__name__}, {len(tokenizer)} tokens) maps all words to the same token: {folder} "
+        f"{reason}"
+    )
 
 
 def save_text_model(spec: str, layer: TextLayer, folder: Path) -> None:
