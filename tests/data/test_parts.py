@@ -3,7 +3,8 @@
 import ast
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -31,7 +33,7 @@ from raphael_dist.convert.write_plan import Options
 from raphael_dist.data.features.batch_encoder import Encoders
 from raphael_dist.data.features.cache import FeatureCache
 from raphael_dist.data.features.encoder_files import text_folders
-from raphael_dist.data.features.encoder_models import save_autoencoder, save_text_model, tokenizer_of
+from raphael_dist.data.features.encoder_models import save_autoencoder, save_text_model, text_model, tokenizer_of
 from raphael_dist.data.features.encoders import ImageEncoder, ImageFacts, TextEncoder, TextFacts
 from raphael_dist.data.open_streams import source_of
 from raphael_dist.data.shards.build_index import build_index
@@ -392,11 +394,36 @@ SPOILED_VAES = {
 }
 
 
+def edit_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+def save_short_bin(folder: Path, legacy: bool = False) -> None:
+    """Replace model.safetensors by pytorch_model.bin, whose last 200 bytes are missing. `legacy`: as before torch 1.6."""
+    tensors, path = load_file(folder / "model.safetensors"), folder / "pytorch_model.bin"
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, path, _use_new_zipfile_serialization=not legacy)
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+LAST_WEIGHT = "encoder.layer.1.output.dense.weight"
 SPOILED_TEXTS = {
     "type": (lambda f: edit(f / "config.json", model_type="vit"), r"must be a text encoder, but its model_type is 'vit'"),
     "heads": (lambda f: edit(f / "config.json", num_attention_heads=5), r"cannot be loaded"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"model.safetensors and .* are missing"),
     "cut short": (lambda f: cut(f / "model.safetensors"), r"cannot be read"),
+    "cut bin": (save_short_bin, r"pytorch_model\.bin cannot be read: "),
+    "cut old bin": (partial(save_short_bin, legacy=True), r"pytorch_model\.bin cannot be read: unexpected EOF"),
+    "no tensor": (
+        lambda f: edit_tensors(f / "model.safetensors", lambda tensors: tensors.pop(LAST_WEIGHT)),
+        rf"the weight {LAST_WEIGHT} is missing",
+    ),
+    "short tensor": (
+        lambda f: edit_tensors(f / "model.safetensors", lambda t: t.update({LAST_WEIGHT: t[LAST_WEIGHT][:, :9].clone()})),
+        rf"{LAST_WEIGHT} has the shape \[32, 64\] in config.json, but \[32, 9\] in the weight files",
+    ),
     "one layer": (
         lambda f: edit(f / "config.json", num_hidden_layers=1),
         r"requires an encoder with at least two transformer layers",
@@ -413,7 +440,7 @@ def test_dry_run_rejects_unusable_vae(name: str, tmp_path: Path, monkeypatch: py
     check_rejected(config_with(tmp_path / "vae", text, 16, f"run.dir={tmp_path}/run"), message)
 
 
-@pytest.mark.parametrize("name", mark_slow_except(SPOILED_TEXTS, "type", "one layer"))
+@pytest.mark.parametrize("name", mark_slow_except(SPOILED_TEXTS, "type", "one layer", "cut bin", "no tensor"))
 def test_dry_run_rejects_unusable_text_encoder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     spoil, message = SPOILED_TEXTS[name]
@@ -441,14 +468,10 @@ def check_rejected(config: Config, message: str) -> None:
 
 
 def test_missing_weight_is_rejected_not_randomly_initialized(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     text = save_text(tmp_path / "text", "BERT")
-    tensors = load_file(text / "model.safetensors")
-    del tensors["encoder.layer.1.output.dense.weight"]
-    save_file(tensors, text / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"text\.encoder=.* weight encoder\.layer\.1\.output\.dense\.weight is missing"):
-        TextEncoder.load(str(text), 12, CPU, torch.float32)
+    edit_tensors(text / "model.safetensors", lambda tensors: tensors.pop(LAST_WEIGHT))
+    with pytest.raises(UserError, match=rf"text\.encoder=.* weight {LAST_WEIGHT} is missing"):
+        text_model(str(text), torch.float32)
 
 
 VOCABULARY = {

@@ -4,6 +4,7 @@ No Python code in the models' folders is run. In this module, `spec` is the valu
 """
 
 import importlib
+import os
 import re
 import string
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from raphael_dist.config.types import TextLayer
 from raphael_dist.data.features.characters import CHARACTERS, CharacterModel, CharacterTokenizer
 from raphael_dist.data.features.encoder_files import Model, Tokenizer, offline, reported, text_folders, vae_folder
 from raphael_dist.errors import UserError
 from raphael_dist.storage.files import apply_umask
+from raphael_dist.storage.tensorfile import StoredTensor
 from raphael_dist.storage.torchfile import file_tensors
 from raphael_dist.storage.weight_files import TRANSFORMERS, weight_files
 from raphael_dist.text import JsonObject
@@ -52,27 +56,80 @@ def text_class(folder: Path, spec: str) -> tuple[Any, Any]:
 
 
 def empty_text_model(spec: str, layer: TextLayer) -> Model:
-    """Build a text encoder of transformers without weights, on the meta device, to learn its shapes.
+    """Build a text encoder of transformers without the data of its weights, to learn its shapes.
 
-    The headers of its safetensors files are read, so that damage is detected.
+    The headers of its weight files are read, so that damage and missing weights are detected.
 
     Args:
         spec: Value of the setting text.encoder: a name such as "minilm", or a folder.
         layer: "last", or "penultimate" to leave out its last layer.
 
     Raises:
-        UserError: Files are missing or damaged, or it is no text encoder.
+        UserError: Files are missing or damaged, or lack weights, or it is no text encoder.
     """
     if spec == CHARACTERS:
         return text_model(spec, torch.float32, layer)
     folder, _ = text_folders(spec)
     kind, config = text_class(folder, spec)
-    with reported("text.encoder", spec), torch.device("meta"):
-        model = kind(config)
-        for path in weight_files(folder, TRANSFORMERS).paths:
-            if path.suffix == ".safetensors":  # only torch.load reads some kinds of .bin files
-                file_tensors(path)
+    with reported("text.encoder", spec), _quiet("transformers"):
+        model, info = _load_without_data(kind, config, weight_files(folder, TRANSFORMERS).paths)
+        _check_loaded(info, folder)
     return model if layer == "last" else _without_last_layer(model, spec)
+
+
+def _load_without_data(kind: Any, config: Any, paths: Iterable[Path]) -> tuple[Model, Mapping[str, Iterable[Any]]]:
+    """Load a model of transformers from weight files as `from_pretrained` does, but with fake tensors, which have no data.
+
+    Only transformers knows which tensors of the files become which weights of the model. Of the files, only headers are
+    read; but .bin files in the format before torch 1.6 are read as a whole.
+
+    Args:
+        kind: class of the model.
+        config: its configuration object.
+        paths: the weight files.
+
+    Returns:
+        The model, and what `from_pretrained` returns with `output_loading_info=True`.
+
+    Raises:
+        UserError or ValueError: a file is damaged.
+    """
+    stored: dict[str, StoredTensor | Tensor] = {}
+    for path in paths:
+        stored |= file_tensors(path) if path.suffix == ".safetensors" else _pickled_tensors(path)
+    with _one_loading_thread(), FakeTensorMode():
+        weights = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in stored.items()}
+        model, info = kind.from_pretrained(
+            None, config=config, state_dict=weights, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    return model, info
+
+
+@contextmanager
+def _one_loading_thread() -> Iterator[None]:
+    """Make transformers load weights in the calling thread: FakeTensorMode does not reach other threads."""
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
+def _pickled_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors in a .bin file, on the meta device. Raises ValueError if transformers could not read the file.
+
+    `file_tensors` reads fewer kinds of .bin files than transformers does.
+    """
+    try:
+        tensors: dict[str, Tensor] = torch.load(path, map_location="meta", weights_only=True)
+    except Exception as error:  # torch.load raises nearly anything on damaged files
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} cannot be read: {reason}") from error
+    return tensors
 
 
 def text_model(spec: str, dtype: torch.dtype | str, layer: TextLayer = "last") -> Model:
@@ -262,10 +319,12 @@ def _quiet(library: str) -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def _check_loaded(info: Mapping[str, Iterable[str]], folder: Path) -> None:
-    """Raise ValueError if the weight files lack weights of the model, which would be random then.
+def _check_loaded(info: Mapping[str, Iterable[Any]], folder: Path) -> None:
+    """Raise ValueError if the weight files lack weights of the model, which would be random then, or have other shapes.
 
     `info`: what `from_pretrained` returns with `output_loading_info=True`.
     """
     for name in sorted(info["missing_keys"]):
         raise ValueError(f"the weight {name} is missing in the files of {folder}")
+    for name, in_files, expected in sorted(info["mismatched_keys"]):
+        raise ValueError(f"{name} has the shape {list(expected)} in config.json, but {list(in_files)} in the weight files")
