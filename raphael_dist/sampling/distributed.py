@@ -51,6 +51,8 @@ def draw_share(
     """
     if ranks.is_main:
         sampler.text.warn_truncated([request.prompt for request in requests], "prompts")
+        if settings.guidance != 1:  # else negative prompts have no effect
+            sampler.text.warn_truncated([request.negative for request in requests], "negative prompts")
     numbers = [number for number in ranks.share(len(requests)) if is_selected(number)]
     for batch in batches(requests, numbers, settings.batch):
         images = sampler.draw(

@@ -261,7 +261,8 @@ class RaphaelPipeline(LoraLoader, Denoiser):
         limit = self.config.max_tokens
         batch, truncated = tokenize(self.tokenizer, texts, limit, "max_length")
         if truncated:
-            logging.getLogger(__name__).warning("%s", truncation_line("prompts", truncated, len(texts), limit))
+            line = truncation_line(f"{name.replace('_', ' ')}s", truncated, len(texts), limit)
+            logging.getLogger(__name__).warning("%s", line)
         ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
         features = run_text_encoder(self.text_encoder.eval(), ids, mask, self.tokenizer.eos_token_id)
         return features.tokens, features.mask

@@ -69,6 +69,7 @@ def test_prompts_are_sampled_on_few_ranks_and_sent_to_rank_0(
     actual = seen(forks, tmp_path, 4, case="prompts", prompts=prompts, space_ep=space_ep, stage=stage)
     assert [of["drawn"] for of in actual] == drawn
     assert [of["images"] for of in actual[1:]] == [None] * 3
+    assert [of["checked"] for of in actual] == [[["prompts", prompts]], [], [], []], "rank 0 reports truncated prompts"
     config = config_of_prompts(prompts, 1)
     s, text, none = config.sample, Letters(), ImageEncoder.of(None)
     requests = [Request(prompt, config.image.buckets[0], s.seed, i) for i, prompt in enumerate(prompts)]

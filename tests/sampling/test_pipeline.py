@@ -1,6 +1,7 @@
 """Exports to diffusers: the folder loads as a pipeline and draws the same image as the sampler at the same seed."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -198,6 +199,19 @@ def test_pipeline_is_called_like_diffusers(exported):
     np.testing.assert_array_equal(tensors.permute(0, 2, 3, 1).numpy(), drawn(seed=4))
     as_tuple = exported("a sun", num_inference_steps=2, output_type="np", seed=4, return_dict=False)
     assert (as_tuple[0] == drawn(seed=4)).all()
+
+
+def test_pipeline_reports_truncated_prompts(exported, caplog):
+    long = "a red heart " * 10
+    with caplog.at_level(logging.WARNING, logger="raphael_dist"):
+        exported(["a sun", long], num_inference_steps=1, output_type="latent", seed=1, negative_prompt="a moon")
+        exported("a sun", num_inference_steps=1, output_type="latent", seed=1, negative_prompt=long)
+        exported("a sun", num_inference_steps=1, output_type="latent", seed=1, negative_prompt=long, guidance_scale=1.0)
+    truncated = [message for message in caplog.messages if "truncated" in message]
+    assert truncated == [
+        "text.max_tokens=16: longer prompts are truncated (1 of 2)",
+        "text.max_tokens=16: longer negative prompts are truncated (1 of 1)",
+    ]
 
 
 def test_callback_is_called_every_step_and_may_change_latents(exported):

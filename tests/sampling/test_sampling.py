@@ -1,6 +1,7 @@
 """Sampling: an image depends only on its request, not on batch or rank; prompt files; mistakes in one line."""
 
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,25 @@ def test_two_ranks_draw_the_same_images_as_one(folder: Path, tmp_path: Path):
     assert sample.main(alone) == 0
     with_own_seed = np.asarray(Image.open(tmp_path / "one" / "000006.png")).astype(int)
     assert np.abs(with_own_seed - np.asarray(Image.open(tmp_path / "000000.png")).astype(int)).max() <= 1
+
+
+def test_truncated_prompts_are_reported(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    long = "a red heart " * 10
+    words = ["--checkpoint", str(folder), "--steps", "1", "--out", str(tmp_path / "x.png")]
+
+    def warnings(*more: str) -> list[str]:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="raphael_dist"):
+            assert sample.main([*words, *more]) == 0
+        return [message for message in caplog.messages if "truncated" in message]
+
+    prompts = "text.max_tokens=16: longer prompts are truncated (1 of 2)"
+    negative = "text.max_tokens=16: longer negative prompts are truncated (1 of 1)"
+    assert warnings("--prompt", "a", "--prompt", long) == [prompts]
+    assert warnings("--prompt", "a", "--negative", long) == [negative]
+    assert warnings("--prompt", "a", "--negative", long, "--guidance", "1") == [], "it has no effect then"
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "a", "negative_prompt": long}))
+    assert warnings("--prompts", str(tmp_path / "prompts.jsonl")) == [negative]
 
 
 def test_exported_pipeline_is_sampled_like_its_checkpoint(folder: Path, tmp_path: Path):

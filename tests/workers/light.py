@@ -67,10 +67,13 @@ def encoders_case(spec: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
 
 
 class Letters:
-    """Stands for a text encoder: tokens drawn from the caption's letters."""
+    """Stands for a text encoder: tokens drawn from the caption's letters. `checked`: calls of `warn_truncated`."""
+
+    def __init__(self) -> None:
+        self.checked: list[tuple[str, list[str]]] = []
 
     def warn_truncated(self, texts: Sequence[str], what: str) -> None:
-        """Nothing is cut that a test draws."""
+        self.checked.append((what, list(texts)))
 
     def encode(self, captions: list[str]) -> TextFeatures:
         seeds = [sum(map(ord, caption)) for caption in captions]
@@ -101,7 +104,7 @@ def tiny_unet(config: Config) -> RaphaelUNet:
 
 
 def prompts_case(spec: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
-    """Sample prompts on all ranks; return the images rank 0 has, and how many this rank drew."""
+    """Sample prompts on all ranks; return the images rank 0 has, what this rank drew, and what it checked for length."""
     config, drawn, draw = config_of_prompts(spec["prompts"], spec["space_ep"]), [], Sampler.draw
 
     def counting(self: Sampler, requests: list[Request], *args: Any, **kwargs: Any) -> Any:
@@ -112,7 +115,7 @@ def prompts_case(spec: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     engine: Any = SimpleNamespace(module=tiny_unet(config), stage=spec["stage"], device=torch.device("cpu"))
     text: Any = Letters()
     samples = validation.draw_samples(config, ranks, engine, None, text, ImageEncoder.of(None), sample_requests(config))
-    return {"drawn": drawn, "images": None if samples is None else samples.images.tolist()}
+    return {"drawn": drawn, "images": None if samples is None else samples.images.tolist(), "checked": text.checked}
 
 
 CASES = {"groups": groups_case, "encoders": encoders_case, "prompts": prompts_case}
