@@ -1,6 +1,7 @@
 """Published encoders, U-Nets and schedulers: loading, caching, training, sampling, export, and rejection."""
 
 import ast
+import codecs
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -378,8 +379,14 @@ def lose_shard(folder: Path) -> None:
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}')
 
 
+def mark(path: Path) -> None:
+    """Put a byte order mark in front of a text file, as editors on Windows do."""
+    path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+
+
 VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
 SPOILED_VAES = {
+    "byte order mark": (lambda f: mark(f / "config.json"), r"cannot be loaded: .*config\.json' is not a valid JSON file"),
     "class": (lambda f: edit(f / "config.json", _class_name="AutoencoderKLWan"), r"has the class AutoencoderKLWan"),
     "no class": (lambda f: (f / "config.json").write_text("{}"), r"has the class None"),
     "colours": (lambda f: edit(f / "config.json", in_channels=4, out_channels=4), r"has 4 colour channels"),
@@ -410,6 +417,7 @@ def save_short_bin(folder: Path, legacy: bool = False) -> None:
 
 LAST_WEIGHT = "encoder.layer.1.output.dense.weight"
 SPOILED_TEXTS = {
+    "byte order mark": (lambda f: mark(f / "config.json"), r"cannot be loaded: .*config\.json' is not a valid JSON file"),
     "type": (lambda f: edit(f / "config.json", model_type="vit"), r"must be a text encoder, but its model_type is 'vit'"),
     "heads": (lambda f: edit(f / "config.json", num_attention_heads=5), r"cannot be loaded"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"model.safetensors and .* are missing"),
@@ -431,7 +439,7 @@ SPOILED_TEXTS = {
 }
 
 
-@pytest.mark.parametrize("name", mark_slow_except(SPOILED_VAES, "class", "channels", "cut short"))
+@pytest.mark.parametrize("name", mark_slow_except(SPOILED_VAES, "byte order mark", "class", "channels", "cut short"))
 def test_dry_run_rejects_unusable_vae(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     spoil, message = SPOILED_VAES[name]
@@ -440,7 +448,9 @@ def test_dry_run_rejects_unusable_vae(name: str, tmp_path: Path, monkeypatch: py
     check_rejected(config_with(tmp_path / "vae", text, 16, f"run.dir={tmp_path}/run"), message)
 
 
-@pytest.mark.parametrize("name", mark_slow_except(SPOILED_TEXTS, "type", "one layer", "cut bin", "no tensor"))
+@pytest.mark.parametrize(
+    "name", mark_slow_except(SPOILED_TEXTS, "byte order mark", "type", "one layer", "cut bin", "no tensor")
+)
 def test_dry_run_rejects_unusable_text_encoder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     spoil, message = SPOILED_TEXTS[name]
