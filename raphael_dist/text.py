@@ -28,7 +28,9 @@ _JSON_TYPES = {dict: "an object", list: "a list", str: "a string", bool: "true o
                float: "a number", type(None): "null"}  # fmt: skip
 
 HIDDEN = "(hidden)"
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
+# A quote is a part of an address, unless it closes the quote that stands before the address: 'https://h/it's?a=b', ...
+_ADDRESS = re.compile(r"""(?:(?<=(['"])))?[A-Za-z][A-Za-z0-9+.-]*://(?:(?!\1(?:[\s,:;)\]}<>'"]|$))[^\s<>])+""")
+_PARAMETER = re.compile(r"(;[^/;=]*=)[^/;]*")
 _HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(:\d*)?")
 _SECRET = re.compile(r"(?i)(^|_)(api_?key|key|token|secret|password|passwd)$")
 # A straight quote opens where no letter or digit precedes it, and closes where none follows: 24" is a length.
@@ -131,7 +133,10 @@ def shorten(text: str) -> str:
 
 
 def hide_secrets(address: str) -> str:
-    """Return an address (scheme://...) with user, password and query replaced by "(hidden)"; return a path unchanged."""
+    """Return an address (scheme://...) with user, password and query replaced by "(hidden)"; return a path unchanged.
+
+    In the path of a web address, the values of parameters (;name=value) are hidden, too.
+    """
     scheme, is_address, rest = address.partition("://")
     if not is_address:
         return address
@@ -147,6 +152,8 @@ def hide_secrets(address: str) -> str:
     tail = rest[len(place) :]
     if tail and not tail[1:].startswith(HIDDEN):
         tail = tail[0] + HIDDEN
+    if is_web:
+        place = _PARAMETER.sub(rf"\1{HIDDEN}", place)
     return f"{scheme}://{place}{tail}"
 
 
@@ -156,7 +163,7 @@ def hide_secrets_in_text(text: str) -> str:
 
 
 def _shown_in_text(match: re.Match[str]) -> str:
-    address = match[0].rstrip(":,;.]}")
+    address = match[0].rstrip(":,;.]}'\"")
     return hide_secrets(address) + match[0][len(address) :]
 
 

@@ -306,12 +306,8 @@ def _fail_unforeseen(error: Exception) -> int:
         why = "Its process failed, its node is gone, or the system killed it for lack of memory (see dmesg)"
         what = f"the connection to another rank was lost ({what[:120]}). {why}. See the log of that rank in logs/ of run.dir"
     else:
-        traceback.print_exc()
-    print(
-        f"error on rank {rank_of()}: {what}. The same command continues from the newest checkpoint.",
-        file=sys.stderr,
-        flush=True,
-    )
+        print(hide_secrets_in_text(traceback.format_exc()), end="", file=sys.stderr)
+    print_line(f"error on rank {rank_of()}: {what}. The same command continues from the newest checkpoint.", file=sys.stderr)
     return 1
 
 

@@ -19,6 +19,7 @@ from raphael_dist.config.schema import Config
 from raphael_dist.errors import describe_error
 from raphael_dist.runtime.ranks import discover, initialise
 from raphael_dist.storage.files import no_links
+from raphael_dist.text import hide_secrets_in_text
 
 Message = tuple[str, Any]  # of a worker to its agent: "mark", "result" or "error", and its value
 KILLED = "killed"  # the last mark of a worker that ends itself
@@ -63,7 +64,7 @@ def work(
     except Exception as error:
         import traceback
 
-        traceback.print_exc()
+        print(hide_secrets_in_text(traceback.format_exc()), end="", file=sys.stderr)
         pipe.send(("failed", describe_error(error)[:300]))
     sys.stdout.flush()
     threading.Event().wait()  # the agent ends it once all ranks have finished: rank 0 keeps the store of the others

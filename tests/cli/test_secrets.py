@@ -1,5 +1,6 @@
 """Secrets in addresses, planted: no file and no stream of a run or a tool holds them."""
 
+import json
 import logging
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from raphael_dist import train
 from raphael_dist.config.schema import load_config, stored_tree, to_yaml
 from raphael_dist.data.fetch.remote import RetryPolicy
 from raphael_dist.data.fetch.shard_cache import ShardStore, base_name
@@ -39,6 +41,10 @@ def planted(address: str) -> str:
         (f"http://{USER}:{SECRET}?SECRETSIG@h/x.tar", "http://(hidden)@h/x.tar", "x.tar"),
         (f"https://{SECRET}@h/x{{0..2}}.tar", "https://(hidden)@h/x{0..2}.tar", "x{0..2}.tar"),
         ("http://h/a.tar#sig=SECRETSIG", "http://h/a.tar#(hidden)", "a.tar"),
+        ("https://h/x.tar?sig='SIG&b=SECRETSIG", "https://h/x.tar?(hidden)", "x.tar"),
+        (f"https://{USER}:\"SIG'{SECRET}@h/x.tar", "https://(hidden)@h/x.tar", "x.tar"),
+        ("https://h/v;a=SECRETSIG/x.tar;b=SECRETSIG;c", "https://h/v;a=(hidden)/x.tar;b=(hidden);c", "x.tar;c"),
+        ("https://h/a;b.tar", "https://h/a;b.tar", "a;b.tar"),
         (f"s3://{USER}:{SECRET}@bucket/x#1.tar", "s3://(hidden)@bucket/x#1.tar", "x#1.tar"),
         (f"ftp://{USER}:{SECRET}@h/x.tar", "ftp://(hidden)@h/x.tar", "x.tar"),
         ("abfs://container@account/x.tar", "abfs://container@account/x.tar", "x.tar"),
@@ -55,6 +61,9 @@ def test_address_is_shown_without_secrets(address: str, expected: str, name: str
     assert not leaks(line)
     assert hide_secrets_in_text(line) == line
     assert line.endswith(": gone")
+    quoted = f"{[address, address]} {json.dumps([address])} "
+    assert hide_secrets_in_text(quoted).count(expected) == 3
+    assert hide_secrets_in_text(f"no '{address}', \"{address}\"") == f"no '{expected}', \"{expected}\""
 
 
 def test_stored_configuration_has_no_secrets_and_reports_that() -> None:
@@ -94,6 +103,16 @@ def test_index_and_its_errors_have_no_secret(tmp_path: Path, capsys: pytest.Capt
     except OSError:
         record = logging.LogRecord("a", 40, "b", 1, "at %s", (names[0],), sys.exc_info())
     assert not leaks(LineFormat().format(record))
+
+
+def test_unforeseen_error_shows_no_secret(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        raise OSError(planted("https://h/x.tar"))
+    except OSError as error:
+        train._fail_unforeseen(error)
+    output = capsys.readouterr().err
+    assert "Traceback" in output
+    assert not leaks(output)
 
 
 def test_run_leaves_no_secret_in_any_file_or_stream(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from raphael_dist.config.data_sections import Data  # not imported at run time: worker processes do not need pydantic
 
 _log = logging.getLogger(__name__)
+_HIDDEN_PARTS = re.compile(r"[?#]\(hidden\)|;[^/;=]*=\(hidden\)")  # of an address from `hide_secrets`
 _GZIPPED = re.compile(r"(\.tar\.gz|\.tgz)$", re.IGNORECASE)
 _CACHE_VERSION = 1
 _SHA256 = "sha256:"  # prefix of a mark that is the digest of the plain tar, since the server states none
@@ -294,8 +295,8 @@ def store_of(d: "Data") -> ShardStore:
 
 
 def base_name(name: str) -> str:
-    """Return the last part of a shard's path or URL, without the URL's query: a.tar for https://host/a.tar?key=1."""
-    return PurePosixPath(re.split(r"[?#]\(hidden\)", hide_secrets(name))[0] if "://" in name else name).name
+    """Return the last part of a shard's path or URL, without query and parameters: a.tar for https://host/a.tar;v=1?key=1."""
+    return PurePosixPath(_HIDDEN_PARTS.sub("", hide_secrets(name)) if "://" in name else name).name
 
 
 def plain_name(name: str) -> str:

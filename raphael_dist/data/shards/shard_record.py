@@ -227,7 +227,7 @@ def _read_parquet(store: ShardStore, name: str, keys: Sequence[str]) -> dict[str
     """Return the columns in the parquet file that img2dataset writes next to a shard, by name; {} without such a file."""
     parquet = name[: len(name) - len(base_name(name))] + plain_name(name).removesuffix(".tar") + ".parquet"
     is_remote = remote.is_remote(name)
-    if not keys or "?" in name or not (is_remote or Path(parquet).is_file()):
+    if not keys or not name.endswith(base_name(name)) or not (is_remote or Path(parquet).is_file()):
         return {}
     try:
         size = remote.stat(parquet, store.retry)[0] if is_remote else Path(parquet).stat().st_size
