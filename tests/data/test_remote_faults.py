@@ -1,7 +1,10 @@
 """Temporary and permanent server faults: later runs lose nothing, and reads are limited."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,7 +21,7 @@ from raphael_dist.data.stream import TrainStream
 from raphael_dist.errors import UserError
 from tests.data.test_remote import BUCKETS, QUICK, cached_names, local, store_in  # noqa: F401
 from tests.data.test_stream import Text, encoders
-from tests.lib.servers import Faults, http_files
+from tests.lib.servers import Faults, hf_dataset, http_files, s3_bucket
 
 
 def names(address: str) -> list[str]:
@@ -108,6 +111,56 @@ def test_server_without_ranges_sends_shard_once(
     with http_files(local[0].parent, faults, knows_ranges=False) as address:
         assert b"".join(remote.pieces(f"{address}/00000.tar", len(data), QUICK)) == data
     assert faults.asked == ["00000.tar"] * 2, "and once more after the fault"
+
+
+@contextmanager
+def service(kind: str, local: list[Path], faults: Faults, knows_ranges: bool = True) -> Iterator[str]:  # noqa: F811
+    if kind == "s3":
+        with s3_bucket(local, faults=faults, knows_ranges=knows_ranges):
+            yield f"s3://laion/{local[0].name}"
+    else:
+        with hf_dataset(local[0].parent, faults=faults, knows_ranges=knows_ranges) as address:
+            yield f"{address}/{local[0].name}"
+
+
+@pytest.mark.parametrize("kind", ["s3", "hf"])
+def test_service_without_ranges_or_end_is_not_read_whole(
+    local: list[Path],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    data, faults = local[0].read_bytes(), Faults()
+    with service(kind, local, faults, knows_ranges=False) as address:
+        assert b"".join(remote.pieces(address, len(data), QUICK)) == data, "in one piece"
+        monkeypatch.setattr(remote, "PIECE_BYTES", 1000)
+        faults.asked.clear()
+        pieces = remote.pieces(address, len(data), QUICK)
+        assert next(pieces) == data[:1000]
+        with pytest.raises(RemoteError, match=f"{local[0].name}: the server ignores byte ranges"):
+            next(pieces)
+    assert faults.asked == [local[0].name] * 2, "not repeated"
+    faults = Faults(of={local[0].name: ["endless"] * 2})
+    with service(kind, local, faults) as address:
+        pieces = remote.pieces(address, len(data), QUICK)
+        assert next(pieces) == bytes(1000)
+        with pytest.raises(RemoteError, match="the server ignores byte ranges"):
+            next(pieces)
+    assert faults.sent < 32 << 20, "no more than what the buffers between the two hold"
+
+
+def test_other_library_that_ignores_ranges_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = []
+
+    def cat_file(*_: object, **__: object) -> bytes:
+        reads.append(1)
+        return bytes(2500)
+
+    fs = SimpleNamespace(protocol=("gs", "gcs"), async_impl=True, cat_file=cat_file)
+    monkeypatch.setattr(remote.fsspec.core, "url_to_fs", lambda url, **_: (fs, url))
+    monkeypatch.setattr(remote, "PIECE_BYTES", 1000)
+    with pytest.raises(RemoteError, match=r"a\.tar: the server ignores byte ranges"):
+        next(remote.pieces("gs://b/a.tar", 2500, QUICK))
+    assert reads == [1]
 
 
 def test_sample_of_unreachable_shard_becomes_good_again(

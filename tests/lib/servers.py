@@ -138,13 +138,14 @@ class _Hub(_Handler):
 
     folder: Path
     repo: str
+    knows_ranges = True
 
     def do_GET(self) -> None:
         path = urllib.parse.unquote(self.path.partition("?")[0])
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         api, files = f"/api/datasets/{self.repo}", f"/datasets/{self.repo}/resolve/main/"
         if path.startswith(files):
-            return _send_file(self, self.folder / path.removeprefix(files))
+            return _send_file(self, self.folder / path.removeprefix(files), self.knows_ranges)
         if path == f"{api}/paths-info/main":
             asked = urllib.parse.parse_qs(body.decode())["paths"]
             content: Any = [self.about(self.folder / name) for name in asked if (self.folder / name).is_file()]
@@ -191,11 +192,13 @@ class _Bucket(_Handler):
 
 class _Proxy(_Handler):
     upstream: tuple[str, int]
+    knows_ranges = True
 
     def do_GET(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         there = http.client.HTTPConnection(*self.upstream, timeout=60)
-        there.request(self.command, self.path, body, dict(self.headers))
+        headers = {name: value for name, value in self.headers.items() if self.knows_ranges or name != "Range"}
+        there.request(self.command, self.path, body, headers)
         reply = there.getresponse()
         self.answer(reply.status, dict(reply.getheaders()), reply.read())
         there.close()
@@ -231,12 +234,15 @@ def http_files(folder: Path, faults: Faults | None = None, knows_ranges: bool = 
 
 
 @contextmanager
-def hf_dataset(folder: Path, repo: str = "me/pictures", faults: Faults | None = None) -> Iterator[str]:
+def hf_dataset(
+    folder: Path, repo: str = "me/pictures", faults: Faults | None = None, knows_ranges: bool = True
+) -> Iterator[str]:
     """Serve a folder's files as a data set of the Hugging Face hub, to clients in this process; yield its address, hf://..."""
     from huggingface_hub import HfFileSystem, constants
 
     before = constants.ENDPOINT, constants.HUGGINGFACE_CO_URL_TEMPLATE  # HF_ENDPOINT, as it was when they were imported
-    with _serving(type("Hub", (_Hub,), {"folder": folder, "repo": repo, "faults": faults or Faults()})) as port:
+    about = {"folder": folder, "repo": repo, "faults": faults or Faults(), "knows_ranges": knows_ranges}
+    with _serving(type("Hub", (_Hub,), about)) as port:
         HfFileSystem.clear_instance_cache()  # an instance keeps the address that it was made with
         constants.ENDPOINT = f"http://127.0.0.1:{port}"
         constants.HUGGINGFACE_CO_URL_TEMPLATE = before[1].replace(before[0], constants.ENDPOINT)
@@ -266,7 +272,9 @@ def gcs_bucket(folder: Path, bucket: str = "pictures", faults: Faults | None = N
 
 
 @contextmanager
-def s3_bucket(files: list[Path], bucket: str = "laion", faults: Faults | None = None) -> Iterator[dict[str, str]]:
+def s3_bucket(
+    files: list[Path], bucket: str = "laion", faults: Faults | None = None, knows_ranges: bool = True
+) -> Iterator[dict[str, str]]:
     """Serve files as a bucket of an S3 server; yield the environment that its clients need, which is set here as well."""
     import boto3
     from moto.server import ThreadedMotoServer
@@ -287,7 +295,8 @@ def s3_bucket(files: list[Path], bucket: str = "laion", faults: Faults | None = 
         client.create_bucket(Bucket=bucket)
         for path in files:
             client.upload_file(str(path), bucket, path.name)
-        with _serving(type("Proxy", (_Proxy,), {"upstream": (host, port), "faults": faults or Faults()})) as proxy:
+        about = {"upstream": (host, port), "faults": faults or Faults(), "knows_ranges": knows_ranges}
+        with _serving(type("Proxy", (_Proxy,), about)) as proxy:
             environment["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{proxy}"
             os.environ.update(environment)
             yield environment

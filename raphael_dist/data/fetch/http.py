@@ -165,16 +165,22 @@ class HttpFile:
         return bool(await asyncio.wait_for(self._body.content.read(1), self._timeout_s))
 
 
-def _check(response: "ClientResponse") -> None:
-    """Raise an exception that fits the status, unless the response contains the file (200) or a part of it (206)."""
-    status = response.status
+def check_status(status: int, retry_after: str) -> None:
+    """Raise an exception that fits an HTTP status, unless the response contains the file (200) or a part of it (206).
+
+    `retry_after`: the header Retry-After of the response, or "".
+    """
     if status in (200, 206):
         return
     if status in _ABSENT:
         raise FileNotFoundError
     if status in _DENIED:
         raise PermissionError
-    raise HttpError(f"status {status}", status, _retry_after_seconds(response.headers.get("Retry-After", "")))
+    raise HttpError(f"status {status}", status, _retry_after_seconds(retry_after))
+
+
+def _check(response: "ClientResponse") -> None:
+    check_status(response.status, response.headers.get("Retry-After", ""))
 
 
 def _stated_size(response: "ClientResponse") -> int | None:

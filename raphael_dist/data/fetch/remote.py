@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import fsspec
 
+from raphael_dist.data.fetch.byte_range import IgnoredRangeError, read_range
 from raphael_dist.data.fetch.http import HttpError, HttpFile
 from raphael_dist.errors import UserError
 from raphael_dist.text import HIDDEN, hide_secrets
@@ -148,10 +149,8 @@ class _LibraryFile:
         return size if isinstance(size, int) else None, info
 
     def read(self, start: int, end: int, size: int) -> bytes:
-        fs, path, options = self._resolve()
-        data = bytes(fs.cat_file(path, start=start, end=end, **options))
-        if len(data) == size:  # a server without range support sends everything
-            data = data[start:end]
+        fs, path, _ = self._resolve()
+        data = read_range(fs, path, start, end, self._timeout_s)
         if len(data) != end - start:
             raise HttpError(f"received {len(data)} of {end - start} requested bytes")
         return data
@@ -195,7 +194,10 @@ def _with_retries(url: str, retry: RetryPolicy, request: Callable[[], T]) -> T:
 
 
 def _is_final(error: Exception) -> bool:
-    if isinstance(error, (FileNotFoundError, PermissionError)) or getattr(error, "status", None) in _FINAL:
+    if (
+        isinstance(error, (FileNotFoundError, PermissionError, IgnoredRangeError))
+        or getattr(error, "status", None) in _FINAL
+    ):
         return True
     return type(error).__name__ in ("TooManyRedirects", "InvalidUrlRedirectClientError", "NonHttpUrlRedirectClientError")
 
