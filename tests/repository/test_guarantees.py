@@ -1,4 +1,7 @@
-"""Each guarantee of docs/guarantees.md has tests that exist, and the documents refer only to guarantees that exist."""
+"""Guarantees and faults have tests that exist, and the documents refer only to guarantees that exist.
+
+Guarantees are the rows of docs/guarantees.md, faults those of the table in docs/reliability.md that names tests.
+"""
 
 import ast
 import re
@@ -6,10 +9,11 @@ from functools import cache
 
 import pytest
 
-from tests.lib.documents import DOCUMENTS, table_rows, text_of
+from tests.lib.documents import DOCUMENTS, table_rows, tables_of, text_of
 from tests.lib.launch import ROOT
 
 PAGE = "docs/guarantees.md"
+FAULTS_PAGE = "docs/reliability.md"
 FIRST_CELL = re.compile(r'<a id="([a-z0-9-]+)"></a>`\1`')
 LINK = re.compile(r"\]\([^)\s]*guarantees\.md#([^)\s]+)\)")
 TEST_FILES = sorted((ROOT / "tests").rglob("test_*.py"))
@@ -26,6 +30,13 @@ def guarantees() -> list[tuple[str, str, list[str]]]:
     return parsed
 
 
+def faults() -> list[tuple[str, str, list[str]]]:
+    """Return (fault, what happens, tests) of each row, without the rows that head a group."""
+    (table,) = [table for table in tables_of(FAULTS_PAGE) if any("::" in row[-1] for row in table)]
+    assert all(len(row) == 3 for row in table), f"{FAULTS_PAGE}: a row has a fault, what happens and tests"
+    return [(row[0], row[1], re.findall(r"`([^`]+)`", row[2])) for row in table if any(row[1:])]
+
+
 @cache
 def enabled_tests(file: str) -> frozenset[str]:
     """Return the names of the tests that the one file of this name (maybe with folders before it) runs."""
@@ -37,10 +48,11 @@ def enabled_tests(file: str) -> frozenset[str]:
 
 
 GUARANTEES = guarantees()
+ROWS = [*GUARANTEES, *faults()]
 
 
-@pytest.mark.parametrize(("name", "sentence", "tests"), GUARANTEES, ids=[name for name, *_ in GUARANTEES])
-def test_guarantee_is_held_by_tests_that_run(name: str, sentence: str, tests: list[str]) -> None:
+@pytest.mark.parametrize(("name", "sentence", "tests"), ROWS, ids=[name for name, *_ in ROWS])
+def test_row_is_held_by_tests_that_run(name: str, sentence: str, tests: list[str]) -> None:
     assert sentence
     assert tests, f"{name} names no test"
     for test in tests:
