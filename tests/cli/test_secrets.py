@@ -105,6 +105,13 @@ def test_index_and_its_errors_have_no_secret(tmp_path: Path, capsys: pytest.Capt
     assert not leaks(LineFormat().format(record))
 
 
+def test_command_line_that_trackers_store_has_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["train.py", "--config", "emoji-tiny", "--plan", f"data.shards=['{planted('https://h/x.tar')}']"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert train.main() == 0
+    assert sys.argv == [*words[:-1], "data.shards=['https://(hidden)@h/x.tar?(hidden)']"]
+
+
 def test_unforeseen_error_shows_no_secret(capsys: pytest.CaptureFixture[str]) -> None:
     try:
         raise OSError(planted("https://h/x.tar"))

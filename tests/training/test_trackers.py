@@ -41,7 +41,9 @@ def test_tensorboard_shows_configuration_and_hyperparameters(tmp_path: Path) -> 
 
 
 def test_hyperparameters_are_flat_and_hide_secrets() -> None:
-    values = flat(tiny_config())
+    values = flat(tiny_config(data={"shards": ["https://user:SECRET@h/x.tar?key=SECRET"]}))
+    assert values["data.shards"] == "['https://(hidden)@h/x.tar?(hidden)']"
+    assert "SECRET" not in str(values)
     assert values["optim.lr"] == 0.05
     assert values["model.channels"] == "[16, 24]"
     assert all(isinstance(value, bool | int | float | str) for value in values.values())
