@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from raphael_dist.data.shards.columns import check_expansion
+from raphael_dist.data.shards.tar_scan import expanded_limit
+from raphael_dist.data_prep.arrow_size import expanded_bytes
 from raphael_dist.errors import UserError
 from raphael_dist.text import json_type, parse_json, read_text, split_lines
 
 Row = dict[str, object]
+_FEW_ROWS = 8  # that are in memory at a time: a long string in each row may be stored only once
 _EXAMPLE_LINE = '{"file_name": "heart.png", "text": "a red heart"}'
 
 
@@ -95,10 +98,33 @@ def _arrow_rows(paths: list[Path]) -> Iterator[Row]:
     for path in paths:
         try:
             with pyarrow.memory_map(str(path)) as source:
-                for batch in pyarrow.ipc.open_stream(source):
-                    yield from batch.to_pylist()
-        except pyarrow.ArrowException as error:
+                num_bytes = path.stat().st_size
+                limit = max(expanded_limit(num_bytes), 2 * num_bytes)  # without compression, a file may have any size
+                if expanded_bytes(pyarrow, source) > limit:
+                    raise ValueError(f"its {num_bytes} bytes expand to more than {limit}, which are allowed")
+                source.seek(0)
+                for row in _arrow_batch_rows(pyarrow.ipc.open_stream(source)):
+                    limit -= _size(row)
+                    if limit < 0:
+                        raise ValueError(f"its {num_bytes} bytes expand to too many rows or too long strings")
+                    yield row
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise UserError(f"SOURCE: {path} cannot be read as an Arrow stream ({error}). Write or copy it again.") from None
+
+
+def _arrow_batch_rows(batches: Iterable[Any]) -> Iterator[Row]:
+    for batch in batches:
+        for first in range(0, batch.num_rows, _FEW_ROWS):
+            yield from batch.slice(first, _FEW_ROWS).to_pylist()
+
+
+def _size(value: object) -> int:
+    """Return roughly how many bytes a value of an Arrow row has in memory."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, dict):
+        return 1 + sum(map(_size, value.values()))
+    return 1 + sum(map(_size, value)) if isinstance(value, list) else 1
 
 
 def _parquet_rows(paths: list[Path]) -> Iterator[Row]:
@@ -109,7 +135,7 @@ def _parquet_rows(paths: list[Path]) -> Iterator[Row]:
         try:
             file = parquet.ParquetFile(path)
             check_expansion(file, path.stat().st_size)
-            for batch in file.iter_batches(batch_size=8):  # small: a long string in each row may be stored only once
+            for batch in file.iter_batches(batch_size=_FEW_ROWS):
                 yield from batch.to_pylist()
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise UserError(f"SOURCE: {path} cannot be read as parquet ({error}). Write or copy it again.") from None

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from raphael_dist.data.shards import tar_scan
 from raphael_dist.data.shards.columns import parquet_columns, word_code
-from raphael_dist.data_prep.caption_tables import _parquet_rows
+from raphael_dist.data_prep.arrow_size import expanded_bytes
+from raphael_dist.data_prep.caption_tables import _arrow_rows, _parquet_rows
 from raphael_dist.errors import UserError
 from tests.lib.launch import ROOT
 
@@ -53,6 +55,51 @@ def test_parquet_beyond_limits_is_rejected_before_reading(tmp_path: Path) -> Non
     assert peak_mb() - before < 100
     with pytest.raises(ValueError, match="it has 1000021 rows for 2 samples, but at most 1000020 are allowed"):
         parquet_columns(parquet_of(key=["a"] * 1_000_021), ["a", "b"])
+
+
+def arrow_file(path: Path, compression: str | None, batch_rows: int = 1000, **columns: object) -> Path:
+    table = pyarrow.table(columns)
+    options = pyarrow.ipc.IpcWriteOptions(compression=compression)
+    with pyarrow.ipc.new_stream(str(path), table.schema, options=options) as stream:
+        stream.write_table(table, max_chunksize=batch_rows)
+    return path
+
+
+@pytest.mark.parametrize("compression", [None, "lz4", "zstd"])
+def test_arrow_rows_are_read_and_their_size_is_known(tmp_path: Path, compression: str | None) -> None:
+    words = pyarrow.array([f"caption {n % 9} " * 40 for n in range(3000)]).dictionary_encode()
+    columns = {"text": words, "number": list(range(3000)), "empty": [None] * 3000, "image": [{"bytes": b"x" * 50}] * 3000}
+    path = arrow_file(tmp_path / "a.arrow", compression, **columns)
+    assert list(_arrow_rows([path])) == pyarrow.table(columns).to_pylist()
+    plain = arrow_file(tmp_path / "b.arrow", None, **columns)
+    sizes = [expanded_bytes(pyarrow, pyarrow.memory_map(str(name))) for name in (path, plain)]
+    # In an uncompressed stream, each buffer is padded to 8 or 64 bytes.
+    assert sizes[0] <= sizes[1] < plain.stat().st_size
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.01)
+
+
+def test_arrow_beyond_limits_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [f"{n:07d}" * 1000 for n in range(12_000)]  # compresses to less than a fiftieth
+    packed = arrow_file(tmp_path / "a.arrow", "zstd", file_name=["a.png"] * 12_000, text=words)
+    del words
+    before = peak_mb()
+    with pytest.raises(UserError, match=r"a\.arrow cannot be read as an Arrow stream .its \d+ bytes expand to more than"):
+        list(_arrow_rows([packed]))
+    one_word = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 1000), pyarrow.array(["x" * (1 << 20)]))
+    with pytest.raises(UserError, match="expand to too many rows or too long strings"):
+        for _ in _arrow_rows([arrow_file(tmp_path / "b.arrow", None, text=one_word)]):
+            pass
+    monkeypatch.setattr(tar_scan, "SMALL_BYTES", 1 << 16)
+    rows = pyarrow.nulls(1 << 20)
+    with pytest.raises(UserError, match="expand to too many rows or too long strings"):
+        for _ in _arrow_rows([arrow_file(tmp_path / "c.arrow", None, 1 << 20, text=rows)]):
+            pass
+    assert peak_mb() - before < 100
+    data = packed.read_bytes()
+    for end in (100, 1000, len(data) // 2):
+        packed.write_bytes(data[:end])
+        with pytest.raises(UserError, match="cannot be read as an Arrow stream"):
+            list(_arrow_rows([packed]))
 
 
 @pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)])
