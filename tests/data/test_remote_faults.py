@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from email.utils import formatdate
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import pytest
 from raphael_dist.data import stream
 from raphael_dist.data.features.feature_source import OnlineFeatures
 from raphael_dist.data.fetch import remote
+from raphael_dist.data.fetch.http import _retry_after_seconds
 from raphael_dist.data.fetch.remote import RemoteError, RetryPolicy
 from raphael_dist.data.fetch.shard_cache import ShardError
 from raphael_dist.data.order import SampleOrder
@@ -89,17 +91,32 @@ def test_other_bytes_of_the_same_size_are_detected_without_etag(local: list[Path
 
 
 @pytest.mark.parametrize(
-    ("fault", "message"), [("endless", "more bytes than its headers"), ("packed", "Content-Encoding: gzip")]
+    ("fault", "message", "final"),
+    [
+        ("endless", "more bytes than its headers", False),
+        ("packed", "Content-Encoding: gzip", False),
+        ("other bytes", "the server sent bytes from 1, but bytes from 0 were requested", False),
+        ("other size", r"the size of the file has changed from \d+ to 10 bytes", False),
+        ("to a file", "00000.tar: NonHttpUrlRedirectClientError", True),
+        ("in a loop", "00000.tar: TooManyRedirects", True),
+    ],
 )
-def test_endless_or_compressed_body_is_rejected(local: list[Path], fault: str, message: str) -> None:  # noqa: F811
+def test_other_answer_than_the_file_is_rejected(local: list[Path], fault: str, message: str, final: bool) -> None:  # noqa: F811
     size = local[0].stat().st_size
-    faults = Faults(of={"00000.tar": [fault]})
+    faults = Faults(of={"00000.tar": [fault] * 20})
     with (
         http_files(local[0].parent, faults) as address,
-        pytest.raises(RemoteError, match=message),
+        pytest.raises(RemoteError, match=message) as error,
     ):
         b"".join(remote.pieces(f"{address}/00000.tar", size, RetryPolicy(retries=0, timeout_s=5.0)))
+    assert error.value.final == final
     assert faults.sent < 32 << 20, "no more than what the buffers between the two hold"
+
+
+def test_retry_after_may_be_a_date() -> None:
+    assert 8 < _retry_after_seconds(formatdate(time.time() + 10, usegmt=True)) <= 10
+    assert _retry_after_seconds(formatdate(time.time() - 10, usegmt=True)) == 0
+    assert _retry_after_seconds("soon") == 0
 
 
 def test_server_without_ranges_sends_shard_once(

@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 SLOW_S = 3.0
+REDIRECTS = {"to a file": "file:///etc/hostname", "in a loop": "?again"}  # Location of the answer
+RANGES = {"other bytes": "bytes 1-9/*", "other size": "bytes 0-9/10"}  # Content-Range of the answer
 
 
 @dataclass
 class Faults:
-    """Faults of a server: "429" (wait a second), "500", "503", "cut" (half of the body), "slow", "endless", or "packed"
-    (falsely declared as gzip).
+    """Faults of a server: "429" (wait a second), "500", "503", "cut" (half of the body), "slow", "endless", "packed"
+    (falsely declared as gzip), or one of REDIRECTS and RANGES.
 
     Attributes:
         of, heads: the faults of the next GETs and HEADs of a file, by its name.
@@ -68,6 +70,10 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.faults.next(self.path, "Range" in self.headers, is_head) if is_head or self.command == "GET" else None
         if fault is not None and fault.isdigit():
             status, headers, body = int(fault), {"Retry-After": "1"} if fault == "429" else {}, b""
+        if fault in REDIRECTS:
+            status, headers, body = 302, {"Location": REDIRECTS[fault]}, b""
+        if fault in RANGES:
+            headers = {**headers, "Content-Range": RANGES[fault]}
         if fault == "packed":
             headers = {**headers, "Content-Encoding": "gzip"}
         if fault == "endless":
