@@ -142,6 +142,114 @@ def test_unreadable_user_image_is_reported_in_one_line(tmp_path: Path) -> None:
     assert read_fitted_image(tmp_path / "a.gif", (32, 48)).shape == (32, 48, 3)
 
 
+def on_white(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """Return uint8 RGB [H, W, 3] for colours [H, W, 3] with opacity `alpha` [H, W] in 0..255, on white."""
+    opacity = alpha[..., None] / 255
+    return (colour * opacity + 255 * (1 - opacity)).round().astype(np.uint8)
+
+
+def cmyk_jpeg() -> tuple[bytes, np.ndarray]:
+    inks = np.zeros((32, 48, 4), np.uint8)
+    inks[:16, :, 1:3], inks[16:, :, 3], inks[:, 24:, 0] = (200, 100), 128, 60
+    cyan_magenta_yellow, black = inks[..., :3].astype(int), inks[..., 3:].astype(int)
+    rgb = ((255 - cyan_magenta_yellow) * (255 - black) / 255).round().astype(np.uint8)
+    return encoded(Image.frombytes("CMYK", (48, 32), inks.tobytes()), "JPEG", quality=100), rgb
+
+
+PALETTE = np.array([(255, 0, 0), (0, 255, 0), (0, 0, 255), (10, 20, 30)], np.uint8)
+INDEX = np.arange(32 * 48, dtype=np.uint8).reshape(32, 48) % 4
+
+
+def palette_image() -> Image.Image:
+    image = Image.frombytes("P", (48, 32), INDEX.tobytes())
+    image.putpalette(PALETTE.tobytes())
+    return image
+
+
+def palette_with_clear_colour() -> tuple[bytes, np.ndarray]:
+    return encoded(palette_image(), transparency=2), on_white(PALETTE[INDEX], np.where(INDEX == 2, 0, 255))
+
+
+def palette_with_alpha() -> tuple[bytes, np.ndarray]:
+    alpha = np.array([255, 128, 0, 64])
+    return encoded(palette_image(), transparency=bytes(alpha.tolist())), on_white(PALETTE[INDEX], alpha[INDEX])
+
+
+def grey_with_alpha() -> tuple[bytes, np.ndarray]:
+    grey, alpha = (INDEX * 50).astype(np.uint8), (255 - INDEX * 60).astype(np.uint8)
+    layers = [Image.frombytes("L", (48, 32), values.tobytes()) for values in (grey, alpha)]
+    return encoded(Image.merge("LA", layers)), on_white(np.repeat(grey[..., None], 3, axis=2), alpha)
+
+
+def one_bit() -> tuple[bytes, np.ndarray]:
+    bits = INDEX % 2 * 255
+    image = Image.frombytes("L", (48, 32), bits.tobytes()).convert("1", dither=Image.Dither.NONE)
+    return encoded(image), np.repeat(bits[..., None], 3, axis=2)
+
+
+def animated(kind: str, **options: Any) -> tuple[bytes, np.ndarray]:
+    data = encoded(shape(), kind, save_all=True, append_images=[Image.new("RGB", (48, 32), "blue")], duration=100, **options)
+    return data, np.asarray(shape())
+
+
+def one_pixel() -> tuple[bytes, np.ndarray]:
+    return encoded(Image.new("RGB", (1, 1), (1, 2, 3))), np.array([[[1, 2, 3]]], np.uint8)
+
+
+KINDS = {
+    "CMYK JPEG": cmyk_jpeg, "palette, clear colour": palette_with_clear_colour, "palette, alpha": palette_with_alpha,
+    "LA": grey_with_alpha, "1 bit": one_bit, "APNG": lambda: animated("PNG"),
+    "animated WebP": lambda: animated("WEBP", lossless=True), "1 pixel": one_pixel,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kind_of_image_has_the_expected_pixels(kind: str) -> None:
+    data, expected = KINDS[kind]()
+    found = np.asarray(decode_image(data))
+    assert found.shape == expected.shape
+    assert upright_size(data) == (expected.shape[1], expected.shape[0])
+    difference = np.abs(found.astype(int) - expected)
+    if kind == "CMYK JPEG":  # compression blurs the borders between the colours
+        assert difference.mean() < 2
+        assert np.median(difference) <= 1
+    else:
+        assert difference.max() <= 1
+
+
+def exif_block(kind: int, count: int, value: bytes) -> bytes:
+    """Return an EXIF block with the orientation as one entry: its type, number of values, and 4 bytes."""
+    return b"II*\0" + struct.pack("<IHHHI4sI", 8, 1, 0x0112, kind, count, value, 0)
+
+
+SIX = exif_block(3, 1, b"\6\0\0\0")
+BLOCKS = {
+    "upright": (exif_block(3, 1, b"\1\0\0\0"), False),
+    "turned": (SIX, True),
+    "LONG": (exif_block(4, 1, b"\6\0\0\0"), True),
+    "text": (exif_block(2, 2, b"6\0\0\0"), False),
+    "two values": (exif_block(3, 2, b"\6\0\6\0"), True),
+    "no orientation": (exif_block(3, 1, b"\x09\0\0\0"), False),
+    "unknown type": (exif_block(99, 1, b"\6\0\0\0"), False),
+    "65535 entries": (b"II*\0" + struct.pack("<IH", 8, 65535), False),
+    "beyond the end": (b"II*\0" + struct.pack("<I", 60_000), False),
+    "truncated": (SIX[:15], False),
+    "empty": (b"", False),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of Pillow, about the EXIF block
+@pytest.mark.parametrize("name", BLOCKS)
+def test_jpeg_with_unusual_exif_is_turned_or_decoded_as_stored(name: str) -> None:
+    block, is_turned = BLOCKS[name]
+    upright = shape()
+    stored = upright.transpose(Image.Transpose.ROTATE_90) if is_turned else upright
+    jpeg, segment = encoded(stored, "JPEG", quality=95), b"Exif\0\0" + block
+    data = jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + jpeg[2:]
+    assert upright_size(data) == (48, 32)
+    assert np.abs(np.asarray(decode_image(data)).astype(int) - np.asarray(upright)).mean() < 5
+
+
 def chunk(kind: bytes, data: bytes, checksum: int | None = None) -> bytes:
     checksum = zlib.crc32(kind + data) if checksum is None else checksum
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
