@@ -1,6 +1,7 @@
 """Command line: `python -m raphael_dist report RUN [RUN2 ...] --out FILE.html` writes one HTML file about some runs."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(
                 f"RUN={one_run.run.folder}: a report requires metrics.jsonl with at least one line, but the run has no "
                 "such line. Train for at least train.log_every steps, or run "
-                f"`python -m raphael_dist doctor {one_run.run.folder}`."
+                f"`python -m raphael_dist doctor {shlex.quote(str(one_run.run.folder))}`."
             )
     page = build_page(examined).encode()
     try:

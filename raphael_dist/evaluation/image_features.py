@@ -3,6 +3,7 @@
 Shape legend: B images, H and W their height and width in pixels, D features.
 """
 
+import shlex
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -158,7 +159,7 @@ def _load_clip(folder: str) -> "tuple[CLIPModel, CLIPProcessor]":
     if not Path(folder).is_dir():
         raise UserError(
             f"--clip={folder} must be a folder with a CLIP model, but there is no such folder. Download a model into it "
-            f"first, e.g. `hf download openai/clip-vit-base-patch32 --local-dir {folder}`."
+            f"first, e.g. `hf download openai/clip-vit-base-patch32 --local-dir {shlex.quote(folder)}`."
         )
     with reported("--clip", folder):
         model = CLIPModel.from_pretrained(folder, **offline(), variant=weight_files(Path(folder), TRANSFORMERS).variant)

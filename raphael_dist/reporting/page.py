@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from html import escape
 from importlib import resources
@@ -203,8 +204,8 @@ def _routes(runs: Sequence[Examined], data: JsonObject) -> str:
             parts.append(
                 _sentence(
                     "The run has no routes. A model with experts writes them with each sample grid (train.sample_every). To "
-                    f"make them from a checkpoint: python -m raphael_dist routes --checkpoint {examined.run.folder} --out "
-                    "paths"
+                    "make them from a checkpoint: python -m raphael_dist routes --checkpoint "
+                    f"{shlex.quote(str(examined.run.folder))} --out paths"
                 )
             )
     return "".join(parts)

@@ -1,9 +1,11 @@
 """Text from outside: files in any encoding, lines that end at line feeds alone, nothing that acts on a terminal."""
 
+import html
 import io
 import json
 import logging
 import pickle
+import re
 import subprocess
 import sys
 import tarfile
@@ -14,10 +16,12 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
+import torch
 
 from raphael_dist import train
 from raphael_dist.checkpoint.manifest import seal
 from raphael_dist.cli import doctor
+from raphael_dist.cli import report as cli_report
 from raphael_dist.cluster import prove
 from raphael_dist.config.schema import load_config
 from raphael_dist.convert.conversion import convert
@@ -26,6 +30,7 @@ from raphael_dist.convert.write_plan import Options
 from raphael_dist.data.shards.shard_names import expand_shards
 from raphael_dist.engine.ds_config import read_deepspeed_json
 from raphael_dist.errors import UserError, run_command
+from raphael_dist.evaluation.image_features import ClipScore
 from raphael_dist.model.latents import latent_factor
 from raphael_dist.planning.cluster_spec import load_cluster
 from raphael_dist.sampling.prompts import read_requests
@@ -237,6 +242,24 @@ def test_commands_at_end_of_run_are_quoted_for_a_shell(tmp_path: Path) -> None:
     assert f"--checkpoint {quoted} --prompt" in output
     assert f"tensorboard --logdir {quoted}/tensorboard" in output
     assert f"convert --from auto {quoted} --to diffusers {quoted}/exported" in output
+
+
+def test_commands_in_messages_and_reports_are_quoted_for_a_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "my run"
+    quoted = f"'{folder}'"
+    run, page = plant(folder), tmp_path / "page.html"
+    for routes in run.glob("samples/*.routes.json"):
+        routes.unlink()
+    arguments = [str(run), "--out", str(page), "--cluster", "none"]
+    assert cli_report.main(arguments) == 0
+    assert f"routes --checkpoint {quoted} --out paths" in html.unescape(page.read_text())
+    (run / "metrics.jsonl").unlink()
+    assert cli_report.main(arguments) == 2
+    assert f"doctor {quoted}`" in capsys.readouterr().err
+    with pytest.raises(UserError, match=re.escape(f"prepare_data.py {quoted} --out SHARDS`")):
+        expand_shards([str(folder)])
+    with pytest.raises(UserError, match=re.escape(f"--local-dir '{folder} clip'`")):
+        ClipScore(tmp_path / "my run clip", torch.device("cpu"))
 
 
 DECODE = """

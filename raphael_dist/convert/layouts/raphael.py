@@ -4,6 +4,7 @@ checkpoint/reader.py describes the format. This module plans such files for any 
 """
 
 import json
+import shlex
 from pathlib import Path
 
 from raphael_dist.checkpoint.manifest import FORMAT, MANIFEST
@@ -41,7 +42,8 @@ def _open_step(folder: Path) -> Checkpoint:
         )
         raise UserError(
             f"{folder} contains only {what}, without the base model. Give the base model, {config.run.init_from}, instead "
-            f"of this folder, and add {option} {folder}; or export {what} with --to {export} (docs/adapters.md)."
+            f"of this folder, and add {option} {shlex.quote(str(folder))}; or export {what} with --to {export} "
+            "(docs/adapters.md)."
         )
     files, topology = checksummed_files(folder, manifest), f"ep {config.parallel.space_ep},{config.parallel.time_ep}"
     checkpoint = Checkpoint(folder, config, reader.spans(), progress_of(manifest), manifest["dataset"], files)

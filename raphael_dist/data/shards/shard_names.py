@@ -1,6 +1,7 @@
 """Expands the patterns of data.shards (braces, globs, URLs) to the paths and URLs of shards."""
 
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -211,7 +212,7 @@ def _expand_path(folder: Path, name: str, pattern: str) -> list[Path]:
     if path.is_dir():
         raise UserError(
             f"data.shards={str(path)!r} must name files, but it is a folder. Name its tar files, '{path}/*.tar', or make "
-            f"shards from its images with `python tools/prepare_data.py {path} --out SHARDS`."
+            f"shards from its images with `python tools/prepare_data.py {shlex.quote(str(path))} --out SHARDS`."
         )
     if not path.is_file():
         raise UserError(
