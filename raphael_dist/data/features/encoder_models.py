@@ -100,7 +100,7 @@ def _load_without_data(kind: Any, config: Any, paths: Iterable[Path]) -> tuple[M
     with _one_loading_thread(), FakeTensorMode():
         weights = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in stored.items()}
         model, info = kind.from_pretrained(
-            None, config=config, state_dict=weights, ignore_mismatched_sizes=True, output_loading_info=True
+            None, **offline(), config=config, state_dict=weights, ignore_mismatched_sizes=True, output_loading_info=True
         )
     return model, info
 
