@@ -523,6 +523,62 @@ def back_project(images_B3HW: Tensor, small_B3HsWs: Tensor, times: int) -> Tenso
 
 INT_LIMIT = 2**63  # tensors and files hold 64-bit integers
 
+# ---- data.image ------------------------------------------------------------------------------------------------------
+
+
+_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16B", "I;16L", "I;16N"}
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
+    """Convert a Pillow image to RGB, rotated as its EXIF orientation states. Transparent pixels get the colour `background`.
+
+    Raises ValueError for an image mode that is not supported.
+    """
+    if image.mode not in _MODES:
+        raise ValueError(f"image mode is {image.mode}, but it must be one of {', '.join(sorted(_MODES))}")
+    image.load()  # a PNG may have its orientation after its pixels
+    orientation = _orientation(image)
+    if image.mode.startswith("I;16"):
+        image = _to_8_bits(image)
+    if orientation in _TURNS:
+        image = image.transpose(_TURNS[orientation])
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    image = image.convert("RGB")
+    image.info = {}  # the orientation is applied
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8; 1 (upright) where it is missing or damaged."""
+    try:
+        # A PNG's own `getexif` would decode its pixels first.
+        value = Image.Image.getexif(image).get(_ORIENTATION, 1)
+        return int(value) if value in _TURNS else 1
+    except Exception:  # Pillow raises nearly anything on damaged EXIF
+        return 1
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Convert 16-bit grey to 8 bits by the high bytes, as Pillow does for 16-bit colours."""
+    values = np.asarray(image)
+    grey = Image.fromarray((values >> 8).astype(np.uint8))
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey
+
 # ---- sampling.pipeline_arguments -------------------------------------------------------------------------------------
 
 
@@ -613,10 +669,11 @@ class CallArguments:
             for image in images:
                 _check_image(name, image)
         for image, mask in zip(self.images, self.masks, strict=False):  # one of them may be empty
-            if image.size != mask.size:
+            upright, upright_mask = to_rgb(image), to_rgb(mask)
+            if upright.size != upright_mask.size:
                 raise UserError(
-                    f"mask_image of {mask.width} x {mask.height} pixels must have the size of the image, which is "
-                    f"{image.width} x {image.height}. Resize the mask."
+                    f"mask_image of {upright_mask.width} x {upright_mask.height} pixels must have the size of the image, "
+                    f"which is {upright.width} x {upright.height}. Resize the mask."
                 )
 
 
@@ -1560,62 +1617,6 @@ def resize_and_crop(image: Image.Image, size_hw: tuple[int, int], flip: bool) ->
     fitted = fit(image, size_hw, flip, Image.Resampling.LANCZOS)
     return np.ascontiguousarray(np.asarray(fitted, np.uint8).transpose(2, 0, 1))
 
-# ---- data.image ------------------------------------------------------------------------------------------------------
-
-
-_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16B", "I;16L", "I;16N"}
-_ORIENTATION = 0x0112
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
-    """Convert a Pillow image to RGB, rotated as its EXIF orientation states. Transparent pixels get the colour `background`.
-
-    Raises ValueError for an image mode that is not supported.
-    """
-    if image.mode not in _MODES:
-        raise ValueError(f"image mode is {image.mode}, but it must be one of {', '.join(sorted(_MODES))}")
-    image.load()  # a PNG may have its orientation after its pixels
-    orientation = _orientation(image)
-    if image.mode.startswith("I;16"):
-        image = _to_8_bits(image)
-    if orientation in _TURNS:
-        image = image.transpose(_TURNS[orientation])
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
-    image = image.convert("RGB")
-    image.info = {}  # the orientation is applied
-    return image
-
-
-def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8; 1 (upright) where it is missing or damaged."""
-    try:
-        # A PNG's own `getexif` would decode its pixels first.
-        value = Image.Image.getexif(image).get(_ORIENTATION, 1)
-        return int(value) if value in _TURNS else 1
-    except Exception:  # Pillow raises nearly anything on damaged EXIF
-        return 1
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Convert 16-bit grey to 8 bits by the high bytes, as Pillow does for 16-bit colours."""
-    values = np.asarray(image)
-    grey = Image.fromarray((values >> 8).astype(np.uint8))
-    clear = image.info.get("transparency")
-    if isinstance(clear, int):
-        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
-    return grey
-
 # ---- sampling.prompts ------------------------------------------------------------------------------------------------
 
 
@@ -1851,7 +1852,8 @@ class RaphaelPipeline(LoraLoader, Denoiser):
         limit = self.config.max_tokens
         batch, truncated = tokenize(self.tokenizer, texts, limit, "max_length")
         if truncated:
-            logging.getLogger(__name__).warning("%s", truncation_line("prompts", truncated, len(texts), limit))
+            line = truncation_line(f"{name.replace('_', ' ')}s", truncated, len(texts), limit)
+            logging.getLogger(__name__).warning("%s", line)
         ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
         features = run_text_encoder(self.text_encoder.eval(), ids, mask, self.tokenizer.eos_token_id)
         return features.tokens, features.mask
@@ -1952,8 +1954,8 @@ class RaphaelInpaintPipeline(RaphaelPipeline):
         Args:
             prompt: one caption or several.
             image: a PIL image, or one for each prompt; it is resized and cropped to height x width.
-            mask_image: a PIL image of the same size, or one for each prompt: white where the image is drawn, black where it
-                is kept.
+            mask_image: a PIL image of the same size, or one for each prompt: white where the image is drawn, black or
+                transparent where it is kept.
             strength: share of the denoising steps, 0 to 1, that are applied to the image. 1: the masked part starts from
                 pure noise.
             options: other arguments of RaphaelPipeline.
@@ -1964,7 +1966,8 @@ class RaphaelInpaintPipeline(RaphaelPipeline):
         if not call.masks:
             raise UserError("mask_image=None must be a PIL image, white where the image is repainted. Pass a mask.")
         start, copies = self._encode_images(call), call.num_images_per_prompt
-        fitted = [fit(mask.convert("L"), call.size_hw, False, Image.Resampling.NEAREST) for mask in call.masks]
+        grey = [to_rgb(mask, "black").convert("L") for mask in call.masks]
+        fitted = [fit(mask, call.size_hw, False, Image.Resampling.NEAREST) for mask in grey]
         drawn_B1HW = torch.from_numpy(np.stack([np.asarray(mask) >= 128 for mask in fitted])).unsqueeze(1).float()
         mask = F.interpolate(drawn_B1HW, start.shape[-2:]).repeat_interleave(copies, dim=0)
         return ImageInputs(start=start, mask=mask.to(start.device))
