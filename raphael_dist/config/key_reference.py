@@ -114,7 +114,8 @@ def find_keys(word: str) -> tuple[list[Key], list[str]]:
     if word:
         names += [key for name, key in NAMES_ELSEWHERE.items() if word in _spaced(name)]
     keys = {key.name: key for key in all_keys()}
-    names += [key.name for key in keys.values() if word in _spaced(key.line())]
+    matching = [key.name for key in keys.values() if word in _spaced(key.line())]
+    names += sorted(matching, key=lambda name: word not in _spaced(name))  # names before descriptions
     return [keys[name] for name in dict.fromkeys(names)], sorted({page for _, page in topics})
 
 
