@@ -177,7 +177,7 @@ def _describe(annotation: object) -> tuple[str, list[str]]:
     if origin in (Union, UnionType):
         return " or ".join(names), limits
     if origin is tuple:
-        plural = names[0] if " or " in names[0] else f"{names[0]}s"
+        plural = names[0] if " or " in names[0] or names[0].endswith("]") else f"{names[0]}s"
         return (f"list of {plural}" if Ellipsis in args else f"[{', '.join(names)}]"), limits
     if origin is dict:
         return "mapping", []
