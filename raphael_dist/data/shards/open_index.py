@@ -228,5 +228,5 @@ def check_damage(index: DatasetIndex, on_error: str, max_bad_fraction: float) ->
     if len(index.damaged) > max(1.0, max_bad_fraction * len(index.shards)):
         raise UserError(
             f"data.max_bad_fraction={max_bad_fraction} is exceeded: {len(index.damaged)} of {len(index.shards)} shards "
-            f"cannot be read, the first of them {first}. Write or copy these shards again, or raise data.max_bad_fraction."
+            f"cannot be read: {first}. Write or copy these shards again, or raise data.max_bad_fraction."
         )
