@@ -306,10 +306,10 @@ class CheckpointStore:
         return self._restorer.resume()
 
     def rewind(self, before: int | None = None) -> Progress | None:
-        """Wait for the current save, and restore the newest undamaged checkpoint of a step below `before`. Collective.
+        """Wait for the save in progress, then restore the newest undamaged checkpoint. Collective.
 
-        Later ones are renamed to damaged-*. `before`=None: of any step. Returns the progress (step, ...) that the checkpoint
-        states; None if there is none.
+        `before`: a step number; only checkpoints of earlier steps are restored, and all later ones are renamed to damaged-*.
+        None: checkpoints of all steps. Returns the progress (step, ...) of the restored checkpoint; None if there is none.
         """
         self.finish()
         return self._restorer.rewind(before)

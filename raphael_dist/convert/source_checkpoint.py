@@ -122,7 +122,7 @@ class Checkpoint:
         self.config, self.says_prediction = self.config.model_copy(update={"diffusion": diffusion}), True
 
     def check_prediction(self, prediction: str) -> None:
-        """Raise UserError unless the files state the prediction type, and it is `prediction`, the type of the new run."""
+        """Raise UserError if the checkpoint states no prediction type, or another than `prediction`, that of the new run."""
         if not self.says_prediction:
             raise UserError(
                 f"run.init_from={self.path} must state the prediction type with which the model was trained, but it has no "

@@ -45,9 +45,9 @@ class Losses:
 def compute_losses(
     model: Callable[..., UNetOutput], batch: Batch, schedule: NoiseSchedule, config: Config, dtype: torch.dtype
 ) -> Losses:
-    """Run the model and compute each sample's L = L_denoise + L_edge (Sec. 3.2), plus the gates' load-balance loss.
+    """Run the model and compute the losses of a micro-batch: L = L_denoise + L_edge of each sample (Sec. 3.2 of the paper).
 
-    The last one is added if its weight `model.balance_weight` is above 0.
+    If `model.balance_weight` is above 0, the load-balance loss of the gates is computed as well.
 
     Args:
         model: the U-Net, or the `engine.Engine` that wraps it.

@@ -82,9 +82,9 @@ def record_path(folder: Path, name: str) -> Path:
 
 
 def load_record(folder: Path, name: str) -> ShardRecord | None:
-    """Read the `ShardRecord` of a shard that `save_record` has stored; None if it is missing or damaged.
+    """Read the `ShardRecord` that `save_record` stored for a shard; return None if the record is missing or damaged.
 
-    `folder`: folder of the index. `name`: path or URL of the shard.
+    `folder`: folder that holds the records. `name`: path or URL of the shard.
     """
     try:
         arrays = load(read_sealed(record_path(folder, name)))
