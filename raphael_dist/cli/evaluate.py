@@ -118,7 +118,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         if not (args.features or args.clip):
             raise UserError(
                 "--features (to compare with real images) or --clip (for the CLIP score) is required, but neither is "
-                "given. Add --features hed with --reference, or --clip DIR with the folder of a CLIP model."
+                "given. Add --features hed --reference SOURCE (the real images), or --clip DIR (a CLIP model)."
             )
 
 

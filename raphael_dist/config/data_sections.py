@@ -55,9 +55,9 @@ class Image(Section):
     dtype: Dtype = setting("float32", "Precision of the VAE (image encoder). bfloat16 is faster on a GPU and less exact.")
     buckets: tuple[tuple[Positive, Positive], ...] = setting(
         ((64, 64),),
-        "Image sizes in training, as a list of [height, width] in pixels. Each image is scaled and cropped to one of them. "
-        "paper: the nine sizes of the paper. A number R: all sizes with sides in multiples of 64 pixels, an area close to "
-        "but not above R x R pixels, and an aspect ratio of at most 2:1.",
+        "Image sizes in training. Each image is scaled and cropped to one of them. A list of [height, width] in pixels; or "
+        "paper: the nine sizes of the RAPHAEL paper; or a number R: all sizes with sides in multiples of 64 pixels, an area "
+        "close to but not above R x R pixels, and an aspect ratio of at most 2:1.",
     )
 
     @field_validator("buckets", mode="before")

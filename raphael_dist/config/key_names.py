@@ -80,10 +80,10 @@ def known_key(name: str, config_type: type[BaseModel]) -> str | None:
 
 
 def meant_keys(name: str, config_type: type[BaseModel]) -> list[str]:
-    """Return the keys `section.name` of all settings that are called `name` here, then of one called so by other trainers.
+    """Return the full keys (section and name) of the settings that a user may have meant by `name`.
 
-    For example, "weight" gives ["edge.weight"], and "learning_rate" gives ["optim.lr"]. The list is empty for an unknown
-    name. `config_type`: the class of the whole configuration (`Config`).
+    First those whose key, without its section, is `name`: "weight" gives ["edge.weight"]. Then the one that other trainers
+    call `name`: "learning_rate" gives ["optim.lr"]. `config_type`: the class of the whole configuration (`Config`).
     """
     plain = _plain(name).rpartition(".")[2]
     elsewhere = NAMES_ELSEWHERE.get(plain)

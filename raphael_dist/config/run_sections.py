@@ -31,8 +31,8 @@ class RunConfig(Section):
 
     dir: Path = free_setting(
         Path("runs/default"),
-        "Folder of the run. A run resumes from the newest checkpoint in this folder. Without this setting it is "
-        "runs/NAME, where NAME is the preset or the name of the YAML file given as --config, e.g. runs/emoji-tiny.",
+        "Folder of the run. A run resumes from the newest checkpoint in this folder. If it is not set and --config names a "
+        "preset or a YAML file, the folder is runs/ and this name, e.g. runs/emoji-tiny.",
     )
     seed: NonNegative = setting(0, "Seed of the initial weights, the data order, the noise and the timesteps.")
     ignore_damaged: bool = free_setting(

@@ -130,9 +130,9 @@ def unet_fields(config: Config) -> JsonObject:
 def config_of_shapes(shapes: Mapping[str, tuple[int, ...]], where: Path) -> Config:
     """Return the configuration of a dense model (without experts), computed from the shapes of its tensors.
 
-    The shapes show neither the width of an attention head nor the number of norm groups. The largest power of two that
-    divides all levels' channels is used for each, up to 64 and 32. Raises UserError for another structure than that of
-    Stable Diffusion 2.
+    The shapes show neither the width of an attention head nor the number of norm groups. Both are guessed: the largest power
+    of two that divides the channels of every level, but at most 64 for the head width and 32 for the norm groups. Raises
+    UserError if the model does not have the structure of Stable Diffusion 2.
 
     Args:
         shapes: shape of each tensor by its name in diffusers.

@@ -259,8 +259,8 @@ class TrainStream:
             if replacement is None:
                 size, bad = list(self.order.buckets[bucket]), self.bad_samples[sample_id]
                 raise UserError(
-                    f"image.buckets={size} requires at least one sample that can be used, but no sample of this size can "
-                    f"be used, for example {bad}. Replace these samples, or remove the size."
+                    f"The size {size} in image.buckets requires at least one sample that can be used, but all of its "
+                    f"samples are unusable. One of them: {bad}. Replace these samples, or remove the size."
                 )
             self._replacements[sample_id] = replacement
         return replacement

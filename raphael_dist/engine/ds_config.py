@@ -299,7 +299,7 @@ def _check_capture(config: Config) -> None:
         raise cuda_graphs_error(
             "train.dtype=bfloat16, and multiples of 8 in model.channels and model.expert_width",
             f"the configuration has train.dtype={train.dtype}, {widths}",
-            "Set train.dtype=bfloat16 and such widths,",
+            "Set train.dtype=bfloat16 and such widths",
         )
     if model.space_experts and model.expert_backend not in ("auto", "dense"):
         raise cuda_graphs_error(
@@ -315,7 +315,7 @@ def _requirement_error(requires: str, without: str) -> RequirementError:
     """
 
     def error(requirement: str, actual: str, remedy: str) -> UserError:
-        return UserError(f"{requires} {requirement}, but {actual}. {remedy} or {without}.")
+        return UserError(f"{requires} {requirement}, but {actual}. {remedy}, or {without}.")
 
     return error
 

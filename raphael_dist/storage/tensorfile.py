@@ -182,8 +182,8 @@ class FileReader:
             count = os.preadv(self._descriptor(path), [view[done:]], offset + done)
             if not count:
                 raise UserError(
-                    f"{path} ends too early: the file is truncated, or another process is writing it. Copy it again from "
-                    "its source."
+                    f"{path} ends too early: another process is still writing it, or the file is truncated. Wait for that "
+                    "process, or copy the file again from its source."
                 )
             done += count
         return out

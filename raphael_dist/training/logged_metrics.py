@@ -87,9 +87,9 @@ class Telemetry:
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[DataTimer]:
-        """Return a context manager that measures its body as time spent waiting for data.
+        """Return a context manager that counts the time spent in its body as time waiting for data.
 
-        The body gets a DataTimer. It must fetch a batch, call the timer's `fetched`, and then copy the batch to the device.
+        It yields a DataTimer. The body must fetch a batch, call the timer's `fetched`, and then copy it to the device.
         """
         with self._data_timer.waiting():
             yield self._data_timer

@@ -132,8 +132,8 @@ def gather(paths: Iterable[Path]) -> dict[str, StoredTensor]:
         for key, stored in file_tensors(path).items():
             if key in tensors:
                 raise UserError(
-                    f"{key} must be in one file only, but it is in {tensors[key].path} and in {stored.path}. Remove one of "
-                    "the files."
+                    f"The tensor {key} must be in one file only, but it is in {tensors[key].path} and in {stored.path}. "
+                    "Move the file that does not belong to this model out of the folder."
                 )
             tensors[key] = stored
     return tensors

@@ -36,9 +36,10 @@ _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 
 
 def text_class(folder: Path, spec: str) -> tuple[Any, Any]:
-    """Return (class of transformers for the text encoder in `folder`, its configuration object).
+    """Return (class of the library transformers that loads the text encoder in `folder`, its configuration object).
 
-    Raises UserError if the folder has another kind of model. `spec`: value of the setting text.encoder, for messages.
+    Raises UserError if the model in the folder is not a supported text encoder.
+    `spec`: value of the setting text.encoder, for messages.
     """
     from transformers import AutoConfig, AutoModelForTextEncoding, CLIPTextModel
 

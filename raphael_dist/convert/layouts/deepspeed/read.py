@@ -122,7 +122,7 @@ def _shards(folder: Path, world: int) -> list[Path]:
             if other != path:
                 raise UserError(
                     f"{folder} must have one ZeRO file per rank, but {other.name} and {path.name} are both of rank "
-                    f"{int(match[1])}. Remove the wrong file."
+                    f"{int(match[1])}. Move the one that another save left (compare the dates) out of the folder."
                 )
     missing = set(range(world)) - by_rank.keys()
     if missing:
