@@ -298,7 +298,7 @@ def test_too_many_bad_samples_stop_run_with_first_three(tmp_path):
     assert "007" not in str(caught.value)
     world = World(tmp_path, corrupt=tuple(range(0, 30, 2)))
     world.cache.build([0, 1, 2])
-    with pytest.raises(UserError, match="no sample of this size can be used"):
+    with pytest.raises(UserError, match="all of its samples are unusable"):
         world.stream(max_bad_fraction=1.0)
 
 
