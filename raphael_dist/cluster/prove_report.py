@@ -225,7 +225,7 @@ _VERDICTS = {
 
 
 def html(tree: JsonObject) -> str:
-    """Return the report of `prove` as an HTML page: first the status of each check, then details and what was not proven.
+    """Return the report of the command `prove` as HTML: the status of each check, details, and checks that could not run.
 
     `tree`: the content of report.json.
     """

@@ -94,7 +94,7 @@ class Optim(Section):
         1e-8, "Small number that is added to the square root of Adam's second moment, so that no step divides by 0."
     )
     weight_decay: NonNegativeFloat = setting(
-        0.0, "Weight decay of AdamW. It is not applied to norms, biases and gates. 0: none."
+        0.0, "Weight decay of AdamW. It is not applied to norms, biases and gates (routers of the experts). 0: none."
     )
     warmup_steps: NonNegative = setting(
         0,
@@ -104,7 +104,7 @@ class Optim(Section):
     lr_schedule: LrSchedule = setting(
         "constant",
         "Learning-rate schedule after the warm-up, named as in transformers. constant and inverse_sqrt do not depend on "
-        "train.max_steps; the others are spread over the steps until then.",
+        "train.max_steps; the others end at step train.max_steps.",
     )
     lr_schedule_args: dict[str, float] = setting(
         {}, "Arguments of optim.lr_schedule, named as in transformers, e.g. {num_cycles: 3} for cosine_with_restarts."

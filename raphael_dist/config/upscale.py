@@ -28,8 +28,8 @@ class Upscale(Section):
     back_projections: NonNegative = free_setting(
         3,
         "Super-resolution: number of corrections after sampling that bring the enlarged image closer to the small input "
-        "image. Each correction reduces the enlarged image to the small size, and adds the difference from the small "
-        "image, enlarged. 0: no corrections.",
+        "image. Each correction scales the output down, subtracts it from the small image, enlarges the difference and adds "
+        "it to the output. 0: no corrections.",
     )
 
     @property

@@ -82,8 +82,8 @@ def _folder_captions(folder: Path) -> list[str]:
     texts = [path.with_suffix(".txt") for path in list_images(folder, "--captions") if path.with_suffix(".txt").is_file()]
     if not texts:
         raise UserError(
-            f"--captions=folder={folder} requires a .txt file next to an image, but there is none. Add files with "
-            "captions, e.g. cat.txt for cat.png."
+            f"--captions=folder={folder} requires a .txt file of the same name next to at least one image, but there is "
+            "none. Add files with captions, e.g. cat.txt for cat.png."
         )
     try:
         return [" ".join(read_text(path).split()) for path in texts]

@@ -132,7 +132,7 @@ def is_verified(path: Path) -> bool:
 
 
 def verify_crc(path: Path) -> bool:
-    """Read the large file `path`, and return whether it matches its CRC-32. False: damaged, or one of them is missing."""
+    """Read a large file and return whether it matches its CRC-32. False: it is damaged, or it or its CRC-32 is missing."""
     try:
         key = (str(path), path.stat().st_ino)
         if f"{_crc(path):08x}\n" != crc_path(path).read_text():

@@ -118,8 +118,9 @@ def table_in_memory(store: ShardStore, records: Iterable[ShardRecord]) -> Datase
 def write_table(folder: Path, records: Iterable[ShardRecord], columns: Sequence[str]) -> None:
     """Join the records of shards into an index (table of all samples), and write it as `folder`.
 
-    Several processes may write the same folder at once. `records`: for each shard, the place, size and key of its samples.
-    `columns`: names of the columns (values for data.filters) that the index gets. Raises OSError if writing fails.
+    Several processes may write the same folder at once. `records`: for each shard, the place, size, key and column values of
+    its samples. `columns`: names of the additional columns, which hold the values that data.filters tests. Raises OSError if
+    writing fails.
     """
     with sealed_folder(folder) as temporary:
         writer = _Writer(columns, temporary)
