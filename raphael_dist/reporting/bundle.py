@@ -19,16 +19,17 @@ LOG_BYTES = 1 << 20  # the end of each log
 METRIC_BYTES = 8 << 20  # the end of metrics.jsonl
 LOGS = ("train.log", "logs/rank-*.log", "logs/stacks-rank-*.txt", "logs/heartbeats/rank-*")
 MAX_LOGS = 64  # of each kind
-_NAME = r"[\w.-]*(?:api_?key|access_?key|token|secret|passw(?:or)?d|credentials?)[\w.-]*"
-# name=value, name: value, "name": "value", Authorization: Bearer value, and keys known by their beginning.
-_ASSIGNED = re.compile(rf"(?i)(\b{_NAME}[\"']?\s*[=:]\s*[\"']?)(?!\d+\b)[^\s\"',;]+")
-_BEARER = re.compile(r"(?i)\b(bearer|basic)\s+[\w.+/=~-]{8,}")
+_NAME = r"[\w.-]*(?:api[_-]?key|access_?key|account_?key|token|secret|passw(?:or)?d|\bpwd|credentials?|cookie)[\w.-]*"
+# name=value, name: value, "name": "value", --name value, Authorization: Bearer value, and keys known by their beginning.
+_ASSIGNED = re.compile(rf"(?i)(\b{_NAME}[\"']?\s*[=:]\s*|--{_NAME}\s+(?!-))(\"[^\"\n]*\"|'[^'\n]*'|[^\s\"';]+)")
+_BEARER = re.compile(r"(?i)\b(bearer|basic|authorization: *token)\s+[\w.+/=~-]{8,}")
 _KNOWN = re.compile(
-    r"\b(hf_[A-Za-z0-9]{16,}|gh[opsu]_[A-Za-z0-9]{20,}|sk-[\w-]{20,}|(?:AKIA|ASIA)[A-Z0-9]{16}|xox[bp]-[\w-]{10,})"
+    r"\b(hf_[A-Za-z0-9]{16,}|gh[opsu]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|AIza[\w-]{30,}|sk-[\w-]{20,}"
+    r"|(?:AKIA|ASIA)[A-Z0-9]{16}|xox[bp]-[\w-]{10,})|-----BEGIN [A-Z ]*PRIVATE KEY-----(?s:.*?)(-----END|\Z)"
 )
 _SECRET_NAME = re.compile(rf"(?i){_NAME}")
 # Options of the configuration whose names look like those of secrets: they count tokens.
-_NO_SECRET = re.compile(r"(?i)\b(max_|num_|n_)?tokens?\b\s*[=:]")
+_NO_SECRET = re.compile(r"(?i)\b(max_|num_|n_)?tokens\b\s*[=:]")
 
 
 def scrub(text: str, environment: Mapping[str, str] = os.environ) -> str:

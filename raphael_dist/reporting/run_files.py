@@ -168,6 +168,7 @@ def _read(missing: list[str], path: Path, read: Callable[[Path], T], default: T)
 
 def _metrics(path: Path) -> dict[str, Series]:
     series = {tag: [(s, float(v)) for s, v in pairs if v is not None] for tag, pairs in read_metrics(path).items()}
+    series = {tag: values for tag, values in series.items() if values}
     if not series:
         raise ValueError("it contains no metrics")
     return series

@@ -8,6 +8,7 @@ import pytest
 from raphael_dist.cli import doctor
 from raphael_dist.reporting import bundle
 from raphael_dist.reporting.bundle import scrub
+from raphael_dist.text import HIDDEN
 from tests.lib.planted_run import log_line, plant
 
 SECRETS = [
@@ -51,6 +52,33 @@ def test_bundle_holds_what_a_maintainer_needs_and_no_secret(
     for harmless in ("max_tokens: 28", "data.org", "step 400/400", '"train/loss"', "torch 2.13", "caption_dropout: 0.1"):
         assert harmless in everything, harmless
     assert everything.count('"step"') == 40
+
+
+FORMS = [
+    "password=12345678",
+    "token: 8839201",
+    'password: "my secret phrase"',
+    "HF_TOKEN='a secret phrase'",
+    "secret=a,b12345678",
+    "train.py --hf-token abcdefghijk",
+    "--api-key abcdef012345 --steps 3",
+    "Authorization: token abcdefghi",
+    '"pwd": "12345678"',
+    "github_pat_11ABCDEFG0123456789abcdef",
+    "glpat-abcdefghij0123456789",
+    "AIza" + "a1" * 18,
+    "AccountKey=abcd1234+/==;x",
+    "Cookie: session=abcdefghi",
+    "-----BEGIN RSA PRIVATE KEY-----\nMIIEabcdef\n-----END RSA PRIVATE KEY-----",
+]
+
+
+@pytest.mark.parametrize("text", FORMS)
+def test_secret_of_any_form_is_hidden(text: str) -> None:
+    shown = scrub(text, {})
+    assert HIDDEN in shown
+    parts = ("1234", "8839", "phrase", "secret phrase", "cdef", "abcdef", "AIza")
+    assert not [part for part in parts if part in shown], shown
 
 
 @pytest.mark.parametrize("text", ["text.max_tokens=28: 3 of 9 captions", "tokens 77", "lr 0.1  keys 3", "max_tokens: 28"])
