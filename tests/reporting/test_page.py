@@ -135,7 +135,10 @@ def test_section_says_what_is_missing(name: str, tmp_path: Path) -> None:
     assert sentences[name] in text_of(page_of(tmp_path / "r.html", run))
 
 
-@pytest.mark.parametrize("content", [None, "", "half a li", "[1]\n3\n"])
+NULL = '{"step": 1, "train/loss": null}\n'
+
+
+@pytest.mark.parametrize("content", [None, "", "half a li", "[1]\n3\n", NULL])
 def test_run_without_metrics_is_one_line(content: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = plant(tmp_path / "run")
     (run / "metrics.jsonl").unlink() if content is None else (run / "metrics.jsonl").write_text(content)
