@@ -171,7 +171,7 @@ def test_adapter_run_resumes_bit_for_bit_on_other_ranks(forks: Forks, trained: t
     # Adapters do not continue with another base model.
     other = canonical(tmp_path / "other", tiny_config(), seed=6)
     assert forks.run(resumed, 1, **spec(other)) == [2]
-    assert "run.init_from: " in output_of(resumed, 1)
+    assert "run.init_from must" in output_of(resumed, 1)
     assert "a base model with other weights" in output_of(resumed, 1)
 
 
