@@ -144,7 +144,8 @@ class BatchPlan:
         """
         if self.accumulation > 1:
             return self
-        plans = (replace(self, micro_batch_size=size) for size in range(1, self.micro_batch_size))
+        sizes = range(-(-self.global_batch_size // self.world_size), self.micro_batch_size)
+        plans = (replace(self, micro_batch_size=size) for size in sizes)
         return next((plan for plan in plans if plan.accumulation == 1), self)
 
     def better_micro_batch(self) -> int:
