@@ -51,8 +51,8 @@ def _problem(manifest: object, layout: str | None) -> str | None:
     if not isinstance(manifest, dict):
         return f"it must be a JSON object, but it is {json_type(manifest)}"
     if manifest.get("format") != FORMAT or manifest.get("layout") != layout:
-        found = f"{manifest.get('layout', 'raphael')} and the format {manifest.get('format')}"
-        return f"it must have the layout {layout or 'raphael'} and the format {FORMAT}, but it has the layout {found}"
+        actual = f"{manifest.get('layout', 'raphael')} and the format {manifest.get('format')}"
+        return f"it must have the layout {layout or 'raphael'} and the format {FORMAT}, but it has the layout {actual}"
     missing = (_KEYS if layout else _KEYS | {"tensors"}) - manifest.keys()
     if missing:
         return f"it lacks {', '.join(sorted(missing))}"
