@@ -21,6 +21,7 @@ from tests.torture import (  # noqa: F401  importing registers the kinds
     faults_data,
     faults_disk,
     faults_files,
+    faults_machines,
     faults_network,
     faults_numbers,
     faults_process,

@@ -10,8 +10,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +19,6 @@ import psutil
 
 from tests.data.test_encoders import save_clip
 from tests.data.test_shards import png, png_header, write_raw, write_shard
-from tests.lib.launch import ROOT
 from tests.lib.servers import Faults, http_files
 from tests.torture.faults_process import alive
 from tests.torture.kinds import fault
@@ -283,32 +280,6 @@ def worker_killed(trial: Trial) -> Outcome:
     trial.check_equals_oracle()
     assert "bad sample" not in trial.log, "a good sample was taken for a bad one"
     return survived(f"{features}: {len(killed)} killed")
-
-
-@fault("kill -9 of torchrun", "kills", "data")
-def torchrun_killed(trial: Trial) -> Outcome:
-    case = DataTrial(trial)
-    at, wait = case.begin(at=0), trial.draw.uniform(0.0, 0.5)
-    words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={WORLD}", "raphael_dist/train.py"]
-    command = [sys.executable, *words, *case.arguments(trial.run)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    with open(trial.folder / "torchrun.txt", "w") as output:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
-    deadline = time.monotonic() + 200
-    while process.poll() is None and not (trial.run / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(wait)
-    ranks = descendants(process.pid)
-    process.kill()
-    process.wait()
-    left = psutil.wait_procs(ranks, timeout=60)[1]
-    for rank in left:
-        rank.kill()
-    assert not left, "ranks continue without torchrun"
-    newest = trial.check_lost_at_most_an_interval(at)
-    assert newest, "nothing was saved"
-    case.finish()
-    return survived(f"after {wait:.1f} s; on from step {newest}")
 
 
 @fault("/dev/shm that is too small", "disks", "data")
