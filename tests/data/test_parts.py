@@ -4,6 +4,7 @@ import ast
 import codecs
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -242,6 +243,34 @@ def test_weights_load_from_all_file_formats(form: str, vaes: dict[str, Path], tm
     text = save_as(whole, tmp_path / "text", form, TRANSFORMERS)
     tokens, expected = (TextEncoder.load(str(spec), 12, CPU, torch.float32).encode(["a b"]).tokens for spec in (text, whole))
     torch.testing.assert_close(tokens, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("kind", "prefix"), [("BertForMaskedLM", "bert."), ("RobertaForMaskedLM", "roberta.")])
+def test_masked_language_model_without_pooler_is_an_encoder(kind: str, prefix: str, tmp_path: Path) -> None:
+    """The weights of most of them, such as roberta-base, lack a pooler, which encoding does not need."""
+    import transformers
+
+    whole, folder = save_text(tmp_path / "whole", "BERT"), tmp_path / "masked"
+    shutil.copytree(whole, folder)
+    if kind != "BertForMaskedLM":
+        fields = json.loads((folder / "config.json").read_text())
+        fields |= {"model_type": "roberta", "architectures": [kind]}
+        (folder / "config.json").write_text(json.dumps(fields))
+    config = transformers.AutoConfig.from_pretrained(folder)
+    model = getattr(transformers, kind)(config).eval()
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder)
+    assert not [name for name in load_file(folder / "model.safetensors") if "pooler" in name]
+    TextFacts.read(str(folder), 12, torch.float32)
+    encoder = TextEncoder.load(str(folder), 12, CPU, torch.float32)
+    save_text_model(str(folder), "last", tmp_path / "saved")
+    again = load_file(tmp_path / "saved" / "model.safetensors")
+    assert {f"{prefix}{name}" for name in again} <= set(load_file(folder / "model.safetensors"))
+    batch = encoder.tokenizer(["a b"], padding="max_length", max_length=12, return_tensors="pt")
+    with torch.no_grad():
+        inner = getattr(model, prefix[:-1])
+        expected = inner(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    torch.testing.assert_close(encoder.encode(["a b"]).tokens[0, :3], expected[0, :3])
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ def empty_text_model(spec: str, layer: TextLayer) -> Model:
     kind, config = text_class(folder, spec)
     with reported("text.encoder", spec), _quiet("transformers"):
         model, info = _load_without_data(kind, config, weight_files(folder, TRANSFORMERS).paths)
-        _check_loaded(info, folder)
+        _check_loaded(_without_pooler(model, info), folder)
     return model if layer == "last" else _without_last_layer(model, spec)
 
 
@@ -152,8 +152,20 @@ def text_model(spec: str, dtype: torch.dtype | str, layer: TextLayer = "last") -
     with reported("text.encoder", spec), _quiet("transformers"):
         files = weight_files(folder, TRANSFORMERS)
         model, info = kind.from_pretrained(folder, **offline(), dtype=dtype, variant=files.variant, output_loading_info=True)
-        _check_loaded(info, folder)
+        _check_loaded(_without_pooler(model, info), folder)
     return model if layer == "last" else _without_last_layer(model, spec)
+
+
+def _without_pooler(model: Model, info: Mapping[str, Iterable[Any]]) -> Mapping[str, Iterable[Any]]:
+    """Remove the pooler of a BERT model if the files lack it, as those of most masked language models; it is never used.
+
+    `info`: what `from_pretrained` returns with `output_loading_info=True`; returned without the pooler's weights.
+    """
+    missing = set(info["missing_keys"])
+    pooler = {name for name in missing if name.startswith("pooler.")}
+    if pooler:
+        model.pooler = None
+    return {**info, "missing_keys": missing - pooler}
 
 
 def _without_last_layer(model: Model, spec: str) -> Model:
