@@ -1,4 +1,4 @@
-"""Pipelines and models in the form of diffusers, for users to import."""
+"""The public import path of this project's pipelines and models with the interfaces of diffusers."""
 
 from raphael_dist.model.diffusers_model import RaphaelControlNet, RaphaelUNet2D
 from raphael_dist.sampling.pipeline import RaphaelPipeline

@@ -17,7 +17,7 @@ class Purpose(IntEnum):
     Attributes:
         ORDER: order of the samples in an epoch.
         CAPTION, FLIP, DROP: choice of a sample's caption, whether its image is mirrored, whether its caption is dropped.
-        TIMESTEP, STRATA: a sample's diffusion timestep, and the order of a batch's subranges of timesteps.
+        TIMESTEP, STRATA: a sample's diffusion timestep, and (stratified sampling) the subrange from which it is drawn.
         NOISE, OFFSET: noise on a sample's latents, and the part of it that is constant in each channel.
         TIME_GATE, SPACE_GATE: noise on the logits of the gates that choose time experts and space experts.
         POSTERIOR: sampling from the VAE's posterior.

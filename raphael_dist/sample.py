@@ -179,7 +179,7 @@ def _draw(
 ) -> "dict[int, np.ndarray]":
     """Draw this rank's share of the images and write them. Collective.
 
-    Returns the images of the grid, uint8 [H, W, 3], by their number on rank 0, and {} on other ranks.
+    Returns {number of the request: image, uint8 [H, W, 3]} for the images of the grid on rank 0, and {} on other ranks.
     """
     from PIL import Image
 

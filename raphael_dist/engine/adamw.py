@@ -1,8 +1,8 @@
-"""AdamW, the moving average and the model's copy of the weights in one Triton kernel over this rank's flat fp32 weights.
+"""A Triton kernel that updates this rank's fp32 weights by AdamW, their moving average, and the model's copy of them.
 
 DeepSpeed's update takes several passes: it converts the gradients to float32, runs AdamW, and copies the weights to the
 model; clipping comes before, the moving average after. Here each number is read and written once, and there is no float32
-copy of the gradients. `optim.weight_decay` above 0 keeps its own pass, since it depends on the parameter.
+copy of the gradients. Weight decay is a separate pass in `engine.Engine`, since only some parameters decay.
 
 The kernel reads everything that changes between steps, such as the learning rate, from device memory. So a CUDA graph can
 contain the launch.
@@ -81,7 +81,7 @@ def adamw(
 
 @adamw.register_fake
 def _(*_: object) -> None:
-    """Describe the operation for tracing: it has no result."""
+    """Do nothing: torch calls this in place of `adamw` on tensors without data. The operation returns no tensor."""
 
 
 class FusedUpdate:

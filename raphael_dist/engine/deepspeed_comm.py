@@ -1,4 +1,4 @@
-"""Wraps DeepSpeed's collectives: counts the bytes that each one sends, and runs a true reduce-scatter on gloo.
+"""Wraps DeepSpeed's collectives: counts the bytes sent, and replaces gloo's slow reduce-scatter (an all-reduce).
 
 DeepSpeed calls all collectives of every ZeRO stage through one object, `deepspeed.comm.comm.cdb`. Only this file replaces
 it.

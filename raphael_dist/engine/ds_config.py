@@ -170,7 +170,7 @@ def _may_use_contiguous_gradients(tree: Tree) -> bool:
 
 
 def _check(config: Config, merged: Tree, accumulation: int, world_size: int) -> None:
-    """Raise UserError for combinations that DeepSpeed or this package does not support."""
+    """Raise UserError for combinations of settings that DeepSpeed or this package does not support."""
     stage = zero_stage(merged)
     if stage == 0 and config.train.dtype == "bfloat16":
         raise UserError(
@@ -265,7 +265,7 @@ def check_expert_parallel(config: Config, tree: Tree, world_size: int) -> None:
 
 
 def _check_contiguous(error: RequirementError, config: Config, tree: Tree, accumulation: int) -> None:
-    """Raise the UserError that `error` creates if the gradients of a step cannot lie in one buffer."""
+    """If the gradients of a step cannot lie in one buffer, raise UserError. `error` creates it from the reason."""
     stage, offload = zero_stage(tree), offload_device(tree)
     remedy = "Use ds_configs/zero2.json"
     if stage not in (1, 2):
@@ -282,7 +282,7 @@ def _check_contiguous(error: RequirementError, config: Config, tree: Tree, accum
 
 
 def _check_capture(config: Config) -> None:
-    """Raise UserError if CUDA graphs cannot capture the passes of the model."""
+    """Raise UserError if CUDA graphs cannot capture the forward and backward passes of the model."""
     model, train, parallel = config.model, config.train, config.parallel
     if parallel.uses_expert_parallelism:
         actual = f"parallel.space_ep={parallel.space_ep} and parallel.time_ep={parallel.time_ep} shard them"
@@ -308,10 +308,10 @@ def _check_capture(config: Config) -> None:
 
 
 def _requirement_error(requires: str, without: str) -> RequirementError:
-    """Return a function that makes the error for a requirement of a setting that is not met.
+    """Return a function that creates a UserError: a setting has a requirement that is not met.
 
-    Its arguments are what is required ("a GPU"), what there is ("the device is cpu") and what to change ("Use a GPU").
-    `without`: how to do without the setting.
+    That function's arguments: the requirement ("a GPU"), the fact ("the device is cpu"), the remedy ("Use a GPU").
+    `requires`: the words before the requirement ("X=true requires"). `without`: how to switch the setting off.
     """
 
     def error(requirement: str, actual: str, remedy: str) -> UserError:
@@ -333,7 +333,7 @@ def _section(merged: Tree, *names: str) -> Tree:
 
 
 def _set_owned(merged: Tree, dotted: str, value: bool | float, owner: str) -> None:
-    """Set the key `dotted` of `merged` to the value that the field `owner` gives. UserError if the JSON has another."""
+    """Set the key `dotted` of `merged` to `value`, which the field `owner` determines. UserError if the key differs."""
     *sections, key = dotted.split(".")
     node = _section(merged, *sections)
     if node.get(key, value) != value:

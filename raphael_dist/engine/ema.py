@@ -32,7 +32,7 @@ class Ema:
         Args:
             fragments: this rank's part of the weights.
             config: the section `ema`.
-            flat: lay the average out as the optimizer's tensors, for an update of weights and average in one pass.
+            flat: store the average in tensors shaped like those that the optimizer updates, as `adamw.FusedUpdate` requires.
         """
         self.flat: dict[int, Tensor] = {}
         if flat:
@@ -58,7 +58,7 @@ class Ema:
     def share(self, step: int) -> float:
         """Return the factor on the new weights in the average's update after optimizer step `step` (counted from 1).
 
-        It is 1 - `decay`, or 1 up to step `ema.start_step`.
+        It is 1 - `decay(step)`, but 1 up to step `ema.start_step`.
         """
         return 1.0 if step <= self._config.start_step else 1 - self.decay(step)
 

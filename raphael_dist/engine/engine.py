@@ -176,7 +176,10 @@ class Engine:
         return touched
 
     def _check_gradients(self) -> None:
-        """Raise RuntimeError if a parameter has no gradient: ZeRO-1 and 2 would add gradients of different parameters."""
+        """Raise RuntimeError if a trained parameter got no gradient on this rank in this micro-step.
+
+        If one is missing, ZeRO-1 and 2 can add up gradients of different parameters when they reduce over ranks.
+        """
         assert self._touched is not None
         missing = [name for name in self.fragments.shapes if name not in self._touched]
         self._touched.clear()
@@ -248,7 +251,7 @@ class Engine:
             self._engine.step()
 
     def save_deepspeed(self, folder: Path) -> None:
-        """Write a checkpoint in DeepSpeed's own format to `folder`, for benchmarks. Nothing here reads it. Collective."""
+        """Write a checkpoint in DeepSpeed's format to `folder`, for benchmarks. A run cannot resume from it. Collective."""
         self._engine.save_checkpoint(str(folder), tag="benchmark")
 
 

@@ -39,8 +39,8 @@ def create_groups(size: int, traffic: Traffic) -> ExpertGroup:
 def copies() -> dict[str, dist.ProcessGroup]:
     """Return the process groups of ranks that have the same sharded experts, such as {"ep_size_2": group}.
 
-    The number in a key is that of ranks over which the experts are sharded. The experts' parameters have the key in their
-    attribute `group_name`. The groups are those of `create_groups`; {} if there are none.
+    The number in a key is the number of ranks over which the experts are sharded. A parameter of such an expert has the
+    key as its attribute `group_name`. `create_groups` created the groups; {} if it was not called.
     """
     from deepspeed.utils import groups
 
@@ -77,11 +77,11 @@ def add_moe_marker(model: nn.Module, num_experts: int) -> None:
 
 
 def parameter_groups(model: nn.Module) -> list[ParameterGroup]:
-    """Return the optimizer's parameter groups: one of replicated parameters, then one per size of sharded experts' groups.
+    """Return the optimizer's parameter groups, in the same order on all ranks. Collective.
 
-    The size is the number of ranks over which the experts are sharded, ascending. Frozen parameters are left out.
-    Collective. The order is the same on all ranks. DeepSpeed's own function iterates over a set of strings, whose order can
-    differ between ranks; they would then wait for each other forever.
+    The first group has the parameters that are on every rank. One group follows for the experts sharded over 2 ranks, one
+    for those over 3 ranks, and so on, as far as there are any. Frozen parameters are left out. (DeepSpeed's own function
+    iterates over a set of strings, whose order can differ between ranks; they would then wait for each other forever.)
     """
     members: dict[str, list[tuple[str, nn.Parameter]]] = {"": []}
     for name, p in model.named_parameters():

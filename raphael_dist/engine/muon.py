@@ -41,7 +41,7 @@ class Muon(torch.optim.AdamW):
 
         Args:
             parameters: groups of parameters.
-            dtype: precision of the gather and of the products, that of the model.
+            dtype: precision of the model, in which matrices are also gathered and orthogonalised.
             settings: further arguments of torch.optim.AdamW.
         """
         super().__init__(parameters, **settings)
@@ -73,7 +73,7 @@ class Muon(torch.optim.AdamW):
         return result
 
     def _update(self, p: Tensor, before: Tensor, lr: float, beta: float) -> None:
-        """Replace AdamW's steps of the matrices in `p` by Muon's. `before`: `p` before AdamW's step, float32 [numel]."""
+        """For the matrices in `p`, undo AdamW's step and take Muon's. `before`: `p` before AdamW's step, float32 [numel]."""
         assert p.grad is not None
         layout, matrices = self._layouts[id(p)]
         momentum = torch.lerp(self.state[p]["exp_avg"], p.grad, 1 - beta)

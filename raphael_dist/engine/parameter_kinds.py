@@ -20,6 +20,6 @@ def decays(name: str) -> bool:
 def is_hidden_matrix(name: str) -> bool:
     """Return whether Muon updates the parameter `name`: weights of linear layers, experts and convolutions in hidden layers.
 
-    AdamW updates the first and the last layer, the timestep embedding, and what has no weight decay.
+    AdamW updates the first and the last layer, the timestep embedding, norms, biases and gates.
     """
     return decays(name) and _NOT_HIDDEN.isdisjoint(name.split("."))

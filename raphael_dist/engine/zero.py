@@ -47,7 +47,7 @@ class Zero0(Zero):
                 yield Fragment(name, tuple(p.shape), 0, p.detach().view(-1), p, 0, shared=True)
 
     def layouts(self) -> Iterator[FlatLayout]:
-        """Yield a layout for each tensor that the optimizer updates. These are the parameters, each whole and by itself."""
+        """Yield a layout for each tensor that the optimizer updates. With ZeRO-0 each of them is one whole parameter."""
         for p in self._module.parameters():
             if p.requires_grad:
                 yield FlatLayout(p, None, [(p, 0)])
@@ -161,7 +161,7 @@ class Zero12Contiguous(Zero12):
         )
 
     def layouts(self) -> Iterator[FlatLayout]:
-        """Yield a layout for each tensor that the optimizer updates: this rank's part of it, and where parameters start."""
+        """Yield a layout for each flat tensor of parameters: this rank's part of it, and where each parameter starts."""
         zero = self._zero
         groups = zip(
             zero.single_partition_of_fp32_groups,
@@ -177,7 +177,7 @@ class Zero12Contiguous(Zero12):
         """Make DeepSpeed call `update` in each optimizer step, in place of its own optimizer.
 
         `update` gets this rank's part of each flat tensor. It changes the fp32 weights, Adam's moments and the weights that
-        the model computes with, in place. Afterwards the parts of the last ones are gathered from all ranks.
+        the model computes with, in place. Then every rank gathers the weights that the model computes with.
         """
         self._update, self._builtin_step = update, self._zero.step
         self._zero.step = self._step
@@ -208,7 +208,7 @@ class Zero12Contiguous(Zero12):
 
     @torch.no_grad()
     def _reduce(self) -> None:
-        """Compute this rank's part of the mean gradient over ranks, and add that of the previous micro-steps."""
+        """Reduce the gradients: compute this rank's part of their mean over ranks, added to that of earlier micro-steps."""
         zero = self._zero
         ranks, last = dist.get_world_size(zero.dp_process_group), zero.is_gradient_accumulation_boundary()
         for i, (buffer, group) in enumerate(zip(self.buffers, zero.real_dp_process_group, strict=True)):

@@ -1,4 +1,4 @@
-"""The interface that `engine.zero` gives to DeepSpeed's optimizers, and what it describes: parts of weights on this rank."""
+"""The common interface of the adapters in `engine.zero`, and classes for the parts of the weights that a rank stores."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -55,7 +55,7 @@ class FlatLayout:
 
     Attributes:
         part: this rank's part of the fp32 weights, float32 [numel].
-        group: the ranks that together store the tensor, in its order; None: `part` is the whole tensor.
+        group: the process group whose i-th rank stores the i-th part of the tensor; None: `part` is the whole tensor.
         places: for each parameter in the flat tensor, (parameter, index of its first element in that tensor).
     """
 

@@ -239,7 +239,7 @@ class ReduceScatter(Exchange):
 
 
 class _Context(FunctionCtx):
-    """What the forward pass keeps for the backward pass."""
+    """The context that autograd passes from forward to backward. It holds the exchange."""
 
     exchange: Exchange
 

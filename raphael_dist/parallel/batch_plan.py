@@ -185,9 +185,10 @@ def bucket_run_length(config: Config, training: bool = True) -> int:
 
 @lru_cache(maxsize=256)
 def _chunks(global_batch_size: int, span: int, run: int, offset: int) -> list[tuple[int, int]]:
-    """Return (first, end) of each chunk of the indices 0 .. global_batch_size - 1; `end` is not part of the chunk.
+    """Divide the samples 0 .. global_batch_size - 1 of a step into chunks; return (first, end) of each, without `end`.
 
-    `span` is the largest size of a chunk; index 0 is `offset` positions after the start of a run.
+    All samples of a chunk have one image size, and there are at most `span` of them. `run` is the number of consecutive
+    samples with one image size (0: all have the same), and `offset` how many such samples come before sample 0.
     """
     ends = [*range(run - offset, global_batch_size, run), global_batch_size] if run else [global_batch_size]
     pieces = zip([0, *ends[:-1]], ends, strict=True)

@@ -70,7 +70,7 @@ class ParallelTimeMoE(TimeMoE):
         _take_slice(self, whole, group)
 
     def forward(self, h_BND: Tensor, expert_B: Tensor, samples: Any, factor_B: Tensor) -> Tensor:
-        """Run each sample through its expert, which may be on another rank; return its image tokens afterwards, [B, N, D].
+        """Run each sample's image tokens through its expert, which may be on another rank; return the outputs, [B, N, D].
 
         Collective among the ranks that share the experts.
 
@@ -98,11 +98,14 @@ class ParallelTimeMoE(TimeMoE):
         return out_BND * factor_B.to(out_BND.dtype)[:, None, None]
 
     def _by_expert(self, h_SND: Tensor, samples_K: Tensor) -> Tensor:
-        """Run samples sorted by expert; samples_K counts those of each expert."""
+        """Return the experts' outputs for samples sorted by expert. samples_K: number of samples of each expert."""
         return self.apply_sorted(h_SND.flatten(0, 1), samples_K * h_SND.shape[1]).view_as(h_SND)
 
     def _apply_blocks(self, h_SND: Tensor, host_PK: Tensor, samples_K: Tensor) -> Tensor:
-        """Run samples sorted by sender and then expert, and return them in this order. host_PK counts those of each pair."""
+        """Return the experts' outputs for samples sorted by sending rank and then expert, in this order.
+
+        host_PK: number of samples of each (rank, expert) pair. samples_K: number of samples of each expert.
+        """
         sizes_PK, sizes_KP = host_PK.flatten().tolist(), host_PK.t().flatten().tolist()
         senders, experts = host_PK.shape
         blocks = torch.split(h_SND, sizes_PK)
@@ -128,7 +131,7 @@ class ParallelSpaceMoE(SpaceMoE):
         """Return `sum_k w[r,k] (e_k(x[r]) - e_k(0))` over the experts of all P ranks, [R, D]. Collective among these ranks.
 
         e_k is the function of expert k. `x_RD`: this rank's image tokens. `w_RK`: their weights for all K experts, at least
-        0. `zero_KD`: for this rank's experts, `e_k(0) - b2_k`: the output for a token of zeros without the last bias b2_k.
+        0. `zero_KD`: `e_k(0) - b2_k` for this rank's experts, where b2_k is the bias of the expert's last layer.
         """
         w_RPK = torch.unflatten(w_RK, 1, (self.group.size, self.num_experts))
         needed_PR = (w_RPK.detach() > 0).any(dim=2).t()
@@ -145,7 +148,10 @@ class ParallelSpaceMoE(SpaceMoE):
         return AllGather(self.group)(own_KD)
 
     def _rows_between_ranks(self, needed_PR: Tensor) -> list[list[int]] | None:
-        """Return how many rows each member sends to each other one; None: use fixed sizes. All members return the same."""
+        """Return how many rows (tokens) rank p of the group sends to rank q, as [p][q].
+
+        None: gather all tokens on all ranks instead. The result is equal on all ranks of the group.
+        """
         # With counts the host would wait for a GPU in every layer.
         if self.dispatch == "all_gather" or (self.dispatch == "auto" and needed_PR.device.type != "cpu"):
             return None

@@ -286,6 +286,6 @@ def _this_machine(tree: Tree) -> ClusterSpec:
 
 
 def _reference_step(section: str, values: Tree, cluster: ClusterSpec, repeats: int) -> tuple[float, float]:
-    """Return the measured and the predicted seconds of a step of REFERENCE, with `values` replaced in one section."""
+    """Return (measured, predicted) seconds of a micro-step of the configuration REFERENCE, with `values` in `section`."""
     config = config_from_tree({**REFERENCE, section: {**REFERENCE[section], **values}})
     return measured_step(config, repeats), predicted_step(config, cluster)

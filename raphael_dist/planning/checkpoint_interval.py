@@ -61,7 +61,7 @@ def plan_saves(
 
     Args:
         num_bytes: size of a checkpoint.
-        stall_s: time that training waits for a save, its cost.
+        stall_s: time that training waits for a save.
         write_s: time until a checkpoint is on disk. The interval is at least as long, because a save waits for the previous
             one.
         mtbf_s: mean time between two failures of the run.

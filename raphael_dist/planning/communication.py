@@ -54,7 +54,7 @@ class Communication:
     """One kind of communication of a step, e.g. the reduction of the gradients.
 
     Attributes:
-        name: text for tables.
+        name: label in tables.
         seconds: predicted time.
         network_gb: GB that pass through the network card of one rank.
         hidden_by: the pass during which it runs and whose computation can overlap with it, "forward" or "backward";
@@ -87,7 +87,7 @@ def ring(
     """Predict the time of a reduce-scatter or an all-gather with the ring algorithm. An all-reduce takes twice as long.
 
     Args:
-        name: text for tables.
+        name: label in tables.
         hidden_by: the pass that it overlaps with, see `Communication`.
         size: bytes of the whole tensor.
         ranks: members of the ring.
@@ -118,8 +118,9 @@ def gathered_again(parameters: int, recomputes: bool, distance: int = MAX_REUSE_
         distance: DeepSpeed's stage3_max_reuse_distance, in elements.
 
     After a module's forward pass DeepSpeed frees its weights, unless they are used again before `distance` elements of other
-    weights are. If n elements follow in the model, 2 n are used until its backward pass: those of the forward and of the
-    backward pass of what follows. With recomputation it is 3 n. The last `distance` / 2 or / 3 elements are kept.
+    weights have been used. Let n be the elements of all later modules. They are used twice before the module's backward
+    pass: in their forward and in their backward pass (three times with recomputation). So a module keeps its weights if
+    2 n (or 3 n) is at most `distance`.
     """
     return max(0.0, 1 - distance / ((3 if recomputes else 2) * parameters))
 
@@ -141,7 +142,7 @@ def communications(
         cluster: the links.
         parameters: number of parameters of the whole model.
         scheme: how weights and gradients are divided over ranks and reduced, e.g. "reduce_scatter" (docs/scale.md).
-        reductions: how often a step reduces gradients, and under ZeRO-3 gathers weights: once, or in every micro-step.
+        reductions: how many times a step reduces gradients (under ZeRO-3 also: gathers weights), once or per micro-step.
         persistent: total elements of the small parameters (up to 100,000 elements each), which ZeRO-3 gathers only once
             in a step.
 
@@ -186,7 +187,8 @@ def _synchronisation(
 ) -> list[Communication]:
     """Return the communication that reduces the gradients of `parameters` elements over ranks and distributes new weights.
 
-    `width`: bytes per element. `ranks`, `stride`: as in `ring`. `gathers`: all-gathers of this size. `scheme` is not ZeRO-3.
+    `width`: bytes per element. `ranks`, `stride`: as in `ring`. `gathers`: number of all-gathers of the weights. `scheme`:
+    any but those of ZeRO-3.
     """
     size, buckets = float(width * parameters), math.ceil(parameters / DEEPSPEED_BUCKET)
     if scheme in ("replicated", "all_reduce", "reduce_scatter"):

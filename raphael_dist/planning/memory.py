@@ -71,9 +71,9 @@ class RankMemory:
         return self.states.total + max(self.activations + self.buffers + self.slack, self.update)
 
     def by_kind(self) -> dict[str, int]:
-        """Return the bytes of each kind of memory (the attributes of this class) at the peak, for tables and figures.
+        """Return the bytes of each kind of memory at the peak: "weights", "master", "moments", "ema", "gradients", others.
 
-        If the peak is in the optimizer update, the kind "update" stands in place of "activations", "buffers" and "slack".
+        The others are "activations", "buffers" and "slack"; but only "update" if the peak is in the optimizer update.
         """
         kinds = {f.name: getattr(self.states, f.name) for f in fields(self.states)}
         if self.update > self.activations + self.buffers + self.slack:

@@ -46,8 +46,9 @@ class Recorder(LiveBytes):
     """Records every operation that launches work, and live memory by segment (a transformer block or residual block).
 
     Attributes:
-        rows: (kind, phase, class, segment, FLOPs, bytes) of each operation. Kind, phase and class are indices into KINDS,
-            PHASES and op_costs.CLASSES. The segment is its number, or -1. Bytes are those of inputs and outputs.
+        rows: (kind, phase, class, segment, FLOPs, bytes) of each operation: part of the model (index into KINDS), pass
+            (into PHASES), class such as convolution (into op_costs.CLASSES), number of the segment or -1, FLOPs, and
+            bytes of inputs and outputs.
         phase: the current pass, "forward" or "backward".
         segments: (whether it is a transformer block, bytes that its forward pass saved) of each segment.
         peaks: for the forward and the backward pass, {number of segments started: most live bytes}.
@@ -78,9 +79,9 @@ class Recorder(LiveBytes):
         return result
 
     def _place(self) -> tuple[str, int, int, int]:
-        """Return (kind, phase, segment, number of started segments) of the current operation.
+        """Return (part of the model, index of the pass, segment, number of started segments) of the current operation.
 
-        In the backward pass they are those of the forward operation whose gradient is being computed.
+        An operation of the backward pass has the part and segments of the forward operation that it differentiates.
         """
         if self._kinds or self.phase == "forward":
             kind = self._kinds[-1] if self._kinds else "other"
@@ -156,7 +157,7 @@ class _FusedAttention(TorchFunctionMode):
 
 
 class _FusedProcessor(AttnProcessor2_0):
-    """diffusers' attention processor with `_FusedAttention`, also when the backward pass recomputes a block."""
+    """diffusers' attention processor, which runs attention as one kernel (`_FusedAttention`), also in recomputation."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         with _FusedAttention():

@@ -11,7 +11,7 @@ from raphael_dist.planning.search import Choice, Outcome, reasons
 
 
 def describe(plan: RunPlan, config_name: str, shown: int = 5) -> str:
-    """Return the plan of a run as text: the best settings, memory, time and cost of the first of them, and its command.
+    """Return the plan of a run as text: the best settings, and memory, time, cost and command of the best of them.
 
     `config_name`: preset or file of the configuration, for the command. `shown`: how many of the best settings are listed.
     """

@@ -75,7 +75,7 @@ class Choice:
         return settings
 
     def apply(self, config: Config) -> Config:
-        """Return a copy of the configuration with these settings, except ZeRO stage and overlap, which it does not have."""
+        """Return a copy of `config` with these settings, except ZeRO stage and overlap, which the DeepSpeed JSON sets."""
         parallel = {"space_ep": self.space_ep, "time_ep": self.time_ep, "placement": (self.placement,)}
         return config.model_copy(
             update={
@@ -171,7 +171,7 @@ class Search:
         """Return the configuration with the settings `choice`, and the division of the batch over ranks.
 
         None if the choice is not possible (e.g. the micro-batch is too large). Also None if placement "auto" shards all
-        experts or none, because another choice is then the same.
+        experts or none, because the choice with placement "shard", or without expert parallelism, is then the same.
         """
         config = choice.apply(self.config)
         if choice.micro_batch_size > -(-config.train.global_batch_size // self.world):

@@ -37,7 +37,7 @@ class StepTime:
         launches: additional time because the host launches operations more slowly than the GPU runs them; on a CPU, time of
             all launches.
         exposed: time of communication that does not overlap with computation.
-        parts: all kinds of communication.
+        parts: the predicted communication, one entry per kind.
         images: number of images of the step, on all ranks.
         ranks: number of devices.
         flops: model FLOPs per image, three times those of the forward pass.

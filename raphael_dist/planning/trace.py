@@ -71,9 +71,9 @@ class Trace:
         return int(self.peaks.max())
 
     def total(self, values: NDArray[np.int64], phase: str | None = None, kind: str | None = None) -> int:
-        """Return the sum of `values` (`flops` or `bytes`) over the operations of a phase and a kind.
+        """Return the sum of `values` (`flops` or `bytes`) over the operations of one pass and one part of the model.
 
-        `phase`: a name in PHASES. `kind`: a name in KINDS. None: all of them.
+        `phase`: the pass, a name in PHASES. `kind`: the part, a name in KINDS. None: all of them.
         """
         chosen = np.ones(len(values), dtype=bool)
         if phase is not None:
@@ -118,7 +118,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Profile:
-    """Two traces (operations, memory) of the same micro-step, from which that for any number of images is extrapolated.
+    """Two traces (operations, memory) of a micro-step, from which traces for other numbers of images are extrapolated.
 
     Attributes:
         few, many: the traces with two and with four images.

@@ -27,7 +27,7 @@ class Process:
 
     Attributes:
         pid: its process id.
-        began: its start time, in clock ticks since boot. With it, another process with the same id is recognised.
+        began: its start time, in clock ticks since boot. A later process with the same id has another start time.
         launcher: name of the launcher.
     """
 

@@ -183,7 +183,7 @@ class Watch:
         self._over.set()
 
     def _exchange(self) -> None:
-        """Post this rank's status and read the others' until all have finished, one has left, or none reports."""
+        """Exchange status with the other ranks until all have finished, one called `report_failure`, or none reports."""
         began = last_sign = logged = self._clock.now()
         posted, counted, signs, finished = 0, False, -1, 0
         while True:
@@ -222,7 +222,7 @@ class Watch:
         return finished
 
     def _pause(self, elapsed: float) -> float:
-        """Return the seconds to the next poll: an eighth of the time elapsed, within bounds that grow with the ranks."""
+        """Return the seconds to the next poll: an eighth of `elapsed`, up to 1 s; longer if there are many ranks."""
         return min(self._silence / 8, max(self._world * POLL_S_PER_RANK, min(elapsed / 8, 1.0)))
 
     def _post_status(self) -> None:

@@ -29,7 +29,7 @@ TIMEOUT = timedelta(minutes=30)  # of every process group
 
 @dataclass(frozen=True)
 class Ranks:
-    """The place of this process among all ranks.
+    """The rank of this process, the number of ranks, and the launcher.
 
     Attributes:
         rank, world_size: its global rank and the number of ranks.
@@ -155,7 +155,7 @@ def own_group(members: list[int], timeout: timedelta = TIMEOUT) -> dist.ProcessG
 
 
 def _master_by_mpi() -> tuple[str, str]:
-    """Return the address and port of rank 0, which mpirun does not pass on."""
+    """Ask rank 0 by MPI (mpi4py) for its address and a free port, since mpirun sets no variables with them; return both."""
     try:
         from mpi4py import MPI
     except ImportError:
@@ -251,7 +251,7 @@ def raise_if_any_failed(
     Args:
         result: this rank's result.
         failure: this rank's exception, or None.
-        gather: returns the values of all ranks in order; to be replaced if there is no process group.
+        gather: function that returns the values of all ranks in order. Pass another one if there is no process group.
 
     Raises:
         UserError, NotSavedError: on all ranks, if the failure of one rank is of this type.

@@ -62,7 +62,10 @@ def connect(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
 
 
 def _store_of_rank0(agent_store: dist.TCPStore, rank: int, timeout: timedelta) -> dist.TCPStore:
-    """Return a store in the process of rank 0: torchrun's store ends with torchrun, while ranks still write a checkpoint."""
+    """Return a store in the process of rank 0, whose address ranks exchange through torchrun's store (`agent_store`).
+
+    Torchrun's own store ends with torchrun, which may be before the ranks have written their last checkpoint.
+    """
     key = f"raphael_dist/attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     if rank > 0:
         address, port = agent_store.get(key).decode().rsplit(" ", 1)
@@ -74,7 +77,7 @@ def _store_of_rank0(agent_store: dist.TCPStore, rank: int, timeout: timedelta) -
 
 
 def _own_address() -> str:
-    """Return MASTER_ADDR if it is this host, else the address of this host on the route to it."""
+    """Return MASTER_ADDR if it is an address of this host, else the address from which this host connects to MASTER_ADDR."""
     address, port = master_address()
     family, *_, target = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:

@@ -197,7 +197,7 @@ class Watchdog:
             replace_bytes(self._path(self._ranks.rank), self._line().encode(), durable=False)
 
     def _find_killed_rank(self) -> str:
-        """Return a message about a killed rank of this host, whose heartbeat exists and whose process does not; else ""."""
+        """Return a message about a rank of this host whose process was killed (its heartbeat file remains); "" if none."""
         first = self._ranks.rank - self._ranks.local_rank
         for rank in range(first, first + self._ranks.local_world_size) if self._stacks is not None else ():
             heartbeat = self._read_file(rank)
@@ -262,7 +262,7 @@ def _missing(rank: int) -> Heartbeat:
 
 
 def _newest(lines: list[str] | None, world_size: int) -> list[Heartbeat]:
-    """Return the last heartbeat of each rank, given the store's lines (oldest first); [] if they are None."""
+    """Return the last heartbeat of each rank, from the lines that ranks wrote to their store; [] if `lines` is None."""
     if lines is None:
         return []
     newest = {rank: _missing(rank) for rank in range(world_size)}

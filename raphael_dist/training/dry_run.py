@@ -146,7 +146,10 @@ def _check_shards(config: Config, name: str) -> None:
 
 
 def _find_shards(config: Config, name: str) -> list[str]:
-    """Return the shards of the field data.`name`. Raises UserError with a line for each pattern without shards."""
+    """Return the paths of the shards that the setting data.`name` selects.
+
+    Raises UserError with a line for each pattern of that setting that matches no shard.
+    """
     training, lines = name == "shards", list[str]()
     names = attempt(lines, lambda: find_shards(config, training=training))
     if names is not None:

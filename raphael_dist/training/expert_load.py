@@ -66,8 +66,8 @@ def load_entropy(share_LK: Tensor) -> float:
 class DeadExperts:
     """Detects experts that get almost no work, and creates a warning with a remedy.
 
-    An expert is dead if its load is below 1% (DEAD_SHARE) of the mean load of its transformer block. Every log line of the
-    run adds the loads since the previous one. The last lines are added up, as many as are needed for 100 samples per expert.
+    An expert is dead if its load is below 1% (DEAD_SHARE) of the mean load of its transformer block. Loads are recorded at
+    every log line of the run. They are summed over the most recent log lines that together have 100 samples per expert.
     """
 
     SAMPLES = 100

@@ -61,7 +61,7 @@ def annealing_factor(schedule: str, done: float) -> float:
 def _schedule(
     name: str, lr: float, warmup: int, steps: int, arguments: tuple[tuple[str, float], ...]
 ) -> Callable[[int], float]:
-    """Return the function of transformers' schedule: from the number of steps taken to a factor on the learning rate."""
+    """Return the schedule `name` of transformers: a function from the number of steps taken to a factor on `lr`."""
     import torch
     from transformers import get_scheduler
 

@@ -154,7 +154,10 @@ _Hook = Callable[[threading.ExceptHookArgs], object]
 
 
 def _without_tensorboard_errors(hook: _Hook) -> _Hook:
-    """Return a hook that ignores failed writes of TensorBoard's thread: the next call to TensorBoard raises them too."""
+    """Return a threading.excepthook that ignores OSErrors of TensorBoard's writer thread and calls `hook` for all others.
+
+    No error is lost: the next call to TensorBoard raises it again.
+    """
 
     def filtered(args: threading.ExceptHookArgs) -> None:
         if not (type(args.thread).__name__ == "_AsyncWriterThread" and isinstance(args.exc_value, OSError)):

@@ -84,7 +84,7 @@ def open_requests(config: Config, ranks: Ranks, engine: Engine, data: DataSource
 
 
 def _read_base(config: Config, ranks: Ranks) -> tuple[RaphaelUNet | None, dict[str, str]]:
-    """Return the frozen base model for LoRA or ControlNet training, and its fingerprint for checkpoints. Collective.
+    """Return the frozen base model for LoRA or ControlNet training, and its digest, which checkpoints store. Collective.
 
     Returns None and {} if all weights are trained. The base is read at every start, because checkpoints contain only the
     trained weights.

@@ -101,7 +101,7 @@ def train_step(run: Run, batches: Iterator[Batch]) -> bool:
 
     Args:
         run: the run, whose progress is changed.
-        batches: this rank's micro-batches, without an end.
+        batches: endless iterator over this rank's micro-batches.
 
     Returns:
         False if the run returned to a checkpoint instead of completing the step.
@@ -334,10 +334,10 @@ def save(run: Run, last: bool) -> None:
 
 
 def _slots(run: Run) -> Iterator[list[tuple[int, float]]]:
-    """Yield, for each micro-step without an end, the (position, weight) of this rank's samples (`BatchPlan.slots`).
+    """Yield for each micro-step, without end, the (position, weight) of each of this rank's samples (`BatchPlan.slots`).
 
-    There is no end because rollbacks take more samples than there are steps. The prefetcher reads ahead while `samples_seen`
-    grows, so the start is read once.
+    A run has no fixed number of micro-steps, because steps after a rollback are repeated with new samples. `samples_seen`
+    is read only at the start: later it lags behind the prefetcher, which reads ahead.
     """
     for first in count(run.progress.samples_seen, run.config.train.global_batch_size):
         for micro_step in range(run.plan.accumulation):
