@@ -61,7 +61,9 @@ def slurm(argv: Sequence[str]) -> int:
     parser = common.Parser(
         prog="raphael-slurm", description=COMMANDS["slurm"][1], example='sbatch "$(raphael-slurm)/train_raphael.sh"'
     )
-    parser.add_argument("--home", action="store_true", help="print the value of RAPHAEL_HOME for these scripts instead")
+    parser.add_argument(
+        "--home", action="store_true", help="print instead the value that RAPHAEL_HOME must have for these scripts"
+    )
     args = parser.parse_args(argv)
     print(assets.root() if args.home else assets.root() / "slurm")
     return 0

@@ -47,7 +47,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt per line, or .jsonl (docs/sampling.md)")
     parser.add_argument("--negative", default="", metavar="TEXT", help="negative prompt, for all prompts")
     parser.add_argument("--out", type=Path, default=Path("grid.png"), metavar="FILE", help=f"grid of up to {GRID} images")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="also write each image into this folder, by its number")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="also write each image to DIR/NUMBER.png")
     parser.add_argument("--per-prompt", type=int, default=1, metavar="N", help="number of images of each prompt")
     parser.add_argument("--guidance", type=float, metavar="G", help="guidance scale (default: sample.guidance of the run)")
     parser.add_argument("--seed", type=int, metavar="N", help="seed of the initial noise (default: sample.seed of the run)")

@@ -67,7 +67,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         prog="raphael_dist/train.py",
         example="deepspeed raphael_dist/train.py --config emoji-tiny train.max_steps=50",
         description=f"Train a model. The same command resumes the run. Without --config it trains {DEFAULT_CONFIG}.",
-        epilog="Precedence: defaults < --config < overrides. `python -m raphael_dist config WORD` finds keys.",
+        epilog="section.key=value overrides --config, which overrides the defaults. `python -m raphael_dist config WORD` "
+        "finds keys.",
     )
     common.add_config(parser)
     parser.add_argument(
@@ -77,7 +78,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="DeepSpeed configuration, e.g. ds_configs/zero2.json (default: ZeRO-2 in bfloat16, ZeRO-1 in float32)",
     )
     parser.add_argument(
-        "--plan", action="store_true", help="print settings, learning rates and batch plan, and exit; reads no data"
+        "--plan",
+        action="store_true",
+        help="print settings, learning rates and how a step divides its images over ranks, and exit; reads no data",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="like --plan, and also check that shards, encoders and folders can be used"

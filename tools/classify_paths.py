@@ -174,8 +174,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         default=["captions"],
         help="words to identify (default: captions)",
     )
-    parser.add_argument("--captions", nargs="+", metavar="SHARDS", help="shards to take captions from (default: the run's)")
-    parser.add_argument("--weights", choices=WEIGHTS, help="averaged (ema) or last weights (default: ema if present)")
+    parser.add_argument(
+        "--captions", nargs="+", metavar="SHARDS", help="shards to take captions from (default: data.shards of the run)"
+    )
+    parser.add_argument(
+        "--weights", choices=WEIGHTS, help="weights to use: moving average (ema) or last (master); default: ema if present"
+    )
     return parser.parse_args(argv)
 
 
@@ -197,7 +201,7 @@ def run(args: argparse.Namespace) -> None:
     config = trained.config
     if not config.model.space_experts:
         raise UserError(
-            f"--checkpoint {args.checkpoint} must be a model with space experts, through which words take paths, but "
+            f"--checkpoint {args.checkpoint} must be a model with space experts, which a gate chooses for words, but "
             "model.space_experts is 0. Use another checkpoint."
         )
     print("| words | classes | samples | accuracy | chance (most frequent) | shuffled |\n|---|---|---|---|---|---|")

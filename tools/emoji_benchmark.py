@@ -22,7 +22,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         prog="emoji_benchmark.py",
         example="python tools/emoji_benchmark.py --checkpoint models/emoji --out runs/emoji-benchmark",
         usage="%(prog)s --checkpoint PATH --out DIR [options]",
-        description="Sample held-out pairs of thing and style, and compare the images with the real emoji.",
+        description="Sample pairs of a thing and a style that training did not combine; compare with the real emoji.",
     )
     add_common_arguments(parser)
     parser.add_argument("--shards", nargs="+", help="training images (default: data.shards of the run)")

@@ -194,7 +194,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
     parser.add_argument(
-        "--emoji", type=Path, default=Path("data/emoji"), help="folder with the emoji shards, whose names are the words"
+        "--emoji",
+        type=Path,
+        default=Path("data/emoji"),
+        help="folder with the emoji shards; the names of the emoji are the words to draw",
     )
     parser.add_argument("--samples", type=int, default=40_000, help="number of training samples (default 40,000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of words, fonts and layouts (default 0)")

@@ -146,7 +146,9 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the options --checkpoint and --weights, which select a trained model, and --steps (denoising steps)."""
     parser.add_argument("--checkpoint", type=Path, required=True, help="run directory, step-* folder or exported pipeline")
-    parser.add_argument("--weights", choices=WEIGHTS, help="averaged (ema) or last weights (default: ema if present)")
+    parser.add_argument(
+        "--weights", choices=WEIGHTS, help="weights to use: moving average (ema) or last (master); default: ema if present"
+    )
     parser.add_argument("--steps", type=int, help="denoising steps (default: sample.steps of the run)")
 
 
@@ -154,7 +156,9 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Add the options that decide how images are sampled: model, weights, steps, scheduler, image size, batch size."""
     add_model(parser)
     parser.add_argument("--scheduler", choices=get_args(Scheduler), help="sampler (default: sample.scheduler of the run)")
-    parser.add_argument("--size", type=int, nargs=2, metavar=("H", "W"), help="image size (default: the first bucket)")
+    parser.add_argument(
+        "--size", type=int, nargs=2, metavar=("H", "W"), help="image size in pixels (default: first size in image.buckets)"
+    )
     parser.add_argument("--batch", type=int, default=16, help="images sampled at a time on each rank (default 16)")
 
 

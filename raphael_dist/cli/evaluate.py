@@ -35,7 +35,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     studies = parser.add_subparsers(dest="study", required=True)
     usage = "%(prog)s --checkpoint PATH --out DIR --captions SOURCE [options]"
     images = studies.add_parser(
-        "images", help="FID, KID, precision, recall, CLIP score over guidance scales", example=example, usage=usage
+        "images", help="FID, KID, precision, recall and CLIP score for each guidance scale", example=example, usage=usage
     )
     add_common_arguments(images)
     images.add_argument(

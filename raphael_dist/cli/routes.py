@@ -41,10 +41,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--out", type=Path, default=Path("paths"), metavar="DIR", help="folder of figures, paths.json, report.md"
     )
     parser.add_argument(
-        "--timestep", type=int, default=300, metavar="T", help="timestep whose regions are shown (default 300)"
+        "--timestep",
+        type=int,
+        default=300,
+        metavar="T",
+        help="timestep at which the image regions of words are shown (default 300)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the initial noise (default 0)")
-    parser.add_argument("--captions", nargs="+", metavar="SHARDS", help="shards to take captions from (default: the run's)")
+    parser.add_argument(
+        "--captions", nargs="+", metavar="SHARDS", help="shards to take captions from (default: data.shards of the run)"
+    )
     return parser.parse_args(argv)
 
 

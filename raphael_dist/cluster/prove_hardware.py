@@ -62,7 +62,7 @@ def links(proof: Proof) -> Result:
             seconds = small.seconds(SMALL_REPEATS), whole.seconds(LARGE_REPEATS)
             measured.setdefault(scope, {})[name] = [seconds[0] * 1e6, whole.sent_bytes / 1e9 / seconds[1]]
             if not (small.is_right() and whole.is_right()):
-                problems.append(Problem(f"{name} {scope} returns wrong values"))
+                problems.append(Problem(f"{name} ({scope}) returns wrong values on this rank"))
     every = gather_objects(measured)
     lines = []
     for scope, by_name in measured.items():
@@ -70,7 +70,7 @@ def links(proof: Proof) -> Result:
             speeds = [other[scope][name][1] for other in every if scope in other]
             lines.append(f"{scope}: {name.replace('_', '-')} {us:.0f} us, {gb_s:.2f} GB/s per rank")
             if gb_s < SLOW_PAIR * median(speeds):
-                text = f"{name} {scope}: {gb_s:.2f} GB/s, other ranks {median(speeds):.2f}; check its links"
+                text = f"{name} {scope}: {gb_s:.2f} GB/s, other ranks {median(speeds):.2f}; check this rank's links"
                 problems.append(Problem(text, amber=True))
     missing = [f"links {scope}: there is one rank" for scope in ("inside a node", "between nodes") if scope not in measured]
     return Result(lines, problems, {"links": measured}, missing)
@@ -159,7 +159,7 @@ def graphs(proof: Proof) -> Result:
     difference = max(abs(a / b - 1) for a, b in zip(runs[True].norms, runs[False].norms, strict=True))
     problems = []
     if not difference < 1e-2:
-        problems.append(Problem(f"with CUDA graphs the gradient norm differs by {difference:.1%}", False))
+        problems.append(Problem(f"CUDA graphs change the gradient norm by {difference:.1%}", False))
     without, with_graphs = (f"{runs[on].seconds * 1e3:.1f} ms" for on in (False, True))
     line = f"a step of the small model takes {without} without CUDA graphs and {with_graphs} with them"
     return Result([f"{line}; gradient norms agree within {difference:.0e}"], problems)
@@ -226,7 +226,7 @@ def plan(proof: Proof) -> Result:
     if proof.device.type == "cpu":
         missing.append("speed compared with the plan: CPUs differ, and the description of a CPU is not calibrated")
     elif not 1 / (1 + PLAN_TOLERANCE) < ratio < 1 + PLAN_TOLERANCE:
-        problems.append(Problem(f"the planned step takes {ratio:.2f} times as long as the measured step", False, amber=True))
+        problems.append(Problem(f"the predicted time of a step is {ratio:.2f} times the measured time", False, amber=True))
     if proof.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(proof.device)
         lines.append(f"memory: {peak / 1e9:.2f} GB, planned {outcome.memory.total / 1e9:.2f} GB")
@@ -237,7 +237,7 @@ def plan(proof: Proof) -> Result:
         sent, planned = _expert_bytes(proof)
         lines.append(f"bytes to other ranks' experts in a micro-step: {sent:,}, planned {planned:,}")
         if sent != planned:
-            problems.append(Problem(f"it sent {sent:,} bytes to other ranks' experts, planned {planned:,}"))
+            problems.append(Problem(f"this rank sent {sent:,} bytes to experts on other ranks, planned {planned:,}"))
     missing.append("bytes on the network interfaces: not measured. Read the counters of the interfaces")
     return Result(lines, problems, {}, missing)
 
@@ -264,7 +264,9 @@ def _cluster(proof: Proof) -> ClusterSpec:
 def _states_problems(engine: Engine, planned: int) -> list[Problem]:
     owners = {id(f.owner): f.owner for f in engine.fragments}
     actual = sum(4 * owner.numel() for owner in owners.values())
-    return [] if actual == planned else [Problem(f"its fp32 weights take {actual:,} bytes, planned {planned:,}", False)]
+    return (
+        [] if actual == planned else [Problem(f"this rank's fp32 weights take {actual:,} bytes, planned {planned:,}", False)]
+    )
 
 
 def _expert_bytes(proof: Proof) -> tuple[int, int]:

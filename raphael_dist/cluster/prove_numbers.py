@@ -111,7 +111,7 @@ def seeds(proof: Proof) -> Result:
         values = [other[what] for other in every]
         usual = max(values, key=values.count)
         if value != usual:
-            problems.append(Problem(f"its {what} differ from those of other ranks: it has another seed"))
+            problems.append(Problem(f"this rank computes other {what} than most ranks, so it has another seed"))
     return Result(["initial weights and noise are the same on all ranks"], problems)
 
 
@@ -161,7 +161,7 @@ def _compare_case(proof: Proof, case: Case) -> tuple[float, Problem | None]:
         problem = problem or norm_problem(case, expected, step, run.engine.grad_norm)
     difference = weights_difference(expected.weights[STEPS], run)
     if problem is None and not difference < TOLERANCE[case.dtype][2]:
-        problem = Problem(f"its weights after {STEPS} steps differ by {difference:.0e} from those of one process", False)
+        problem = Problem(f"weights after {STEPS} steps differ by {difference:.0e} from a training in one process", False)
     return difference, problem and problem.in_case(str(case))
 
 
@@ -214,14 +214,14 @@ class Trained:
         for number, (actual, expected) in enumerate(zip(self.recorded, micro_steps, strict=True)):
             nothing = all(not g.any() for g in actual.values())
             if nothing and any(g.any() for g in expected.values()):
-                return Problem(f"its gradient of micro-step {number + 1} of {len(slots)} is missing")
+                return Problem(f"this rank's gradient of micro-step {number + 1} of {len(slots)} is missing")
             for name, gradient in expected.items():
                 value = actual.get(name, torch.zeros_like(gradient))
                 shape, start = self.engine.fragments.shapes[name], self._starts[name]
                 for label, part in pieces(name, shape, start, value.numel()):
                     text = differs(value.flatten()[part], gradient.flatten()[part], SMALL_SHARE * norm, tolerance)
                     if text:
-                        return Problem(f"before the reduction, its gradient of {label} is {text} that of one process")
+                        return Problem(f"this rank's local gradient of {label} is {text} that of training in one process")
         return None
 
     def _expected(self, reference: Reference, micro: Slots, number: int) -> dict[str, Tensor]:
@@ -260,8 +260,8 @@ def loss_problem(case: Case, expected: Steps, step: int, slots: Slots, loss: flo
     if math.isclose(loss, reference, rel_tol=tolerance, abs_tol=1e-6):
         return None
     if step and math.isclose(loss, expected.own_loss(step, slots, before=1), rel_tol=tolerance):
-        return Problem(f"it computes step {step + 1} with stale weights, those of before the update of step {step}")
-    return Problem(f"the loss of its samples in step {step + 1} is {loss:.6g}, in one process {reference:.6g}")
+        return Problem(f"this rank computes step {step + 1} with stale weights: those before the update of step {step}")
+    return Problem(f"this rank's loss in step {step + 1} is {loss:.6g}, but {reference:.6g} in a training in one process")
 
 
 def norm_problem(case: Case, expected: Steps, step: int, norm: float) -> Problem | None:
@@ -275,8 +275,8 @@ def norm_problem(case: Case, expected: Steps, step: int, norm: float) -> Problem
         return None
     rest = [float(g.square().sum()) for name, g in expected.gradients[step].items() if not stacked(name)]
     without = math.isclose(norm, math.sqrt(sum(rest)), rel_tol=tolerance)
-    why = ": it leaves out the experts" if without else ""
-    return Problem(f"the gradient norm of step {step + 1} is {norm:.6g}, in one process {reference:.6g}{why}", False)
+    why = ": the gradients of the experts are left out" if without else ""
+    return Problem(f"the gradient norm of step {step + 1} is {norm:.6g}, but in one process {reference:.6g}{why}", False)
 
 
 def _reduced_problem(case: Case, expected: Steps, run: Trained, before: list[Tensor]) -> Problem | None:
@@ -294,7 +294,7 @@ def _reduced_problem(case: Case, expected: Steps, run: Trained, before: list[Ten
         for label, part in pieces(fragment.name, fragment.shape, fragment.start, fragment.numel):
             text = differs(change[part], gradient[part].to(change), SMALL_SHARE * expected.norms[0] + rounding, tolerance)
             if text:
-                return Problem(f"the gradient of {label}, reduced over all ranks, is {text} that of one process", False)
+                return Problem(f"the reduced gradient of {label} is {text} that of a training in one process", False)
     return None
 
 
@@ -345,6 +345,6 @@ def sums(proof: Proof) -> Result:
         difference = math.sqrt(error / size) if size else 0.0
         worst = max(worst, difference)
         if not difference < tolerance:
-            text = f"the sum over {SUMMED_STEPS} micro-steps is {difference:.2%} away from the float32 sum: it is rounded to"
-            problems.append(Problem(f"{text} bfloat16 after each of them", False).in_case(str(case)))
+            text = f"the sum of gradients over {SUMMED_STEPS} micro-steps is {difference:.2%} away from the float32 sum"
+            problems.append(Problem(f"{text}: it is rounded to bfloat16 after each micro-step", False).in_case(str(case)))
     return Result([f"sums over {SUMMED_STEPS} micro-steps in bfloat16: within {worst:.2%} of float32"], problems)

@@ -16,7 +16,7 @@ class Problem:
     """A problem that a check found on one rank.
 
     Attributes:
-        text: what is wrong. In this text, "its" means "of this rank".
+        text: what is wrong. It calls the rank on which the problem was found "this rank".
         own: whether this rank is the cause. Other ranks may only see the effects of a problem elsewhere.
         amber: whether training is possible nevertheless.
     """

@@ -75,7 +75,7 @@ def resume(proof: Proof) -> Result:
     proof.mark("resuming")
     progress = store.resume()
     if progress is None:
-        return Result([], [Problem("no complete checkpoint: do all nodes share the folder of --out?", False)])
+        return Result([], [Problem("--out has no complete checkpoint. Check that all nodes share this folder", False)])
     expected = Steps(config, proof.device).take(progress.step + RESUMED_STEPS)
     problem = _restored_problem(expected.weights[progress.step], run)
     for step in range(progress.step, progress.step + RESUMED_STEPS):
@@ -88,7 +88,11 @@ def resume(proof: Proof) -> Result:
         problem = problem or norm_problem(case, expected, step, run.engine.grad_norm)
     difference = weights_difference(expected.weights[-1], run)
     if problem is None and not difference < TOLERANCE["float32"][2]:
-        problem = Problem(f"its weights {RESUMED_STEPS} steps later differ by {difference:.0e} from one process", False)
+        problem = Problem(
+            f"this rank's weights {RESUMED_STEPS} steps after resuming differ by {difference:.0e} from those of a training "
+            "in one process",
+            False,
+        )
     before = proof.options["world"]
     lines = [
         f"saved by {before} ranks (ZeRO-2, ep {expert_sizes(before)[-1]}), killed during the next save, resumed at step "

@@ -73,7 +73,7 @@ class Image(Section):
             example = [sizes] if len(sizes) == 2 and all(type(side) is int for side in sizes) else [[64, 64]]
             raise ValueError(
                 f"image.buckets={shorten(str(rule))} must be a list of sizes [height, width] in pixels, e.g. {example}, or "
-                "the word paper, or one number."
+                "the word paper, or a number R, which gives sizes of about R x R pixels."
             )
         return value
 
@@ -167,7 +167,7 @@ class Data(Section):
     cache_fill: Literal["before", "during"] = free_setting(
         "before",
         "With data.features=cached: when to encode the samples that are not yet in data.cache_dir. before: before step 1. "
-        "during: in a thread while training runs; a step that needs a sample earlier encodes it itself.",
+        "during: in a thread while training runs; a step whose samples are not encoded yet encodes them itself.",
     )
     cached_text: Literal["auto", "stored", "encoded"] = free_setting(
         "auto",
@@ -200,7 +200,7 @@ class Data(Section):
         "must be from `min` to `max`, or one of `words`; `on_missing` (keep, drop or error) states what happens to samples "
         "without a value.",
     )
-    flip: bool = setting(False, "true: a random half of the training images is mirrored, left to right. false: none.")
+    flip: bool = setting(False, "true: a random half of the training images is mirrored, left to right. false: no image is.")
     window_shards: Positive = setting(
         16,
         "Size of the shuffle buffer, in shards: the shards are put into random order, and samples are shuffled within this "
@@ -259,8 +259,8 @@ def generate_buckets(resolution: int, step: int = 64, max_ratio: float = 2.0) ->
     """
     if not step <= resolution <= MAX_RESOLUTION:
         raise ValueError(
-            f"image.buckets={resolution} must be a number of pixels from {step} to {MAX_RESOLUTION}, or a list of sizes "
-            "[height, width]."
+            f"image.buckets={resolution} must be a number of pixels per side from {step} to {MAX_RESOLUTION}, or a list of "
+            "sizes [height, width]."
         )
     area = resolution * resolution
     sizes: set[tuple[int, int]] = set()

@@ -62,8 +62,7 @@ class RunConfig(Section):
     )
     trackers: tuple[Literal["wandb", "mlflow"], ...] = free_setting(
         (),
-        "Experiment trackers that receive the metrics: wandb (Weights & Biases), mlflow. TensorBoard receives them in any "
-        "case.",
+        "Experiment trackers that receive the metrics: wandb (Weights & Biases), mlflow. TensorBoard always receives them.",
     )
     project: str = free_setting("raphael", "Name of the project in wandb, and of the experiment in mlflow.")
     log_level: Literal["debug", "info", "warning", "error"] = free_setting(
@@ -144,9 +143,7 @@ class Train(Section):
         "Images per rank in one forward and backward pass, at most. Gradient accumulation steps = global_batch_size / "
         "(micro_batch_size x ranks). If that is less than 1, the micro-batch is global_batch_size / ranks.",
     )
-    dtype: Dtype = setting(
-        "float32", "Precision of the forward and backward passes. The master weights are float32 in any case."
-    )
+    dtype: Dtype = setting("float32", "Precision of the forward and backward passes. The master weights are always float32.")
     compile: bool = free_setting(False, "Compile parts of the model with torch.compile. Incompatible with ZeRO stage 3.")
     cuda_graphs: bool = free_setting(
         False,

@@ -136,7 +136,7 @@ def show(checkpoint: Checkpoint) -> bool:
     sound = _show_experts(checkpoint, console)
     problem = checkpoint.integrity_error()
     if not checkpoint.files:
-        console.print("no manifest: sizes and checksums cannot be verified; every tensor is there once")
+        console.print("no manifest: sizes and checksums cannot be verified, but every tensor exists exactly once")
     elif problem is None:
         console.print(f"verified: {len(checkpoint.files)} files match the manifest")
     else:

@@ -75,7 +75,7 @@ class Checkpoint:
         """
         if "master" not in self.kinds():
             raise UserError(
-                f"{self.path} must contain the weights of the model (values 'master'), but it only contains "
+                f"{self.path} must contain the fp32 weights of the model (master), but it only contains "
                 f"{', '.join(self.kinds()) or 'other files'}. Use another checkpoint."
             )
         read = {span.path for spans in self.spans.values() for span in spans}

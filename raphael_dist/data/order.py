@@ -104,8 +104,8 @@ class SampleOrder:
         self.dropped_per_epoch = num_samples - self.samples_per_epoch
         if self.samples_per_epoch == 0:
             raise UserError(
-                f"image.buckets must contain an image size with at least {run_length} samples, the number of "
-                "consecutive samples of one size (data.bucket_run, or train.micro_batch_size in validation), but the most "
+                f"image.buckets must contain an image size with at least {run_length} samples, since that many consecutive "
+                "samples have one size (data.bucket_run, or train.micro_batch_size in validation), but the most "
                 f"frequent size has {totals_B.max()} of {num_samples} samples. Use fewer sizes or more data, or lower "
                 "data.bucket_run and train.micro_batch_size."
             )

@@ -23,7 +23,7 @@ def expanded_bytes(pyarrow: Any, source: Any) -> int:
             if message.type in ("record batch", "dictionary"):
                 total += _batch_bytes(memoryview(message.metadata), memoryview(message.body), message.type)
     except (struct.error, IndexError) as error:
-        raise ValueError(f"a message is damaged ({error})") from error
+        raise ValueError(f"a message (block) of the Arrow stream is damaged ({error})") from error
     return total
 
 

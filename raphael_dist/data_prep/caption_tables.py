@@ -101,12 +101,12 @@ def _arrow_rows(paths: list[Path]) -> Iterator[Row]:
                 num_bytes = path.stat().st_size
                 limit = max(expanded_limit(num_bytes), 2 * num_bytes)  # without compression, a file may have any size
                 if expanded_bytes(pyarrow, source) > limit:
-                    raise ValueError(f"its {num_bytes} bytes expand to more than {limit}, which are allowed")
+                    raise ValueError(f"the file's {num_bytes} bytes expand to more than the allowed {limit} bytes")
                 source.seek(0)
                 for row in _arrow_batch_rows(pyarrow.ipc.open_stream(source)):
                     limit -= _size(row)
                     if limit < 0:
-                        raise ValueError(f"its {num_bytes} bytes expand to too many rows or too long strings")
+                        raise ValueError(f"the file's {num_bytes} bytes expand to too many rows or too long strings")
                     yield row
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise UserError(f"SOURCE: {path} cannot be read as an Arrow stream ({error}). Write or copy it again.") from None

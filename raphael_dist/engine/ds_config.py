@@ -42,7 +42,7 @@ def read_deepspeed_json(path: str | None, dtype: Dtype = "float32") -> Tree:
         tree = parse_json(read_text(file), _unique_keys)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--deepspeed_config={path} cannot be read as JSON: {error}. Correct it there, or use ds_configs/zero2.json."
+            f"--deepspeed_config={path} cannot be read as JSON: {error}. Correct this file, or use ds_configs/zero2.json."
         ) from None
     if not isinstance(tree, dict):
         raise UserError(

@@ -127,7 +127,7 @@ class Engine:
         if not isinstance(self._zero, Zero12Contiguous):
             bucket = self.ds_config["zero_optimization"]["reduce_bucket_size"]
             raise error(
-                "a zero_optimization.reduce_bucket_size in the DeepSpeed JSON of at least half the number of parameters",
+                "zero_optimization.reduce_bucket_size (DeepSpeed JSON) of at least half the number of parameters",
                 f"reduce_bucket_size is {bucket}",
                 "Remove reduce_bucket_size from the JSON",
             )

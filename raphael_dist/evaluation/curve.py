@@ -15,7 +15,8 @@ def require_matplotlib() -> None:
     """Raise UserError if matplotlib, with which `draw_curve` draws, is not installed."""
     if find_spec("matplotlib") is None:
         raise UserError(
-            f"several --guidance values require the package matplotlib for their curve, but it is not installed. {INSTALL}"
+            "several --guidance values require the package matplotlib, which plots the scores, but it is not installed. "
+            f"{INSTALL}"
         )
 
 

@@ -43,7 +43,7 @@ def main(pid: int, seconds: float, tick: float) -> None:
         os.kill(pid, signal.SIGUSR2)
         time.sleep(1.0)
         print(
-            f"error: process {pid} kept the lock of the Python interpreter for {seconds:g} s, so it is ended",
+            f"error: process {pid} kept the lock of the Python interpreter (GIL) for {seconds:g} s, so it is being ended",
             file=sys.stderr,
             flush=True,
         )

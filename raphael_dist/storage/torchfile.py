@@ -61,8 +61,8 @@ def load_tree(path: Path, allowed: Sequence[Allowed] = ()) -> Any:
             pickles = sum(entry.file_size for entry in archive.infolist() if entry.filename.endswith("data.pkl"))
             if size > path.stat().st_size or pickles > MAX_PICKLE:
                 raise ValueError(
-                    f"its zip entries state {size} bytes, {pickles} of them pickled, but the file has {path.stat().st_size} "
-                    f"bytes and at most {MAX_PICKLE} pickled bytes are allowed"
+                    f"its zip entries must have at most the file's {path.stat().st_size} bytes, at most {MAX_PICKLE} of "
+                    f"them pickled, but they state {size} bytes, {pickles} of them pickled"
                 )
             order = next((archive.read(e) for e in archive.infolist() if e.filename.endswith("/byteorder")), b"")
         if order not in (b"", sys.byteorder.encode()):

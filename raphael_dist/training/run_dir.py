@@ -65,7 +65,7 @@ def _lock(file: IO[str], wait_s: float, report: Reporter) -> bool:
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 return False
-            report("waiting for another run to unlock it")
+            report("waiting until the run that uses this directory ends")
             time.sleep(0.5)
         except OSError as error:  # some parallel file systems are mounted without locks
             print(

@@ -47,13 +47,13 @@ def test_parquet_beyond_limits_is_rejected_before_reading(tmp_path: Path) -> Non
     words = [f"{n:07d}" * 1000 for n in range(12_000)]  # compresses to less than a fiftieth
     data = parquet_of(key=[str(n) for n in range(12_000)], text=words)
     before = peak_mb()
-    with pytest.raises(ValueError, match=r"its \d+ bytes expand to \d+, but at most 67108864 are allowed"):
+    with pytest.raises(ValueError, match=r"the file's \d+ bytes expand to \d+ bytes, but at most 67108864 are allowed"):
         parquet_columns(data, ["1"])
     (tmp_path / "a.parquet").write_bytes(data)
-    with pytest.raises(UserError, match=r"a.parquet cannot be read as parquet .its \d+ bytes expand to"):
+    with pytest.raises(UserError, match=r"a.parquet cannot be read as parquet .the file's \d+ bytes expand to"):
         list(_parquet_rows([tmp_path / "a.parquet"]))
     assert peak_mb() - before < 100
-    with pytest.raises(ValueError, match="it has 1000021 rows for 2 samples, but at most 1000020 are allowed"):
+    with pytest.raises(ValueError, match="the file has 1000021 rows for 2 samples, but at most 1000020 are allowed"):
         parquet_columns(parquet_of(key=["a"] * 1_000_021), ["a", "b"])
 
 
@@ -83,7 +83,7 @@ def test_arrow_beyond_limits_is_rejected(tmp_path: Path, monkeypatch: pytest.Mon
     packed = arrow_file(tmp_path / "a.arrow", "zstd", file_name=["a.png"] * 12_000, text=words)
     del words
     before = peak_mb()
-    with pytest.raises(UserError, match=r"a\.arrow cannot be read as an Arrow stream .its \d+ bytes expand to more than"):
+    with pytest.raises(UserError, match=r"a\.arrow cannot be read as an Arrow stream .the file's \d+ bytes expand to more"):
         list(_arrow_rows([packed]))
     one_word = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 1000), pyarrow.array(["x" * (1 << 20)]))
     with pytest.raises(UserError, match="expand to too many rows or too long strings"):

@@ -91,7 +91,7 @@ def test_stopped_or_killed_worker_loses_no_sample(
     monkeypatch.setattr(decode_workers, "LIMIT_S", 2.0)
     found = [outcome(data, (n, 0, False)) for n in (1, 1, 2, 3)]
     assert found == expected
-    assert ("stalled for 2 s" if kind == signal.SIGSTOP else "was killed") in caplog.text
+    assert ("made no progress for 2 s" if kind == signal.SIGSTOP else "was killed") in caplog.text
     decoders.close()
 
 

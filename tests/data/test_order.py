@@ -118,7 +118,7 @@ def test_buckets_follow_from_a_resolution_by_rule() -> None:
     assert load_config("emoji-tiny", ["image.buckets=512", "data.bucket_run=32"]).image.buckets == found
     assert load_config("emoji-tiny", ["image.buckets=paper", "data.bucket_run=32"]).image.buckets == PAPERS_BUCKETS
     assert load_config("emoji-tiny", ["image.buckets=[[64, 32]]"]).image.buckets == ((64, 32),)
-    with pytest.raises(UserError, match=r"image\.buckets=8 must be a number of pixels from 64"):
+    with pytest.raises(UserError, match=r"image\.buckets=8 must be a number of pixels per side from 64"):
         load_config("emoji-tiny", ["image.buckets=8"])
 
 

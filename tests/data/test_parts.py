@@ -422,7 +422,7 @@ SPOILED_VAES = {
     "levels": (lambda f: edit(f / "config.json", down_block_types=["Nope"] * 4), r"cannot be loaded"),
     "channels": (
         lambda f: edit(f / "config.json", latent_channels=4),
-        r"has the shape \[.*\] in config.json, but \[.*\] in the weight files",
+        r"the shape of .* is \[.*\] by config.json, but \[.*\] in the weight files",
     ),
     "no weights": (lambda f: (f / VAE_WEIGHTS).unlink(), r"diffusion_pytorch_model.safetensors and .* are missing"),
     "cut short": (lambda f: cut(f / VAE_WEIGHTS), r"cannot be read"),
@@ -459,7 +459,7 @@ SPOILED_TEXTS = {
     ),
     "short tensor": (
         lambda f: edit_tensors(f / "model.safetensors", lambda t: t.update({LAST_WEIGHT: t[LAST_WEIGHT][:, :9].clone()})),
-        rf"{LAST_WEIGHT} has the shape \[32, 64\] in config.json, but \[32, 9\] in the weight files",
+        rf"the shape of {LAST_WEIGHT} is \[32, 64\] by config.json, but \[32, 9\] in the weight files",
     ),
     "one layer": (
         lambda f: edit(f / "config.json", num_hidden_layers=1),

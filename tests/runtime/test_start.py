@@ -46,7 +46,7 @@ def test_rank_that_stops_during_startup_ends_the_others(forks, tmp_path: Path, r
     assert codes[rank] == -9, output  # by the launcher
     assert codes[1 - rank] == (EXIT_HUNG if at != "met" else -9), output
     assert says in output
-    assert at != "met" or "kept the lock of the Python interpreter for" in output
+    assert at != "met" or "kept the lock of the Python interpreter (GIL) for" in output
 
 
 @pytest.mark.parametrize(

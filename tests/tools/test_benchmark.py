@@ -64,7 +64,7 @@ def test_a_run_on_two_ranks_and_the_reading_of_data_are_timed(monkeypatch, capsy
     assert [row[:2] for row in rows] == [("strong", "1"), ("strong", "2"), ("weak", "1"), ("weak", "2")]
     assert [float(row[3]) for row in rows[::2]] == [1.0, 1.0]
     for reader in ("raphael_dist", "webdataset"):
-        assert re.search(rf"^{reader} +\d+ images/s  +\d+ images per second of a core  first batch", output, flags=re.M)
+        assert re.search(rf"^{reader} +\d+ images/s  +\d+ images per second of processor time  first", output, flags=re.M)
         assert re.search(rf"^{reader}, [a-z ]+ +\d+ samples/s of", output, flags=re.M)
 
 

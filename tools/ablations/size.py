@@ -47,8 +47,8 @@ def matched_widths(target: Config, config: Config, what: Literal["parameters", "
     step = _ROUND if scale * min(base) >= _WIDE else 1
     if scale * min(base) < 0.5:
         raise UserError(
-            f"no model.expert_width is so small that {config.model.space_experts} space experts and "
-            f"{config.model.time_experts} time experts have as many {what} as the full model. Leave this variant out of "
+            f"even with the smallest model.expert_width, {config.model.space_experts} space experts and "
+            f"{config.model.time_experts} time experts have more {what} than the full model. Leave this variant out of "
             "--variants."
         )
     return tuple(max(step, round(scale * width / step) * step) for width in base)

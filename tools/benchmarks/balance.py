@@ -70,8 +70,6 @@ def run(args: argparse.Namespace) -> None:
         ),
     }
     for group in args.group:
-        print(
-            f"global batch {total}, {args.experts} time experts, {group} samples of a group a micro-step, {args.steps} steps"
-        )
+        print(f"global batch {total}, {args.experts} time experts, {group} samples per micro-step, {args.steps} steps")
         for row in bench_balance(draws, args.steps, group, args.experts):
             print(f"  {row.name:<26} busiest expert {row.mean:5.2f}x an even share on average, {row.worst:5.2f}x at worst")

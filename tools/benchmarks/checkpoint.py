@@ -107,12 +107,15 @@ def run(args: argparse.Namespace) -> None:
         medians = bench_checkpoint(config, {"zero_optimization": {"stage": stage}}, ranks, device, repeats)
         if ranks.is_main:
             size = medians.pop("MiB")
-            print(f"{size:.0f} MiB on {ranks.world_size} ranks, median of {repeats}; only this store syncs and reads back")
+            print(
+                f"{size:.0f} MiB on {ranks.world_size} ranks, median of {repeats}; only the trainer's save syncs its "
+                "files and reads them back"
+            )
             print(table(medians, size, "DeepSpeed save_checkpoint", "DeepSpeed's"), flush=True)
             ep = config.parallel.space_ep, config.parallel.time_ep
             options = Options(*ep, world=ranks.world_size, stage=stage)
             conversions = bench_convert(newest(folder / "checkpoints")[0], options, ("canonical", "deepspeed"), repeats)
-            print("by one process, checksums of source and target included")
+            print("conversions by one process, including the checksums of source and target")
             print(table(conversions, size, "copy and sync", "copy"), flush=True)
             shutil.rmtree(folder)
         dist.barrier()

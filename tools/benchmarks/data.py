@@ -264,8 +264,8 @@ def compare_decoding(folder: Path, args: argparse.Namespace) -> None:
             pick(row) for pick, row in zip((min, max, max, min), zip(*rounds, strict=True), strict=True)
         )
         print(
-            f"{name:14} {rate:7.0f} images/s  {per_core:6.0f} images per second of a core  first batch {first:6.2f} s  "
-            f"{memory:5.0f} MB a worker",
+            f"{name:14} {rate:7.0f} images/s  {per_core:6.0f} images per second of processor time  "
+            f"first batch {first:6.2f} s  {memory:5.0f} MB per worker",
             flush=True,
         )
 
@@ -315,8 +315,8 @@ def compare_resume(folder: Path, args: argparse.Namespace) -> None:
     next(itertools.islice(iter(webdataset.WebDataset(names, shardshuffle=False)), place, None))
     skipped = time.perf_counter() - began
     print(
-        f"the sample at position {place}: {1e3 * direct:.2f} ms (index opened in {1e3 * opened:.1f} ms); skipping there "
-        f"without decoding {1e3 * skipped:.0f} ms, {skipped / direct:.0f} times as long, and longer the further in"
+        f"reading the sample at position {place}: {1e3 * direct:.2f} ms with the index (opened in {1e3 * opened:.1f} ms), "
+        f"{1e3 * skipped:.0f} ms by skipping the samples before it undecoded, which is {skipped / direct:.0f} times as long"
     )
 
 

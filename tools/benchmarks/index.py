@@ -79,12 +79,12 @@ def run(args: argparse.Namespace) -> None:
         began = time.perf_counter()
         if not folder.is_dir():
             write_table(folder, records(args.samples, args.per_shard), ["aesthetic"])
-            print(f"written in {time.perf_counter() - began:.0f} s")
+            print(f"index written in {time.perf_counter() - began:.0f} s")
         began = time.perf_counter()
         open_view(open_table(folder, ShardStore()), PAPER)
-        print(f"view in {time.perf_counter() - began:.1f} s (0 where it was there)")
+        print(f"list of samples by image size in {time.perf_counter() - began:.1f} s (0 if it existed)")
         size = sum(path.stat().st_size for path in folder.parent.parent.rglob("*") if path.is_file())
-        print(f"{size / args.samples:.1f} bytes a sample on disk, view included")
+        print(f"{size / args.samples:.1f} bytes per sample on disk, including this list")
         context = multiprocessing.get_context("spawn")
         for number in range(args.ranks):
             queue: multiprocessing.SimpleQueue[tuple[float, float, float]] = context.SimpleQueue()
@@ -93,6 +93,6 @@ def run(args: argparse.Namespace) -> None:
             opened, memory, walked = queue.get()
             process.join()
             print(
-                f"rank {number}: index, view and order opened, first position found in {opened:.2f} s; 20,000 positions "
-                f"of the first 2 million and their keys in {walked:.2f} s; {memory:.0f} MB of its own memory"
+                f"rank {number}: {opened:.2f} s to open index and list and look up the first sample; {walked:.2f} s for "
+                f"20,000 of the first 2 million samples and their keys; {memory:.0f} MB of private memory"
             )

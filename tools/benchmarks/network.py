@@ -302,7 +302,10 @@ def run(args: argparse.Namespace) -> None:
         spec, out = args.cases
         return measure(args.config, [Case(**case) for case in json.loads(Path(spec).read_text())], out)
     rows = []
-    print("| nodes x ranks | | wire, MB | data | counted | planned |\n|---|---|---|---|---|---|")
+    print(
+        "| nodes x ranks | settings | sent with headers, MB | acknowledged data, MB | counted by ranks, MB | planned, MB |\n"
+        "|---|---|---|---|---|---|"
+    )
     for row in bench_network(args.config, list(product(args.nodes, args.ranks)), args.all):
         rows.append(row)
         shown = " | ".join(f"{b / 1e6:.2f}" if b else "" for b in (row.wire, row.payload, row.counted, row.planned))

@@ -209,7 +209,7 @@ def run(args: argparse.Namespace) -> None:
         print(*resident(args.resident))
         return
     if "memory" in args.parts:
-        print(f"{'MB':<28}{'activations':>12}{'plan':>9}{'':>8}{'resident':>12}{'plan':>9}")
+        print(f"{'MB':<28}{'activations':>12}{'planned':>9}{'':>8}{'resident':>12}{'planned':>9}")
         for name in CONFIGURATIONS:
             command = [sys.executable, str(Path(__file__).parent.parent / "bench.py"), "plan", "--resident", name]
             # Let the C library return freed memory; by default it keeps much of it.
@@ -221,20 +221,20 @@ def run(args: argparse.Namespace) -> None:
     if "time" in args.parts:
         cluster = load_cluster(args.cluster)
         keep_freed_memory()  # as in training
-        print(f"\n{'ms of a micro-step':<28}{'measured':>12}{'plan':>9}")
+        print(f"\n{'ms of a micro-step':<28}{'measured':>12}{'planned':>9}")
         for name in CONFIGURATIONS:
             config = configuration(name)
             taken, expected = measured_step(config), predicted_step(config, cluster)
             print(f"{name:<28}{_beside(taken * 1e3, expected * 1e3)}", flush=True)
     if "gpu" in args.parts:
-        print(f"\n{'one H200':<32}{'ms':>12}{'plan':>9}{'':>8}{'GB':>12}{'plan':>9}")
+        print(f"\n{'one H200':<32}{'ms':>12}{'planned':>9}{'':>8}{'GB':>12}{'planned':>9}")
         for step in MEASURED:
             ms, gb = on_a_gpu(step)
             name = f"{step.preset}, {step.micro} images" + ", graphs" * step.graphs
             memory = "" if step.gib is None else _beside(step.gib * 2**30 / 1e9, gb)
             print(f"{name:<32}{_beside(step.ms, ms)}{memory}", flush=True)
     if "published" in args.parts:
-        print(f"\n{'images/s of a GPU':<28}{'published':>12}{'plan':>9}")
+        print(f"\n{'images/s of a GPU':<28}{'published':>12}{'planned':>9}")
         for case in PUBLISHED:
             where = f"{case.ranks} x {case.cluster.removesuffix('x8').upper()}, {case.micro} each"
             print(f"{where:<28}{_beside(case.images_per_s, published(case))}  {case.source}")

@@ -108,4 +108,4 @@ def run(args: argparse.Namespace) -> None:
     peak, rest = bench_states(config, zero, ranks, device)
     if ranks.is_main:
         where = f"{config.train.dtype} {args.zero}, {ranks.world_size} ranks"
-        print(f"{where}: {peak:.1f} bytes per parameter before the update, {rest:.1f} after")
+        print(f"{where}: {peak:.1f} bytes per parameter before the optimizer's update, {rest:.1f} after it")

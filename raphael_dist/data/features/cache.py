@@ -141,7 +141,7 @@ class FeatureCache:
             UserError: The thread of `fill_in_background` has failed.
         """
         if flip and not self.flip:
-            raise ValueError("this cache has no mirrored latents; create it with flip")
+            raise ValueError("this cache was created without mirrored images. Create it with flip=True")
         if self._fill_thread is not None:
             self._fill_thread.check()
         number, row = self.index.locate(sample_id)
@@ -155,7 +155,7 @@ class FeatureCache:
             return self._online.get(sample_id, bucket, pick, flip)
         if features is None:
             source = self.index.shards[number]
-            raise BadSampleError(source.name, source.keys[row], "it could not be used when it was cached")
+            raise BadSampleError(source.name, source.keys[row], "the sample could not be used when the cache was written")
         features.seconds = {"reading": time.monotonic() - began}
         return features
 
@@ -168,8 +168,8 @@ class FeatureCache:
             return
         self._open_shard.cache_clear()
         _log.warning(
-            "data.cache_dir: %s is damaged (%s) and was renamed to damaged-*. Its samples are encoded in each step, and not "
-            "rounded to float16 as in the cache, until the next start of the run writes the file again",
+            "data.cache_dir: %s is damaged (%s) and was renamed to damaged-*. The next start of the run writes it again. "
+            "Until then each step encodes its samples, without the cache's rounding to float16",
             path,
             " ".join(str(error).split())[:200],
         )
@@ -305,11 +305,11 @@ class _CachedShard:
             self._file.get_tensor(name).numpy() for name in TABLES
         )
         if checksum(self._file.get_tensor(name) for name in TABLES) != about["tables_sum"]:
-            raise ValueError("the tables do not match their checksum")
+            raise ValueError("the file's tables (rows and captions of each sample) do not match their checksum")
         slices = {name: self._file.get_slice(name) for name in self._names}
         layout = {name: (entry.get_dtype(), entry.get_shape()) for name, entry in slices.items()}
         if about["layout_sum"] != _layout_sum(layout, self.bad):
-            raise ValueError("its header does not match its checksum")
+            raise ValueError("the file's header does not match its checksum")
 
     def get(self, number: int, pick: Pick, flip: bool) -> SampleFeatures | None:
         """Return the features of sample `number` of the shard (mirrored if `flip`); None if it is unusable.
@@ -333,13 +333,13 @@ class _CachedShard:
         first, last = int(ends[row - 1]) if row else 0, int(ends[row])
         text = self._file.get_slice("captions")[first:last].clone()
         if checksum([text]) != int(self._read("text_sum", row)):
-            raise ValueError(f"caption {row} of the cache does not match its checksum")
+            raise ValueError(f"caption {row} of the file does not match its checksum")
         return {"captions": text, "caption_ends": ends[row : row + 1] - first}
 
     def _read_row(self, names: Sequence[str], suffix: str, row: int, sum_name: str) -> dict[str, Tensor]:
         tensors = {name: self._read(f"{name}{suffix}", row) for name in names}
         if checksum(tensors.values()) != int(self._read(f"{sum_name}{suffix}", row)):
-            raise ValueError(f"row {row} does not match its checksum")
+            raise ValueError(f"the features in row {row} of the file do not match their checksum")
         return tensors
 
     def _read(self, name: str, row: int) -> Tensor:

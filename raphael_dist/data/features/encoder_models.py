@@ -283,7 +283,7 @@ def empty_autoencoder(spec: str) -> Model:
         if wrong := sorted(name for name, shape in expected.items() if shapes.get(name) != shape):
             in_files = list(shapes[wrong[0]]) if wrong[0] in shapes else "missing"
             raise ValueError(
-                f"{wrong[0]} has the shape {list(expected[wrong[0]])} in config.json, but {in_files} in the weight files"
+                f"the shape of {wrong[0]} is {list(expected[wrong[0]])} by config.json, but {in_files} in the weight files"
             )
     return model
 
@@ -340,4 +340,4 @@ def _check_loaded(info: Mapping[str, Iterable[Any]], folder: Path) -> None:
     for name in sorted(info["missing_keys"]):
         raise ValueError(f"the weight {name} is missing in the files of {folder}")
     for name, in_files, expected in sorted(info["mismatched_keys"]):
-        raise ValueError(f"{name} has the shape {list(expected)} in config.json, but {list(in_files)} in the weight files")
+        raise ValueError(f"the shape of {name} is {list(expected)} by config.json, but {list(in_files)} in the weight files")

@@ -94,7 +94,7 @@ def stat(url: str, retry: RetryPolicy) -> tuple[int, str]:
     file = _open(url, retry)
     size, info = _with_retries(url, retry, file.stat)
     if size is None:
-        raise RemoteError(f"{hide_secrets(url)}: the server does not state its size")
+        raise RemoteError(f"{hide_secrets(url)}: the server does not state the size of the file")
     names = ("ETag", "etag", "generation", "blob_id", "md5Hash", "Last-Modified", "LastModified", "last_modified", "mtime")
     lfs = info.get("lfs") or {}
     stamps = [lfs.get("sha256") if isinstance(lfs, dict) else None, *(info.get(name) for name in names)]

@@ -110,7 +110,7 @@ def parquet_columns(data: bytes, keys: Sequence[str]) -> dict[str, np.ndarray]:
         check_expansion(file, len(data))
         if file.metadata.num_rows > (limit := _MIN_ROWS + _MAX_ROWS_PER_KEY * len(keys)):
             raise ValueError(
-                f"it has {file.metadata.num_rows} rows for {len(keys)} samples, but at most {limit} are allowed"
+                f"the file has {file.metadata.num_rows} rows for {len(keys)} samples, but at most {limit} are allowed"
             )
         kinds = {field.name: field.type for field in file.schema_arrow}
         used = [name for name, kind in kinds.items() if _is_scalar(pyarrow.types, kind)]
@@ -119,7 +119,7 @@ def parquet_columns(data: bytes, keys: Sequence[str]) -> dict[str, np.ndarray]:
         file = pyarrow.parquet.ParquetFile(io.BytesIO(data), read_dictionary=strings)
         row_of = _rows_of(file.iter_batches(batch_size=_BATCH_ROWS, columns=used), keys)
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"it is not a parquet file ({type(error).__name__})") from error
+        raise ValueError(f"the file is not a parquet file ({type(error).__name__})") from error
     collector = ColumnCollector()
     for key in keys:
         collector.add(row_of.get(key, row_of.get(_base(key), {})))
@@ -134,7 +134,8 @@ def check_expansion(file: Arrow, num_bytes: int) -> None:
     """
     expanded = sum(file.metadata.row_group(n).total_byte_size for n in range(file.metadata.num_row_groups))
     if expanded > expanded_limit(num_bytes):
-        raise ValueError(f"its {num_bytes} bytes expand to {expanded}, but at most {expanded_limit(num_bytes)} are allowed")
+        limit = expanded_limit(num_bytes)
+        raise ValueError(f"the file's {num_bytes} bytes expand to {expanded} bytes, but at most {limit} are allowed")
 
 
 def _rows_of(batches: Iterable[Arrow], keys: Sequence[str]) -> dict[str, dict[str, object]]:

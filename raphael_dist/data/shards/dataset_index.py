@@ -274,12 +274,12 @@ def open_table(folder: Path, store: ShardStore, names: Sequence[str] | None = No
         about = json.loads((folder / "shards.json").read_text())
         about["names"] = about["names"] if names is None else list(names)
         if about["version"] != VERSION:
-            raise ValueError(f"version {about['version']}")
+            raise ValueError(f"its format has version {about['version']}, not {VERSION}")
         arrays = {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
         arrays["shards"] = np.array(arrays["shards"])
         keys, bad = _map_bytes(folder / "keys.bin"), _map_bytes(folder / "bad.bin")
         if len(arrays["place"]) != len(arrays["size"]) or len(arrays["place"]) != arrays["shards"][-1, SAMPLES]:
-            raise ValueError("its files do not match each other")
+            raise ValueError("its files have different numbers of samples")
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"data.cache_dir: the index of the shards in {folder} cannot be read ({error}). Delete this folder; the next "

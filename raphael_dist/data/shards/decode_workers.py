@@ -207,7 +207,7 @@ class _Worker:
             raise self._exit_error() from error
         if isinstance(answer, MemoryError):
             self._process.kill()
-            raise _WorkerLostError("not enough memory to decode it")
+            raise _WorkerLostError("there is not enough memory to decode the sample")
         if isinstance(answer, BaseException):
             raise answer
         buffers, first = [], 0
@@ -228,10 +228,10 @@ class _Worker:
                 last_cpu_s, last_progress = cpu_s, clock.now()
             if cpu_s - began > LIMIT_S:
                 self._process.kill()
-                raise _WorkerLostError(f"decoding needed more than {LIMIT_S:g} s", is_endless=True)
+                raise _WorkerLostError(f"decoding the sample took over {LIMIT_S:g} s of processor time", is_endless=True)
             if clock.now() - last_progress > LIMIT_S:
                 self._process.kill()
-                raise _WorkerLostError(f"its process stalled for {LIMIT_S:g} s")
+                raise _WorkerLostError(f"the worker process made no progress for {LIMIT_S:g} s")
 
     def _cpu_seconds(self) -> float:
         try:
@@ -243,9 +243,9 @@ class _Worker:
     def _exit_error(self) -> _WorkerLostError:
         code = self._process.exitcode
         if code == -signal.SIGKILL:
-            return _WorkerLostError("its process was killed, possibly by the system for lack of memory (see dmesg)")
+            return _WorkerLostError("the worker process was killed, possibly by the system for lack of memory (see dmesg)")
         is_crash = code is not None and -code in _CRASHES
-        return _WorkerLostError(f"decoding ended its process (exit code {code})", is_crash=is_crash)
+        return _WorkerLostError(f"decoding the sample ended the worker process (exit code {code})", is_crash=is_crash)
 
     def close(self) -> None:
         self._pipe.close()

@@ -65,8 +65,8 @@ def _check_held_out(config: Config, names: Sequence[str]) -> None:
     if both:
         raise UserError(
             f"data.val_shards={both[0]} must not be in data.shards too, since the validation loss requires images that are "
-            f"not trained on. The number of such shards is {len(both)} of {len(names)}. Name other shards, or set "
-            "data.val_shards=[]."
+            f"not trained on. {len(both)} of the {len(names)} shards in data.val_shards are in both. Name other shards, "
+            "or set data.val_shards=[]."
         )
 
 

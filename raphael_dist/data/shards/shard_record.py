@@ -174,7 +174,7 @@ class _Rows:
                 raise ValueError("duplicate key")
             self._seen.add(sample.key)
             if "\0" in sample.key:
-                raise ValueError("its key contains a NUL character")
+                raise ValueError("the sample's key contains a NUL character")
             size, meta = check_sample(descriptor, sample, self._texts.update)
         except ValueError as error:
             self._bad.append((sample.key, str(error)))
@@ -232,7 +232,7 @@ def _read_parquet(store: ShardStore, name: str, keys: Sequence[str]) -> dict[str
     try:
         size = remote.stat(parquet, store.retry)[0] if is_remote else Path(parquet).stat().st_size
         if size > MAX_PARQUET_BYTES:
-            raise ValueError(f"it has {size} bytes, but at most {MAX_PARQUET_BYTES} are allowed")
+            raise ValueError(f"the file has {size} bytes, but at most {MAX_PARQUET_BYTES} are allowed")
         data = b"".join(remote.pieces(parquet, size, store.retry)) if is_remote else Path(parquet).read_bytes()
         return parquet_columns(data, keys)
     except RemoteError as error:

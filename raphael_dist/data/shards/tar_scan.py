@@ -155,7 +155,7 @@ def members_of(data: bytes, key: str) -> dict[str, bytes]:
         if named is not None and named[0] == key:
             members.setdefault(named[1], data[first : first + size])
     if not members:
-        raise ValueError("it is not where it was when the shard was indexed")
+        raise ValueError("the shard no longer has the sample at the position that its index states")
     return members
 
 
@@ -180,7 +180,7 @@ def _other_headers(data: bytes) -> list[tarfile.TarInfo]:
         with tarfile.open(fileobj=io.BytesIO(padded), mode="r:") as tar:
             return [member for member in tar if member.isreg() and not member.issparse()]
     except (tarfile.TarError, OverflowError) as error:
-        raise ValueError(f"its headers cannot be read ({error})") from error
+        raise ValueError(f"the tar headers of the sample cannot be read ({error})") from error
 
 
 def _tar_members(file: io.BufferedReader, skipped: SkipCounts) -> Iterator[tarfile.TarInfo | None]:
@@ -251,9 +251,10 @@ def check_sample(
     members = sample.members
     for ext, (_, size) in members.items():
         if size > MAX_MEMBER_BYTES:
-            raise ValueError(f"{ext} has {size} bytes, but at most {MAX_MEMBER_BYTES} are allowed")
+            raise ValueError(f"the {ext} file has {size} bytes, but at most {MAX_MEMBER_BYTES} are allowed")
     if sample.end - sample.start > MAX_SAMPLE_BYTES:
-        raise ValueError(f"its files have {sample.end - sample.start} bytes, but at most {MAX_SAMPLE_BYTES} are allowed")
+        num_bytes = sample.end - sample.start
+        raise ValueError(f"the sample's files have {num_bytes} bytes, but at most {MAX_SAMPLE_BYTES} are allowed")
     image_ext = next((ext for ext in IMAGE_EXTS if ext in members), None)
     if image_ext is None:
         raise ValueError("no image")

@@ -123,7 +123,7 @@ def open_view(
         bucket_of, counts = np.load(folder / "bucket_of.npy", mmap_mode="r"), np.load(folder / "counts.npy")
         dropped = {words: (int(count), int(missing)) for words, (count, missing) in about["dropped"].items()}
         if len(bucket_of) != index.num_samples or len(counts) != len(index.shards):
-            raise ValueError("it belongs to other shards")
+            raise ValueError("this list was written for other shards")
         view = View(sizes, bucket_of, counts, dropped, about["digest"])
     except (OSError, EOFError, ValueError, KeyError) as error:
         raise UserError(

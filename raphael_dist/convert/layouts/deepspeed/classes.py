@@ -31,7 +31,7 @@ def _enum_member(owner: object, name: str) -> int:
     The first releases of Python 3.11 pickle members of an enum, such as DeepSpeed's ZeRO stages, as calls of `getattr`.
     """
     if owner is not _zero_stage or name not in _STAGES:
-        raise pickle.UnpicklingError("GLOBAL getattr of an object that is not ZeRO's stages")
+        raise pickle.UnpicklingError("GLOBAL getattr, called for something other than DeepSpeed's enum of ZeRO stages")
     return _STAGES[name]
 
 

@@ -268,16 +268,16 @@ class _Files:
         if stated != computed:
             name = min(n for n in stated.keys() | computed.keys() if stated.get(n) != computed.get(n))
             raise UserError(
-                f"{file}: {name} must lie at (first element, number of elements) {computed.get(name) or 'no place'} in the "
-                f"flat buffer, but the file states {stated.get(name) or 'no place'}. {_OTHER_CONFIG}"
+                f"{file}: the flat buffer must have {name} at (first element, number of elements) "
+                f"{computed.get(name) or 'nowhere'}, but the file states {stated.get(name) or 'nowhere'}. {_OTHER_CONFIG}"
             )
         return group
 
     def _check_shapes(self, file: Path, shapes: Mapping[str, Sequence[int]], expected: dict[str, tuple[int, ...]]) -> None:
         for name, shape in shapes.items():
             if tuple(shape) != expected.get(name):
-                required = f"the shape {list(expected[name])} on each rank" if name in expected else "no shape in this model"
-                raise UserError(f"{file}: {name} must have {required}, but it has {list(shape)}. {_OTHER_CONFIG}")
+                required = f"the shape {list(expected[name])} on each rank" if name in expected else "no entry in this model"
+                raise UserError(f"{file}: {name} must have {required}, but it has the shape {list(shape)}. {_OTHER_CONFIG}")
 
 
 def _ep_size_of(settings: Tree) -> int:
