@@ -1,4 +1,4 @@
-"""Builds micro-batches ahead of the step in worker processes, for samples whose features are cached or stored.
+"""Builds micro-batches in worker processes ahead of the training step, if samples are cached or stored in encoded form.
 
 A single thread builds about 800 samples per second, which is too slow for a small model on a GPU. torch's DataLoader runs
 the processes. They are forks of the rank, use no device and ignore signals.
@@ -35,11 +35,12 @@ _PROBED = 4  # number of samples, so that at least one very likely has a caption
 
 
 class BatchPrefetcher(Prefetcher[Any, Batch]):
-    """Iterates over micro-batches in order. Worker processes or a thread of the rank build them ahead.
+    """Iterates over micro-batches in order. Worker processes, or else a thread of the rank, build batches ahead.
 
-    - The thread builds all batches if there are no workers, if samples must be encoded, or if /dev/shm is too small.
-    - The thread builds a single batch if one of its samples is not encoded yet, or if 3 workers died while building it.
-    - If a worker dies, all workers are replaced. The new ones build the batches again that were not delivered yet.
+    - The thread builds all batches if there are no workers, if samples must still be encoded, or if /dev/shm is too small.
+    - Otherwise workers build them. The thread builds only those batches in which a sample is not encoded yet, or for which
+      workers were lost 3 times.
+    - If a worker dies, all workers are replaced, and the new workers build all undelivered batches again.
     """
 
     def __init__(self, builder: BatchBuilder, slots: Iterable[Slots], depth: int, workers: int, processes: int = 1) -> None:
@@ -133,7 +134,7 @@ class _WorkerBatch:
     """A worker's result for one micro-batch.
 
     Attributes:
-        slots: (position, weight) of each sample.
+        slots: (position in the endless order of training, weight) of each sample.
         batch: The built batch; None if a sample is not encoded or building failed.
         replaced: Number of bad samples that were replaced.
         error: Text of the UserError that building raised, or None.
@@ -146,7 +147,10 @@ class _WorkerBatch:
 
 
 class _WorkerBuilder(Dataset[_WorkerBatch]):
-    """A `BatchBuilder` for worker processes, which have no device. `builder[slots]` is the batch of these slots."""
+    """Builds micro-batches in a worker process, which has no device: `builder[slots]` returns a `_WorkerBatch`.
+
+    `slots`: (position in the endless order of training, weight) of each sample of the batch.
+    """
 
     def __init__(self, builder: BatchBuilder) -> None:
         self._builder = copy.copy(builder)
@@ -154,7 +158,7 @@ class _WorkerBuilder(Dataset[_WorkerBatch]):
         self._builder.encoder = HostEncoder(builder.encoder, builder.stream.source.null_text)
 
     def num_bytes(self, slots: Slots) -> int:
-        """Return the size in bytes, in shared memory, of the batch of these slots: a (position, weight) pair per sample."""
+        """Return the bytes of shared memory that a batch takes. `slots`: (position, weight) of each sample of the batch."""
         batch = self._builder.dummy_batch(slots)
         noise = () if batch.gate_noise is None else tuple(batch.gate_noise)
         return sum(value.nbytes for value in (*vars(batch).values(), *noise) if isinstance(value, Tensor))
@@ -192,9 +196,9 @@ def _fits_shared_memory(num_bytes: int, workers: int) -> bool:
 
 
 def _is_encoded(builder: BatchBuilder) -> bool:
-    """Return whether worker processes can build the batches: samples are already encoded, and no other thread encodes any.
+    """Return whether worker processes can build batches: samples are already encoded, and no thread still encodes any.
 
-    A forked process would not have that thread.
+    The workers are forks of this process, and a fork has none of its threads. Only the first 4 samples are checked.
     """
     stream, source = builder.stream, builder.stream.source
     if source.decodes_images or (isinstance(source, FeatureCache) and source.filling):

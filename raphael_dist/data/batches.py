@@ -24,8 +24,8 @@ class BatchBuilder:
     batch.
 
     Attributes:
-        phase: Position of the first sample of a training step, modulo `global_batch_size`; it is the same for all steps. The
-            caller may set it.
+        phase: Position of the first sample of a training step, modulo `global_batch_size`. Timesteps are stratified over
+            each step, so its start must be known. 0 by default; after a change of the global batch size the caller sets it.
     """
 
     def __init__(
@@ -81,8 +81,8 @@ class BatchBuilder:
         """Return a micro-batch with the shapes of `build(slots)`, but with zeros as samples and all weights 0.
 
         `slots`: (position, weight) of each sample, as for `build`. The image size is that of the sample at the first
-        position. A rank that has failed to read its data runs the step with this batch. Otherwise the other ranks would
-        wait for it forever in collective operations, before all ranks know about the failure.
+        position. A rank that has failed to read its data runs the step with this batch and then reports the failure. Without
+        a batch it would skip the step's collective operations, in which the other ranks would wait forever.
         """
         source, place = self.stream.source, self.stream.order.lookup(slots[0][0])
         height, width = (side // source.latent_factor for side in source.buckets[place.bucket])
@@ -115,9 +115,9 @@ class BatchBuilder:
         return noise + strength * draw_offset(self.seed, position, len(noise)) if strength else noise
 
     def _small(self, positions: Sequence[int], small_B3HsWs: Tensor) -> Tensor:
-        """Return small images (inputs of super-resolution) in -1..1 with noise: [B, 3, Hs, Ws] for uint8 of this shape.
+        """Convert small images (inputs of super-resolution), uint8 [B, 3, Hs, Ws], to float32 in -1..1, and add noise.
 
-        The noise makes the model robust to errors of generated small images.
+        The noise (upscale.noise) prepares the model for sampling, where small images are generated and have errors.
         """
         signed, max_noise = small_B3HsWs.float() / 127.5 - 1, self.config.upscale.noise
         if not max_noise:
@@ -127,7 +127,7 @@ class BatchBuilder:
         return signed + torch.from_numpy(np.stack(noise).astype(np.float32)).to(signed.device)
 
     def _gate_noise(self, positions: Sequence[int], tokens: int) -> GateNoise:
-        """Return noise for the gates' logits with a standard deviation of 1. The step multiplies it by its own deviation."""
+        """Return standard normal noise for the gates' logits. The trainer scales it to the deviation of the current step."""
         m = self.config.model
         time = self._normal(Purpose.TIME_GATE, positions, (self.num_blocks, m.time_experts))
         space = self._normal(Purpose.SPACE_GATE, positions, (self.num_blocks, tokens, m.space_experts))

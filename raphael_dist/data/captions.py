@@ -1,7 +1,7 @@
 """Reads and cleans captions: the paper's filters (URLs, HTML, e-mail addresses) and repair of wrongly decoded text.
 
-The bytes come from others, so malformed text is rejected. `CLEANING_VERSION` is the version of the rules in `clean_caption`.
-Checkpoints and cached features store it, since other rules give other captions.
+Caption files are not trusted, so malformed text is rejected. `CLEANING_VERSION` is the version of the rules in
+`clean_caption`. Checkpoints and cached features store the version, since a change of the rules changes the captions.
 """
 
 import html

@@ -115,7 +115,7 @@ class SampleOrder:
 
     @property
     def fingerprint(self) -> str:
-        """Hashes of the samples and the filters, on which the order depends. A resumed run must have the same ones."""
+        """Hash of all samples and, with data.filters, a second one of those that pass. A resumed run needs equal hashes."""
         return f"{self.index.fingerprint} {self.view.digest}" if self.view.dropped else self.index.fingerprint
 
     def lookup(self, position: int) -> SamplePosition:
@@ -171,14 +171,17 @@ class SampleOrder:
         return first + np.flatnonzero(self.bucket_of[first:end] >= 0)
 
     def _make_window(self, epoch: int, window: int) -> np.ndarray:
-        """Return the sample ids at the window's positions: the runs that are completed in this window, in random order."""
+        """Return the sample ids at the window's positions: the runs that are completed in this window, in random order.
+
+        A run is a group of `run_length` samples of one bucket (image size). It may begin in an earlier window.
+        """
         ends_WB = self._epoch(epoch).counts[window : window + 2] // self.run_length * self.run_length
         taken = [self._take(epoch, bucket, first, last) for bucket, (first, last) in enumerate(ends_WB.T.tolist())]
         runs = np.concatenate(taken).reshape(-1, self.run_length)
         return generator(self.seed, Purpose.ORDER, epoch, extra=2 + 2 * window).permutation(runs).reshape(-1)
 
     def _take(self, epoch: int, bucket: int, first: int, last: int) -> np.ndarray:
-        """Return a part of an epoch's list of a bucket's sample ids over all windows: entries `first` to `last` - 1."""
+        """Return entries `first` to `last` - 1 of the list of a bucket's sample ids in an epoch, window after window."""
         if first == last:
             return np.zeros(0, np.int64)
         counts = self._epoch(epoch).counts[:, bucket]

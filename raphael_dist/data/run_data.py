@@ -82,7 +82,7 @@ class DataSource:
     def builder(self, config: Config, num_blocks: int, device: torch.device) -> BatchBuilder:
         """Return a builder of training batches.
 
-        `config`: configuration of the run. `num_blocks`: number of the model's transformer blocks. `device`: that of the
+        `config`: configuration of the run. `num_blocks`: number of the model's transformer blocks. `device`: device of the
         model; batches for a GPU are put into pinned memory.
         """
         return self.batches_of(self.training, config, num_blocks, device)
@@ -96,7 +96,7 @@ class DataSource:
             stream: The stream that returns the samples.
             config: Configuration of the run.
             num_blocks: Number of the model's transformer blocks.
-            device: That of the model; batches for a GPU are put into pinned memory.
+            device: Device of the model; batches for a GPU are put into pinned memory.
             options: Further keyword arguments of `BatchBuilder`.
         """
         encoder = BatchEncoder(self.encoders, with_edges=config.edge.weight > 0)

@@ -145,7 +145,7 @@ class TrainStream:
         return [self.sample(position) for position in positions]
 
     def _request(self, position: int) -> Request:
-        """Return the arguments with which `sample` first loads the sample at a position."""
+        """Return (sample id, number of the image size, whether to mirror) that `sample` first loads for a position."""
         place = self.order.lookup(position)
         is_bad = self._is_bad(place.sample_id)
         sample_id = self._replacement(place.sample_id, place.bucket) if is_bad else place.sample_id
@@ -216,7 +216,7 @@ class TrainStream:
         return sample_id, features
 
     def _is_bad(self, sample_id: int) -> bool:
-        """Return whether a sample is known to be unusable. If its shard was unreachable, this ends after RETRY_AFTER_S."""
+        """Return whether a sample is known to be unusable. After 600 s it is tried again if its shard was unreadable."""
         if time.monotonic() >= self._bad_until.get(sample_id, math.inf):
             with self._lock:
                 self._bad_until.pop(sample_id, None)
@@ -290,7 +290,7 @@ def _check_bad_fraction(num_bad: int, bad: Iterable[BadSample], total: int, max_
         max_fraction: The limit.
 
     Raises:
-        UserError: There are more.
+        UserError: A larger fraction is unusable.
     """
     if num_bad <= max_fraction * total:
         return

@@ -44,12 +44,12 @@ def _batch_bytes(data: memoryview, body: memoryview, kind: str) -> int:
 
 
 def _target(data: memoryview, at: int) -> int:
-    """Return the position that the offset at position `at` refers to."""
+    """Return the position to which a FlatBuffers offset points: `at` plus the uint32 that `data` has at position `at`."""
     return int(at + struct.unpack_from("<I", data, at)[0])
 
 
 def _field(data: memoryview, table: int, number: int) -> int:
-    """Return the position of a field of the table at position `table`; 0 if it has none."""
+    """Return the position in `data` of field `number` of the FlatBuffers table at position `table`; 0 if it is absent."""
     vtable = table - struct.unpack_from("<i", data, table)[0]
     at = 4 + 2 * number
     if at >= struct.unpack_from("<H", data, vtable)[0]:

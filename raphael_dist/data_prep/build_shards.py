@@ -1,7 +1,7 @@
 """Writes prepared shards: decodes each image once, adds edge maps and, on request, encoded images and captions (features).
 
-A *part* is the input of one shard (inputs.py). First its complete shard NAME.tar appears, then NAME.json with a report. A
-restarted command skips the parts that have a report.
+A *part* is the input of one shard (inputs.py). For each part, the complete shard NAME.tar is written first, then a report,
+NAME.json. A restarted command skips the parts that have a report.
 """
 
 import fcntl

@@ -45,7 +45,8 @@ def find_table(folder: Path) -> tuple[Path, Iterable[Row]] | None:
 def _json_rows(path: Path) -> Iterator[Row]:
     """Yield the objects in a file with one JSON object per line.
 
-    The first one also gets the keys of all others, with None, since `_check_columns` looks only at the first row.
+    Keys that only later objects have are added to the first object, with the value None: `_check_columns` looks only at the
+    first object.
     """
     rows = list(_json_lines(path))
     for number, row in enumerate(rows):

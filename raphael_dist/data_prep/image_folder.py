@@ -210,7 +210,7 @@ def _from_table(folder: Path, table: Path, rows: Iterable[Row], caption: str | N
 
 
 def _table_path(folder: Path, name: str) -> Path:
-    """Return the path in a table's row. Of a table that was written on Windows, backslashes separate folders."""
+    """Convert the file name in a table's row to a path. Backslashes are separators (Windows) unless such a file exists."""
     if "\\" not in name or (folder / name).is_file():
         return Path(name)
     path = PureWindowsPath(name)

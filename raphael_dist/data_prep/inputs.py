@@ -46,7 +46,7 @@ class Part:
         name: File name of the shard to write, without .tar.
         read: Function that yields the samples, with a `BadSample` in place of a sample that cannot be used.
         held_out: Whether the shard is for validation.
-        file_of: From the key (name) of a sample to the name of its source file; without keys that are the same.
+        file_of: From the key (name) of a sample to the name of its source file, for messages. Without it they show the key.
         skipped: Counts of the input files that belong to no sample; complete when the iterator of `read` has ended.
     """
 
@@ -117,7 +117,7 @@ def _folder_parts(folder: Path, per_shard: int, held_out: float, caption: str | 
 def _select_held_out(count: int, share: float) -> list[bool]:
     """Return for each of `count` samples whether it is for validation.
 
-    `share`: the fraction of samples for validation. Of two or more samples at least one is selected, unless it is 0.
+    `share`: the fraction of samples for validation. If it is above 0 and `count` above 1, at least one is selected.
     """
     if not share or count < 2:
         return [False] * count
@@ -180,7 +180,10 @@ def _shard_parts(paths: Sequence[str], held_out: float, skipped: SkipCounts) -> 
 
 
 def _part_of_shard(name: str, path: str, held_out: float, validation: bool = False) -> Part:
-    """Return the part with the training samples and bad samples of a shard, or with its validation samples."""
+    """Return a part, the input of one new shard: the samples of an existing shard for training, or those for validation.
+
+    Samples that cannot be used belong to the part for training.
+    """
     skipped = SkipCounts()
 
     def read() -> Iterator[RawSample | BadSample]:

@@ -33,8 +33,8 @@ class Findings:
         members: From a file extension, such as "json", to the number of samples that have such a file.
         fields: From the name of a json field to the types of its values, and how often each type occurs.
         errors: ("SHARD:KEY", reason) of each sample that cannot be decoded.
-        captions: The captions of all these samples.
-        captions_each: From a number of captions to how many samples have so many.
+        captions: The captions of all inspected samples.
+        captions_each: From a number of captions to the number of samples that have this many captions.
         thumbnails: (key, difference hash, thumbnail float32 [8, 9, 3] in 0..255) of each image. A key is a sample's name.
         sheet: (decoded sample, caption) of the samples for the contact sheet.
     """
@@ -103,7 +103,7 @@ def _thumbnail(image: np.ndarray) -> np.ndarray:
 
 
 def difference_hash(thumbnail: np.ndarray) -> int:
-    """Return the difference hash of a thumbnail: an integer of 64 bits. Those of similar images differ in few bits.
+    """Return the difference hash of a thumbnail: an integer of 64 bits. The hashes of similar images differ in few bits.
 
     A bit belongs to a pixel and its right neighbour: it is 1 if the neighbour is darker by more than 4 grey levels
     (of 255), which exceeds JPEG noise. `thumbnail`: float32 [8, 9, 3] (height, width, RGB) in 0..255.

@@ -25,8 +25,8 @@ def select_part(part: int | None, parts: int | None) -> tuple[int, int]:
     """Return which part of the work this process does: (number of the part, from 0; number of parts).
 
     `part`, `parts`: values of the options --part and --parts. If both are None, the result is (rank, world size) under a
-    launcher such as torchrun, otherwise (0, 1). If one is None, 0 stands for `part` and 1 for `parts`. Raises UserError if
-    `part` is not from 0 to `parts - 1`.
+    launcher such as torchrun, otherwise (0, 1). If only one is None, `part` defaults to 0, `parts` to 1. Raises UserError
+    if `part` is not from 0 to `parts - 1`.
     """
     if part is None and parts is None:
         ranks = discover()

@@ -53,9 +53,9 @@ class Encoders:
 
     @contextmanager
     def side_stream(self) -> Iterator[None]:
-        """Return a context manager that runs its block on a CUDA stream of this thread. Without a GPU: it does nothing.
+        """Return a context manager that runs its block on a separate CUDA stream, one per thread. Without a GPU: no effect.
 
-        So the training stream does not wait for the block. At its end the block waits until its own stream has finished.
+        So the training stream does not wait for the block. At the end of the block, the host thread waits for this stream.
         """
         if not is_gpu(self.device):
             yield
@@ -149,7 +149,7 @@ class BatchEncoder:
     def encode(self, samples: Sequence[StreamSample]) -> Encoded:
         """Return the encoded samples as one batch; all must have one image size.
 
-        On a GPU this runs on a side stream, and waits until the stream has finished.
+        On a GPU this runs on a CUDA stream of its own, and returns when this stream has finished.
         """
         began = time.monotonic()
         if any(s.image is not None or s.text is None for s in samples):
@@ -237,7 +237,7 @@ class NotEncodedError(Exception):
 def needs_encoding(sample: StreamSample) -> bool:
     """Return whether the image or the caption of a sample must still be encoded.
 
-    An empty caption need not be encoded again: it is encoded once and kept.
+    An empty caption counts as encoded, because the encoders encode it only once and keep the result.
     """
     return sample.image is not None or (sample.text is None and bool(sample.caption))
 

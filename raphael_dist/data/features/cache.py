@@ -122,7 +122,7 @@ class FeatureCache:
         return self._fill_thread is not None
 
     def close(self) -> None:
-        """Stop the thread of `fill_in_background`, if any: the shards left get no file. UserError: the thread has failed."""
+        """Stop the thread of `fill_in_background`, if any; unfinished shards get no file. UserError: the thread failed."""
         if self._fill_thread is not None:
             self._fill_thread.stop()
 
@@ -177,7 +177,7 @@ class FeatureCache:
     def verify(self, shards: Sequence[int], report: Reporter = no_report) -> None:
         """Check the cache files of the shards with these numbers: headers and small tables, but not the features in them.
 
-        A damaged file is renamed to damaged-NAME, so that it is missing. `report`: called with the number of each shard.
+        A damaged file is renamed to damaged-NAME, so that it is missing. `report`: called with a line of text per shard.
         """
         for number in shards:
             report(f"the cached shard {number}")
@@ -190,7 +190,7 @@ class FeatureCache:
 
     @cached_property
     def known_bad(self) -> dict[int, BadSample]:
-        """The samples that could not be encoded, with the reason, by sample id. Bad samples of the index are left out."""
+        """The samples that could not be encoded, with the reason, by sample id. Those rejected by indexing are left out."""
         missing = set(self.missing())
         present = [n for n, shard in enumerate(self.index.shards) if shard.num_samples and n not in missing]
         return {sample_id: bad for number in present for sample_id, bad in self._read_bad(number).items()}
@@ -289,9 +289,9 @@ def _layout_sum(layout: dict[str, tuple[str, list[int]]], bad: list[tuple[int, s
 
 
 class _CachedShard:
-    """The opened file of one shard. The small tables are in memory; of the large tensors, single rows are read.
+    """The opened cache file of one shard. Small tables are in memory; `get` reads one sample's rows of the large tensors.
 
-    `cache_build.py` lists the tensors.
+    The table at the top of cache_build.py lists all tensors.
     """
 
     def __init__(self, path: Path) -> None:

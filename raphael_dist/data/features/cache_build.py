@@ -42,12 +42,14 @@ TEXT_TENSORS = ("tokens", "mask", "end")
 
 @dataclass
 class _Rows:
-    """What is known about a shard's samples while they are encoded.
+    """The results for the samples of one shard so far, while they are encoded.
 
     Attributes:
-        bucket, row: of each sample; see the tables `bucket` and `row` in the description of the module.
-        captions, weights: of each sample, its captions and their relative probabilities.
-        stacks: by name, batches of the tensors that have a row for each image.
+        bucket: number of each sample's bucket (image size); -1 until the sample is encoded.
+        row: index of each sample in the tensors of its bucket.
+        captions: captions of each sample.
+        weights: relative probability of each of these captions.
+        stacks: from the name of a tensor, such as "mean.0", to its parts, [samples, ...] each, one per encoded batch.
         bad: (number in the shard, reason) of each sample that cannot be used.
     """
 
@@ -116,7 +118,7 @@ class ShardBuilder:
         return {**tensors, **self._tables(rows, report)}, sorted(rows.bad)
 
     def _add_images(self, rows: _Rows, bucket: int, batch: list[tuple[int, DecodedSample]]) -> None:
-        """Encode one batch of a bucket and add it to `rows`. A sample with latents beyond the range of float16 is bad."""
+        """Encode a batch of one bucket (image size) into `rows`; samples with latents that overflow float16 are bad."""
         if not batch:
             return
         images = torch.from_numpy(np.stack([sample.image for _, sample in batch]))
@@ -199,7 +201,7 @@ def sample_of(tensors: Mapping[str, Tensor], number: int) -> dict[str, Tensor] |
 
 
 def _checksums(stacks: Mapping[str, Tensor]) -> Tensor:
-    """Return, for each row number, the CRC-32 of this row of all tensors in their order, int64 [rows]."""
+    """Return a CRC-32 for each row number, int64 [rows]: over the bytes of this row in all tensors, in their order."""
     count = len(next(iter(stacks.values())))
     return torch.tensor([checksum(stack[row] for stack in stacks.values()) for row in range(count)], dtype=torch.int64)
 

@@ -48,7 +48,7 @@ class _Encoding:
 
 
 class CharacterTokenizer:
-    """Tokenizes captions: each character in double quotes is a token, and each other word is one.
+    """Tokenizes captions: each character in double quotes is a token, and so is each word outside of quotes.
 
     It has the methods of a transformers tokenizer that the text encoder uses.
     """
@@ -110,7 +110,7 @@ class CharacterModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that a diffusers pipeline reads from a text encoder. Results are float32 even if it is another one."""
+        """The dtype that a diffusers pipeline reads from a text encoder. `forward` returns float32 in any case."""
         return self.get_buffer("_device").dtype
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> SimpleNamespace:
@@ -177,15 +177,15 @@ def embed(number: int) -> list[float]:
 
 
 def _signs(key: str) -> list[float]:
-    """Return BLOCK numbers, each 1 or -1, from the SHA-256 of `key`. Those of different keys are nearly orthogonal."""
+    """Return a vector of BLOCK (64) numbers, 1 or -1, from the SHA-256 of `key`. Those of two keys are nearly orthogonal."""
     bits = int.from_bytes(hashlib.sha256(key.encode()).digest(), "big")
     return [1.0 if bits >> i & 1 else -1.0 for i in range(BLOCK)]
 
 
 def _place(place: int, length: int) -> list[float]:
-    """Return BLOCK numbers that encode the position `place` of a character in a text of `length` characters.
+    """Return BLOCK (64) numbers that encode the index `place` of a character in a text of `length` characters.
 
-    They depend on its distances from the start, the end and the middle, and on its relative position.
+    They depend on the character's distances from the start, the end and the middle, and on its relative position.
     """
     after = length - 1 - place
     one_hots = [2.0 * (i == value) for value in (place, after) for i in range(ONE_HOT)]

@@ -66,7 +66,7 @@ def empty_text_model(spec: str, layer: TextLayer) -> Model:
         layer: "last", or "penultimate" to leave out its last layer.
 
     Raises:
-        UserError: Files are missing or damaged, or lack weights, or it is no text encoder.
+        UserError: Files are missing or damaged, or lack weights, or the model is not a text encoder.
     """
     if spec == CHARACTERS:
         return text_model(spec, torch.float32, layer)
@@ -81,8 +81,8 @@ def empty_text_model(spec: str, layer: TextLayer) -> Model:
 def _load_without_data(kind: Any, config: Any, paths: Iterable[Path]) -> tuple[Model, Mapping[str, Iterable[Any]]]:
     """Load a model of transformers from weight files as `from_pretrained` does, but with fake tensors, which have no data.
 
-    Only transformers knows which tensors of the files become which weights of the model. Of the files, only headers are
-    read; but .bin files in the format before torch 1.6 are read as a whole.
+    `from_pretrained` itself is called, since only transformers knows which tensor of a file becomes which weight. Only the
+    headers of the files are read, except for .bin files in the format before torch 1.6, which are read as a whole.
 
     Args:
         kind: class of the model.
@@ -90,7 +90,7 @@ def _load_without_data(kind: Any, config: Any, paths: Iterable[Path]) -> tuple[M
         paths: the weight files.
 
     Returns:
-        The model, and what `from_pretrained` returns with `output_loading_info=True`.
+        The model, and the loading info of `from_pretrained`: "missing_keys", "mismatched_keys", ...
 
     Raises:
         UserError or ValueError: a file is damaged.
@@ -123,7 +123,7 @@ def _one_loading_thread() -> Iterator[None]:
 def _pickled_tensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors in a .bin file, on the meta device. Raises ValueError if transformers could not read the file.
 
-    `file_tensors` reads fewer kinds of .bin files than transformers does.
+    It calls torch.load, as transformers does: this project's reader, `file_tensors`, supports fewer kinds of .bin files.
     """
     try:
         tensors: dict[str, Tensor] = torch.load(path, map_location="meta", weights_only=True)
@@ -157,9 +157,9 @@ def text_model(spec: str, dtype: torch.dtype | str, layer: TextLayer = "last") -
 
 
 def _without_pooler(model: Model, info: Mapping[str, Iterable[Any]]) -> Mapping[str, Iterable[Any]]:
-    """Remove the pooler of a BERT model if the files lack it, as those of most masked language models; it is never used.
+    """Remove a BERT model's pooler, which is never used, if the files lack it; return `info` without the pooler's weights.
 
-    `info`: what `from_pretrained` returns with `output_loading_info=True`; returned without the pooler's weights.
+    Files of masked language models usually lack it. `info`: loading info of `from_pretrained`, with "missing_keys".
     """
     missing = set(info["missing_keys"])
     pooler = {name for name in missing if name.startswith("pooler.")}
@@ -169,7 +169,7 @@ def _without_pooler(model: Model, info: Mapping[str, Iterable[Any]]) -> Mapping[
 
 
 def _without_last_layer(model: Model, spec: str) -> Model:
-    """Remove a text model's last layer. Its output is then the penultimate layer's, after the final norm if there is one."""
+    """Remove a text model's last layer. Then the model returns the penultimate layer's output, after any final norm."""
     count = model.config.num_hidden_layers
     lists = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count}
     # Only the outermost list: a layer of T5 has a list too, and a model of two layers has lists of two in each.
@@ -335,7 +335,7 @@ def _quiet(library: str) -> Iterator[None]:
 def _check_loaded(info: Mapping[str, Iterable[Any]], folder: Path) -> None:
     """Raise ValueError if the weight files lack weights of the model, which would be random then, or have other shapes.
 
-    `info`: what `from_pretrained` returns with `output_loading_info=True`.
+    `info`: loading info of `from_pretrained` (output_loading_info=True).
     """
     for name in sorted(info["missing_keys"]):
         raise ValueError(f"the weight {name} is missing in the files of {folder}")

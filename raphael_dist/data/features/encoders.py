@@ -54,7 +54,7 @@ class TextFacts:
         Args:
             spec: Value of the setting text.encoder: a name such as "minilm", or a folder.
             max_tokens: Number of tokens of a caption, with padding.
-            dtype: In which the encoder will compute. It is a part of the fingerprint.
+            dtype: Dtype in which the encoder will compute. It is a part of the fingerprint.
             layer: "last" or "penultimate": the layer whose output is the tokens.
 
         Raises:
@@ -102,7 +102,7 @@ class TextEncoder(_Frozen[tuple[Model, Tokenizer]]):
     """A frozen text encoder. It encodes a caption as `max_tokens` tokens (padded or truncated) of `width` numbers each.
 
     Attributes:
-        dtype: In which the model computes. `encode` returns float32 in any case.
+        dtype: Dtype in which the model computes. `encode` returns float32 in any case.
         counter: Counts captions that were truncated.
     """
 
@@ -128,8 +128,8 @@ class TextEncoder(_Frozen[tuple[Model, Tokenizer]]):
             spec: "minilm" (its weights come with a Python package), "characters" (it has no weights), or a folder with a
                 text encoder of transformers, or with a diffusers pipeline that contains one.
             max_tokens: Number of tokens of a caption.
-            device: Where it runs.
-            dtype: In which it computes.
+            device: Device on which it runs.
+            dtype: Dtype in which it computes.
             layer: "last" or "penultimate": the layer whose output is the tokens.
 
         Raises:
@@ -144,7 +144,7 @@ class TextEncoder(_Frozen[tuple[Model, Tokenizer]]):
         """Return the encoder that `load` returns, but open no file before the first caption is encoded.
 
         `spec`: value of text.encoder. `facts`: the result of `TextFacts.read` for this encoder, perhaps from another rank.
-        `device`, `dtype`: where and in which dtype it computes. `layer`: whose output is the tokens.
+        `device`, `dtype`: where and in which dtype it computes. `layer`: the layer whose output is the tokens.
         """
         encoder = cls(lambda: (_freeze(text_model(spec, dtype, layer), device), tokenizer_of(spec)), facts)
         encoder.dtype = dtype
@@ -225,7 +225,7 @@ class ImageFacts:
 
         Args:
             spec: Value of the setting image.vae: a folder, or "none".
-            dtype: In which the encoder will compute. It is a part of the fingerprint.
+            dtype: Dtype in which the encoder will compute. It is a part of the fingerprint.
 
         Raises:
             UserError: The folder does not exist or does not contain a supported autoencoder, or weights are missing or have
@@ -280,7 +280,7 @@ class ImageEncoder(_Frozen[Model]):
     def of(cls, model: Model, fingerprint: str = "") -> Self:
         """Make an image encoder from a loaded autoencoder of diffusers. `model` None: latents are the pixels.
 
-        `fingerprint`: hash of the autoencoder's files, by which cached latents are recognised as its own.
+        `fingerprint`: hash of the autoencoder's files. Cached latents are only used if they were made with an equal hash.
         """
         return cls(lambda: model, NO_IMAGE_ENCODER if model is None else ImageFacts.of(model, fingerprint))
 

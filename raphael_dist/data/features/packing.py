@@ -1,4 +1,4 @@
-"""The format in which encoded samples (features) are stored. Its rounding errors are as small as those of training.
+"""The format in which encoded samples (features) are stored: tensors that are rounded to 16 bits, some to 8 bits.
 
 The tensors of one sample with K captions of Y tokens and width D, and latents [C, h, w]:
 
@@ -15,7 +15,7 @@ The tensors of one sample with K captions of Y tokens and width D, and latents [
 
 Tokens are bfloat16 where the text encoder computes in it, which loses nothing, otherwise float16. Padding is stored: the
 model's cross-attention reads it, and an encoder gives different numbers there for each caption. The edge loss uses averages
-of the edge map over a latent's pixels and larger areas (model/edge_supervision.py), so that size suffices.
+of the edge map over a latent's pixels and larger areas (model/edge_supervision.py), so the latents' size suffices for it.
 """
 
 from collections.abc import Callable, Sequence

@@ -95,8 +95,8 @@ def decode_latents(vae: Model, latents: Tensor, device: torch.device) -> Tensor:
 def latent_shift_and_scale(vae: Model, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return (shift, scale) of a VAE's latents, from its configuration, as float32 tensors on `device`.
 
-    `vae`: an autoencoder of diffusers. The diffusion model is trained on (latents - shift) * scale. Each
-    of them is a scalar tensor [] for all channels, or [C, 1, 1] with a number for each channel.
+    Shift and scale each have the shape [], one number for all channels, or [C, 1, 1], a number for each channel. The
+    diffusion model is trained on (latents - shift) * scale. `vae`: an autoencoder of diffusers.
     """
     config = vae.config
     mean, std = config.get("latents_mean"), config.get("latents_std")

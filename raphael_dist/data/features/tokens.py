@@ -43,9 +43,9 @@ def tokenize(tokenizer: Tokenizer, captions: Sequence[str], max_tokens: int, pad
 
 
 def _special_in_text(tokenizer: Tokenizer, ids_BY: Tensor, mask_BY: Tensor) -> Tensor:
-    """Return where a caption's own text became a special token, bool [B, Y]. The token for unknown text does not count.
+    """Return, bool [B, Y], which tokens are special tokens that stem from a caption's text. The unknown token is excluded.
 
-    `mask_BY`: 1 at special tokens that the tokenizer added itself.
+    `ids_BY`: token numbers. `mask_BY`: 1 at special tokens that the tokenizer has added itself.
     """
     # Some tokenizers pad with an ordinary character ("!" in Stable Diffusion 2).
     known = {i for token, i in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True) if len(token) > 1}

@@ -1,6 +1,6 @@
 """Reads a range of bytes of a file in S3 or on the Hugging Face hub, and never more, even if the server sends more.
 
-The methods of their libraries for this read the whole answer first, of any length.
+s3fs and huggingface_hub have methods for this, but these first read the server's whole response, however long it is.
 """
 
 from typing import Any
@@ -27,12 +27,12 @@ def read_range(fs: Any, path: str, start: int, end: int, timeout_s: float) -> by
         path: Path of the file in this file system.
         start: First byte of the range.
         end: End of the range, exclusive.
-        timeout_s: Time limit in seconds; for the hub, of each wait for the server.
+        timeout_s: Time limit of the call in seconds. For the Hugging Face hub it limits each wait for data instead.
 
     Raises:
         IgnoredRangeError: The server ignores the range. For services other than S3 and the hub, this is known only after
             the whole answer has been read.
-        Exception: Each library has its own errors.
+        Exception: Other errors have types that depend on the service's library.
     """
     protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
     if "s3" in protocols:

@@ -66,7 +66,8 @@ class HttpFile:
 
         Raises:
             HttpError: The server sent something else than these bytes.
-            FileNotFoundError, PermissionError: The server's status says so.
+            FileNotFoundError: The HTTP status is 404 or 410.
+            PermissionError: The HTTP status is 401, 403 or 407.
             TimeoutError: The server was too slow.
             aiohttp.ClientError: The connection failed.
         """

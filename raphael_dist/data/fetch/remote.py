@@ -66,7 +66,7 @@ DEFAULT_RETRY = RetryPolicy()
 def is_remote(name: str) -> bool:
     """Return whether the name of a shard (tar file of samples) is a URL. False: it is a path.
 
-    Raises UserError if the URL has an unsupported scheme, or its secrets are hidden.
+    Raises UserError if the URL has an unsupported scheme, or contains "(hidden)" in place of a user, password or query.
     """
     match = _SCHEME.match(name)
     if match is None:
@@ -108,7 +108,7 @@ def pieces(url: str, size: int, retry: RetryPolicy, until: int | None = None) ->
         url: URL of the file.
         size: size of the file in bytes, as `stat` returned it.
         retry: how failed requests are repeated.
-        until: end of the content that is read, in bytes; None: the end of the file.
+        until: number of bytes after which reading ends; None: the whole file is read.
 
     Raises:
         RemoteError: a block cannot be read even after the retries.
@@ -169,7 +169,10 @@ def _open(url: str, retry: RetryPolicy) -> HttpFile | _LibraryFile:
 
 
 def _with_retries(url: str, retry: RetryPolicy, request: Callable[[], T]) -> T:
-    """Call `request` until it succeeds, and return its result. RemoteError: all attempts failed, or no other can succeed."""
+    """Call `request` until it succeeds, and return its result.
+
+    Raises RemoteError if all attempts fail, or at once if a further attempt cannot succeed, such as for a missing file.
+    """
     pause = retry.pause_s
     for attempt in range(retry.retries + 1):
         try:

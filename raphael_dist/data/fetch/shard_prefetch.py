@@ -45,7 +45,7 @@ class ShardPrefetcher:
         self._closed = False
 
     def prefetch_from(self, position: int) -> None:
-        """Start to fetch the shards that are read next, and cancel downloads of others that have not started.
+        """Start to fetch the shards of the current and the next window, and cancel pending downloads of all other shards.
 
         `position`: number of the next sample in the endless order of training.
         """

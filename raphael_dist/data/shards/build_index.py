@@ -89,9 +89,9 @@ def unindexed(names: Sequence[str], store: ShardStore, report: Reporter = no_rep
 def scan_shards(names: Sequence[str], store: ShardStore, report: Reporter = no_report) -> list[ShardRecord]:
     """Read the shards with these names (paths or URLs) from start to end, and return a record of each.
 
-    A record has the place, size and key of each sample. It is also written into the folder of `store`, if that has one. A
-    missing shard gets a record without samples, which is not written, so that the next start looks for the shard again.
-    `report`: called with a line of progress for each shard.
+    A record has the byte range, image size and key (name) of each sample. It is also written into the folder of `store`, if
+    that has one. A missing shard gets a record without samples, which is not written, so that the next start looks for the
+    shard again. `report`: called with a line of progress for each shard.
 
     Raises:
         UserError: A shard cannot be reached (and may exist), or a record cannot be written.
@@ -174,7 +174,7 @@ def build_index(
     store: ShardStore | None = None,
     columns: Sequence[str] = (),
 ) -> DatasetIndex:
-    """Return the index of shards (tar files): a table with the place and image size of each sample.
+    """Return the index of shards (tar files): a table with the byte range and image size of each sample.
 
     Shards that are not indexed yet are read first. It is for a single process: the ranks of a run call `open_order` instead.
 
@@ -248,7 +248,10 @@ def _pointer_path(folder: Path, names: Sequence[str]) -> Path:
 
 
 def _local_stamp(store: ShardStore, name: str) -> Stamp | None:
-    """Return the present stamp (version) of a local shard, or UNREACHED. None: it is remote, and is checked when fetched."""
+    """Return the present stamp (version) of a local shard, or the stamp UNREACHED if the file cannot be read.
+
+    None: the shard is remote. Its version is checked when it is fetched.
+    """
     if remote.is_remote(name):
         return None
     try:

@@ -1,4 +1,4 @@
-"""The index of a data set: a table with the place and the image size of each sample in the shards.
+"""The index of a data set: a table with the byte range and the image size of each sample in the shards (tar files).
 
 It is memory-mapped, so that all processes of a node share one copy in memory. The table is a folder with these files, for N
 usable samples in S shards:
@@ -71,8 +71,9 @@ class ShardIndex:
         sizes: uint16 [num_samples, 2], width and height of each image in pixels.
         places: uint32 [num_samples, 2], each sample's first block (512 bytes) and number of blocks in the tar.
         packed_keys: The keys (names) of the samples, compressed.
-        fingerprint, content, text_digest: SHA-256 of the names and sizes; of all that encoded samples depend on; of the
-            txt and json files. See `ShardRecord`.
+        fingerprint: SHA-256 of the shard's base name, its size in bytes and the keys.
+        content: SHA-256 of everything in the shard that encoded samples depend on, such as texts and image sizes.
+        text_digest: SHA-256 of all txt and json files in the shard.
         damage: Why the shard could not be read to its end; "" if it could.
     """
 

@@ -128,7 +128,7 @@ class ImageDataset:
         return {ext: members[ext] for ext in exts if ext in members}
 
     def _read_span(self, number: int, row: int) -> bytes:
-        """Return the bytes of sample `row` of shard `number`. After a failure, a shard is not read for RETRY_AFTER_S."""
+        """Return the bytes of sample `row` of shard `number`. A shard that failed raises its error again for 600 s."""
         failed_at, error = self._failed_shards.get(number, (0.0, None))
         if error is not None and time.monotonic() - failed_at < RETRY_AFTER_S:
             raise error
@@ -141,7 +141,7 @@ class ImageDataset:
     def load(self, sample_id: int, bucket: int, flip: bool = False) -> DecodedSample:
         """Return a decoded sample at the image size `buckets[bucket]`, mirrored left to right if `flip`.
 
-        `sample_id`: number of the sample, counted over all shards. If `set_decoder` has set a function, that one decodes.
+        `sample_id`: number of the sample, counted over all shards. A function from `set_decoder`, if any, decodes.
 
         Raises:
             BadSampleError: The image cannot be decoded or has too many pixels, there is no caption, or the sample lacks the
@@ -190,10 +190,10 @@ class ImageDataset:
 
 
 class _OpenFiles:
-    """The most recently used shards of an index, kept open for reading.
+    """Opens the shards of an index for reading, and keeps the most recently used local ones open.
 
-    Reads state their offset, so threads and forked processes do not share a file position. A copy in another process opens
-    the files again.
+    Each read passes its offset to the system (pread), so threads and forked processes do not share a file position. A copy
+    that is sent to another process opens the files again.
     """
 
     def __init__(self, index: DatasetIndex) -> None:
@@ -215,7 +215,7 @@ class _OpenFiles:
 
 
 class _OpenFile:
-    """A file descriptor that is closed when the last reference ends. So no thread's read is interrupted."""
+    """A file descriptor that is closed when this object is garbage-collected, so never while a thread reads from it."""
 
     def __init__(self, descriptor: int) -> None:
         self._fd = descriptor

@@ -2,10 +2,10 @@
 
 - A worker has its own copy of the data set object and does not import torch.
 - Requests and results go through a pipe, pixels through shared memory.
-- A worker that dies or stalls is replaced, and its sample is read again. After ATTEMPTS lost workers the rank reads it
-  itself. So a fault of the machine never makes a sample count as unusable.
-- A sample is unusable if decoding takes more than LIMIT_S seconds of CPU time (as a malicious image may) or crashes every
-  worker.
+- A worker that dies or stalls is replaced, and its sample is read again. After 3 lost workers (ATTEMPTS) the rank reads the
+  sample itself. So a fault of the machine never makes a sample count as unusable.
+- A sample is unusable if decoding takes more than 120 s of CPU time (LIMIT_S), as a malicious image may, or crashes all 3
+  workers.
 - Workers ignore signals, which the rank handles. They exit when the rank's end of the pipe is closed, for any reason.
 """
 

@@ -1,4 +1,4 @@
-"""Reads and decodes the samples of a rank: in worker processes, with shards prefetched one window ahead."""
+"""Reads and decodes the samples of a rank in worker processes, and fetches shards (tar files) before they are needed."""
 
 from collections.abc import Sequence
 from types import TracebackType

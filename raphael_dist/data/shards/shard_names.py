@@ -91,7 +91,7 @@ def _expand_braces(pattern: str) -> list[str]:
 
 
 def _check_ranges(pattern: str) -> None:
-    """Raise UserError if a range is descending or a pattern has too many names; ValueError if its braces cannot be read."""
+    """Raise UserError if a range {first..last} descends or braces give too many names; ValueError if they cannot be read."""
     for first, last in _BACKWARDS.findall(pattern):
         if int(first) > int(last):
             raise UserError(

@@ -1,6 +1,6 @@
-"""The record of one shard: a file with the place, image size, key and columns of each of its samples.
+"""The record of one shard (tar file): a file with the byte range, image size, key and columns of each of its samples.
 
-The shard is read once to make it. The index of a data set joins the records of its shards (write_index.py).
+The shard is read once to make the record. The index of a data set joins the records of its shards (write_index.py).
 """
 
 import hashlib
@@ -117,7 +117,7 @@ def save_record(folder: Path, record: ShardRecord) -> None:
 
 
 def scan_shard(store: ShardStore, name: str) -> ShardRecord:
-    """Read a shard (tar file) and return its record: the place, image size, key and columns of each sample.
+    """Read a shard (tar file) and return its record: the byte range, image size, key and columns of each sample.
 
     `store`: provides the shard as a local file. `name`: path or URL of the shard. If the shard cannot be read to its
     end, `damage` of the record states the reason.

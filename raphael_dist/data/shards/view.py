@@ -58,7 +58,7 @@ class View:
     digest: str
 
     def describe(self) -> list[str]:
-        """Return lines for the log: for each filter, how many samples it drops; then how many each image size has."""
+        """Return lines for the log: for each filter, how many samples it drops; then the number of samples of each size."""
         lines = [
             f"filter {words}: {dropped:,} samples dropped" + (f" ({missing:,} samples have no value)" if missing else "")
             for words, (dropped, missing) in self.dropped.items()

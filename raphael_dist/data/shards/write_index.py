@@ -97,8 +97,8 @@ def _npy_header(kind: type[np.generic], shape: tuple[int, ...]) -> bytes:
 def table_in_memory(store: ShardStore, records: Iterable[ShardRecord]) -> DatasetIndex:
     """Join the records of shards into an index (table of all samples) in memory, with all columns. No file is written.
 
-    `store`: provides the shards (tar files) as local files. `records`: for each shard, the place, size and key of its
-    samples.
+    `store`: provides the shards (tar files) as local files. `records`: for each shard, the byte range, image size and
+    key (name) of its samples.
     """
     records = list(records)
     columns = sorted({name for record in records for name in record.columns})
@@ -118,9 +118,9 @@ def table_in_memory(store: ShardStore, records: Iterable[ShardRecord]) -> Datase
 def write_table(folder: Path, records: Iterable[ShardRecord], columns: Sequence[str]) -> None:
     """Join the records of shards into an index (table of all samples), and write it as `folder`.
 
-    Several processes may write the same folder at once. `records`: for each shard, the place, size, key and column values of
-    its samples. `columns`: names of the additional columns, which hold the values that data.filters tests. Raises OSError if
-    writing fails.
+    Several processes may write the same folder at once. `records`: for each shard, the byte range, image size, key (name)
+    and column values of its samples. `columns`: names of the additional columns, which hold the values that data.filters
+    tests. Raises OSError if writing fails.
     """
     with sealed_folder(folder) as temporary:
         writer = _Writer(columns, temporary)
