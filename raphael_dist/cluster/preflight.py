@@ -1,6 +1,6 @@
 """Checks every rank before a training starts: its own device, data and disk, then network and numerics with other ranks.
 
-Each rank writes its results to a report file, `rank-NNNNN.json`, twice: after the checks of its own, and at the end. If a
+Each rank writes a report file, `rank-NNNNN.json`: after the checks that need no other rank, and again at the end. If a
 node is broken, its report names a problem or is missing, while the reports of other nodes only show that they waited.
 `preflight_report.judge` uses this to find the broken node.
 """
@@ -21,14 +21,13 @@ import torch
 import torch.distributed as dist
 
 from raphael_dist.cluster.collective_timing import Collective, timed
+from raphael_dist.cluster.expert_parity import expert_parity
 from raphael_dist.cluster.preflight_report import Report
 from raphael_dist.config.schema import Config
 from raphael_dist.data.fetch.shard_cache import ShardError, store_of
 from raphael_dist.data.shards.open_index import find_shards
 from raphael_dist.errors import UserError
-from raphael_dist.model.moe import SpaceMoE
 from raphael_dist.parallel.async_collectives import ExpertGroup
-from raphael_dist.parallel.expert_dispatch import STACKED, ParallelSpaceMoE
 from raphael_dist.runtime import rendezvous
 from raphael_dist.runtime.ranks import Ranks, gather_objects, host_name, num_threads, own_group
 from raphael_dist.storage.files import free_bytes, replace_bytes, write_bytes
@@ -38,7 +37,9 @@ from raphael_dist.text import JsonObject
 # Time limits as (seconds, additional seconds per rank): LIMIT_S of all checks together, JOIN_S of each collective.
 LIMIT_S = (55.0, 0.1)
 JOIN_S = (30.0, 0.05)
+SPARE_S = 3.0  # of LIMIT_S, to write the report
 PROBE_BYTES = 8 << 20  # read from a shard, and written where checkpoints go
+SMALL_NUMEL, SLOW_S = 16 << 10, 0.1  # float32 values of a first exchange between nodes; seconds that mean a slow link
 MAX_ROUNDS = 32  # of exchanges between pairs of nodes; up to 33 nodes every pair is tested
 
 
@@ -46,7 +47,8 @@ class Probe:
     """The preflight checks on one rank: tests of its device, data, disk and network before a training starts.
 
     `report` has the result of each check by its name, and in "problems" a dict for each problem: the check (`phase`), what
-    is wrong (`what`), and the remedy (`fix`).
+    is wrong (`what`), and the remedy (`fix`). After a problem in a check with other ranks, "unreachable" lists the ranks
+    whose messages do not reach this rank.
     """
 
     def __init__(self, config: Config, ranks: Ranks, out: Path, *, with_data: bool = True) -> None:
@@ -79,15 +81,18 @@ class Probe:
             self.report["joined"] = True
             checks: list[tuple[str, Callable[[], object]]] = [
                 ("clock", self._clock),
+                ("pairs", self._pairs),  # before the collectives, which a slow link makes time out on all nodes
                 ("all_reduce", self._all_reduce),
                 ("all_to_all", self._all_to_all),
-                ("pairs", self._pairs),
                 ("experts", self._experts),
                 ("end", dist.barrier),  # rank 0 keeps the store, and must not end before the others
             ]
             for name, check in checks:
                 if not self._try(name, check):
                     break  # other ranks may wait in a collective, and further checks would time out
+        if any(problem["phase"] == self.phase for problem in self.report["problems"]):
+            seconds = self._limit(LIMIT_S) - (time.monotonic() - self._began) - SPARE_S
+            self.report["unreachable"] = rendezvous.unreachable(self.ranks.rank, self.ranks.world_size, max(1.0, seconds))
         self.report["seconds"] = time.monotonic() - self._began
         self._write()
         timer.cancel()
@@ -118,7 +123,7 @@ class Probe:
             os._exit(1)
 
     def _limit(self, of: tuple[float, float]) -> float:
-        """Return the time limit in seconds for this number of ranks. `of`: (seconds, additional seconds per rank)."""
+        """Return a time limit in seconds for all ranks of the run. `of`: (seconds, additional seconds per rank)."""
         return of[0] + of[1] * self.ranks.world_size
 
     def _identity(self) -> Report:
@@ -193,7 +198,7 @@ class Probe:
         return backend
 
     def _clock(self) -> float:
-        """Return by how many seconds this clock is ahead of rank 0's: the smallest of three measurements. Collective."""
+        """Return by how many seconds this rank's clock is ahead of rank 0's, the smallest of 3 measurements. Collective."""
         differences = []
         for _ in range(3):
             dist.barrier()
@@ -230,18 +235,31 @@ class Probe:
             other = partners.get(self.ranks.rank)
             if other is None:
                 continue
-            sent = torch.full((self._numel(),), float(self.ranks.rank), device=self.device)
-            received = torch.empty_like(sent)
-            seconds = timed(partial(_exchange, sent, received, other), self.device)
-            if not bool((received == other).all()):
-                self._problem(
-                    f"exchange with {self._nodes[other]}: received bytes are wrong", "check both nodes' network for errors"
-                )
-            speeds[str(self._nodes[other])] = sent.nbytes / 1e9 / seconds
+            speeds[str(self._nodes[other])] = self._pair_speed(other)
         return speeds
 
+    def _pair_speed(self, other: int) -> float:
+        """Exchange data with the rank `other`, and return the GB/s: of 64 KiB if these are slow, else of 4 or 64 MiB."""
+        small = torch.zeros(SMALL_NUMEL, device=self.device)
+        _exchange(small, torch.empty_like(small), other)  # opens the connection
+        seconds = timed(partial(_exchange, small, torch.empty_like(small), other), self.device)
+        sent = torch.full((1,), seconds, device=self.device)
+        received = torch.empty_like(sent)
+        _exchange(sent, received, other)
+        seconds = max(seconds, float(received))  # so that both ranks decide alike
+        if seconds > SLOW_S:
+            return small.nbytes / 1e9 / seconds
+        sent = torch.full((self._numel(),), float(self.ranks.rank), device=self.device)
+        received = torch.empty_like(sent)
+        seconds = timed(partial(_exchange, sent, received, other), self.device)
+        if not bool((received == other).all()):
+            self._problem(
+                f"exchange with {self._nodes[other]}: received bytes are wrong", "check both nodes' network for errors"
+            )
+        return sent.nbytes / 1e9 / seconds
+
     def _experts(self) -> dict[str, float]:
-        """Test expert parallelism; return ranks per group and largest relative difference to one rank ({}: not possible)."""
+        """Compare sharded experts with one rank; return {"ranks": per group, "difference": relative}, {} if impossible."""
         c, n = self.config, self.ranks.world_size
         size = c.parallel.space_ep if c.parallel.space_ep > 1 else 2
         if n % size or c.model.space_experts % size or c.model.space_experts == 0:
@@ -258,42 +276,6 @@ class Probe:
 
     def _numel(self) -> int:
         return (16 if self.device.type == "cuda" else 1) << 20
-
-
-def expert_parity(expert_group: ExpertGroup, num_experts: int, device: torch.device) -> float:
-    """Compare a Space-MoE layer whose experts are sharded over `expert_group` with the same layer on one rank. Collective.
-
-    It tests whether expert parallelism computes correct results on this machine. `num_experts`: experts of the layer.
-    Outputs and gradients are compared, for random inputs that are equal on all ranks.
-
-    Returns:
-        The largest difference, relative to the largest absolute value of the compared tensor.
-    """
-    tokens, text, dim = 32, 7, 16
-    whole = SpaceMoE(num_experts, dim, 24, "auto", seed=4).to(device)
-    draw = torch.Generator().manual_seed(5)
-    h_BND = torch.randn(expert_group.size, tokens, dim, generator=draw)
-    mask_BNY = (torch.rand(expert_group.size, tokens, text, generator=draw) < 0.3).float()
-    chosen_BY = torch.randint(num_experts, (expert_group.size, text), generator=draw)
-    weight_BYK = torch.nn.functional.one_hot(chosen_BY, num_experts).float() / text
-    grad_BND = torch.randn(expert_group.size, tokens, dim, generator=draw)
-    h, mask, weight, grad = (t.to(device) for t in (h_BND, mask_BNY, weight_BYK, grad_BND))
-    sample = slice(expert_group.index, expert_group.index + 1)
-
-    expected, _ = whole(h.requires_grad_(), mask, weight)
-    stacked = [getattr(whole, name) for name in STACKED]
-    expected_grads = torch.autograd.grad(expected, [h, *stacked], grad, allow_unused=True, materialize_grads=True)
-    layer = ParallelSpaceMoE(whole, expert_group, "auto")
-    local_h = h[sample].detach().clone().requires_grad_()
-    out, _ = layer(local_h, mask[sample], weight[sample])
-    local_stacked = [getattr(layer, name) for name in STACKED]
-    grads = torch.autograd.grad(out, [local_h, *local_stacked], grad[sample], allow_unused=True, materialize_grads=True)
-    experts = slice(expert_group.index * layer.num_experts, (expert_group.index + 1) * layer.num_experts)
-    expected_values = [expected[sample], expected_grads[0][sample], *(g[experts] for g in expected_grads[1:])]
-    return max(
-        float((value - reference).abs().max() / reference.abs().max().clamp(min=1e-3))
-        for value, reference in zip([out.detach(), *grads], [e.detach() for e in expected_values], strict=True)
-    )
 
 
 def report_path(folder: Path, rank: int) -> Path:

@@ -11,7 +11,7 @@ from raphael_dist.text import JsonObject
 
 MAX_SKEW_S = 5.0
 GPU_IN_USE_GIB = 4.0  # more than the contexts of one node's own ranks take
-SLOW_PAIR = 0.3  # a pair of nodes is slow below this share of the median bandwidth
+SLOW_PAIR = 0.3  # a pair of nodes is slow below this share of the bandwidth of fast pairs
 LOCAL_CHECKS = ("device", "data", "checkpoints")  # of a rank on its own, before it joins the others
 Report = JsonObject  # of a rank, as `preflight.Probe` writes it
 
@@ -75,9 +75,10 @@ def judge(reports: list[Report], num_ranks: int, nodes: list[str]) -> Verdict:
     problems = [(r["node"], p) for r in reports for p in r["problems"] if p["phase"] not in LOCAL_CHECKS]
     if not verdict.faults:
         # A node that could not join is faulty. Nodes that joined and timed out are not.
-        not_joined = [r["node"] for r in reports if not r["joined"]]
+        not_joined = {r["node"] for r in reports if not r["joined"]}
+        suspects = _unreachable(reports) or not_joined or _slow_nodes(reports) or {node for node, _ in problems}
         for node, problem in problems:
-            if not not_joined or node in not_joined:
+            if node in suspects:
                 verdict.add_fault(node, _text(problem))
     elif problems:
         verdict.warnings.append("without these nodes the collectives were not tested completely")
@@ -86,6 +87,17 @@ def judge(reports: list[Report], num_ranks: int, nodes: list[str]) -> Verdict:
     faults = [set(texts) for texts in verdict.faults.values()]
     verdict.everywhere = len(faults) >= max(1, len(set(nodes) | reported)) and bool(set.intersection(*faults))
     return verdict
+
+
+def _unreachable(reports: list[Report]) -> set[str]:
+    """Return the nodes of the ranks that rank 0 cannot reach; the node of rank 0 if there are several and it reaches none.
+
+    When a link breaks, collectives fail on all nodes, so that their errors do not show which node is cut off.
+    """
+    nodes = {r["rank"]: r["node"] for r in reports}
+    home = nodes.get(0)
+    lost = {nodes[rank] for r in reports if r["rank"] == 0 for rank in r.get("unreachable", []) if rank in nodes} - {home}
+    return {str(home)} if 1 < len(lost) == len(set(nodes.values())) - 1 else lost
 
 
 def _row(r: Report) -> str:
@@ -165,14 +177,37 @@ def _judge_joint_checks(verdict: Verdict, reports: list[Report]) -> None:
 
 
 def _judge_pairs(verdict: Verdict, reports: list[Report]) -> None:
-    pairs = {tuple(sorted((r["node"], other))): speed for r in reports for other, speed in (r.get("pairs") or {}).items()}
+    pairs = _pair_speeds(reports)
     if not pairs:
         return
     middle, slowest = median(pairs.values()), min(pairs, key=lambda p: pairs[p])
     verdict.lines.append(
-        f"pairs        {len(pairs)} of nodes: {middle:.2f} GB/s, slowest {' and '.join(slowest)} {pairs[slowest]:.2f} GB/s"
+        f"pairs        {len(pairs)} of nodes: {middle:.2g} GB/s, slowest {' and '.join(slowest)} {pairs[slowest]:.2g} GB/s"
     )
-    slow = {pair for pair, speed in pairs.items() if speed < SLOW_PAIR * middle}
-    for node, count in Counter(node for pair in slow for node in pair).most_common():
-        if count > 1 and count > len([pair for pair in pairs if node in pair]) / 2:
+    for node in sorted(_slow_nodes(reports)):
+        if node in verdict.faults:
+            verdict.add_fault(node, "it is slow to most other nodes; check its network")
+        else:
             verdict.warnings.append(f"{node} is slow to most other nodes; check its network")
+
+
+def _pair_speeds(reports: list[Report]) -> dict[tuple[str, str], float]:
+    """Return the measured GB/s between nodes, by the names of both in alphabetical order."""
+    return {
+        (min(r["node"], other), max(r["node"], other)): speed
+        for r in reports
+        for other, speed in (r.get("pairs") or {}).items()
+    }
+
+
+def _slow_nodes(reports: list[Report]) -> set[str]:
+    """Return the nodes whose links to most others have less than SLOW_PAIR of the fastest quarter's bandwidth.
+
+    If this holds for half of the nodes, it is the shape of the network, and none is returned.
+    """
+    pairs = _pair_speeds(reports)
+    usual = sorted(pairs.values())[-1 - len(pairs) // 4] if pairs else 0.0
+    slow = {pair for pair, speed in pairs.items() if speed < SLOW_PAIR * usual}
+    counts = Counter(node for pair in slow for node in pair)
+    nodes = {node for node, n in counts.items() if n > 1 and n > sum(node in pair for pair in pairs) / 2}
+    return nodes if 2 * len(nodes) < len({node for pair in pairs for node in pair}) else set()

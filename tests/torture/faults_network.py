@@ -59,26 +59,33 @@ def loss(trial: Trial) -> Outcome:
     return goes_on(trial, Link(delay_ms=0.1, loss=0.01), "1% each way")
 
 
+@fault("a link that loses 10% of the frames (ZeRO-3: 3%)", "links")
+def heavy_loss(trial: Trial) -> Outcome:
+    share = 0.03 if trial.setting.stage == 3 else 0.1  # each of ZeRO-3's calls may wait for a frame to be sent again
+    return goes_on(trial, Link(delay_ms=0.1, loss=share), f"{share:.0%} each way")
+
+
 @fault("a link of 1 Mbit/s", "links")
 def slow(trial: Trial) -> Outcome:
     return goes_on(trial, Link(rate=1), "1 Mbit/s")
 
 
-@fault("a link that is down for 5 s", "links")
+@fault("a link that is down for 5 or 60 s", "links")
 def down_for_a_while(trial: Trial) -> Outcome:
     trial.begin()
+    seconds = trial.draw.choice([5, 60])
     victim = trial.draw.randrange(WORLD)
     with nodes() as where:
 
         def act(_: list[int]) -> None:
             where.network.set_link(victim, "down")
-            time.sleep(5)
+            time.sleep(seconds)
             where.network.set_link(victim, "up")
 
         codes = trial.train(at_random(trial, act), around=where.around, sections=PATIENT)
     assert codes == [0] * WORLD, f"exit codes {codes}:\n{trial.output}"
     trial.check_equals_oracle()
-    return survived(f"node{victim}")
+    return survived(f"node{victim} for {seconds} s")
 
 
 def ends_in_time(trial: Trial, break_link: Callable[[Network, int], None], what: str) -> Outcome:
