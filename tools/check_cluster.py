@@ -4,8 +4,8 @@
    55 seconds plus 0.1 seconds per rank.
 2. `check_cluster.py --judge DIR`, once, prints the verdict.
 
-Exit codes of --judge: 0 passed, 1 failed, 2 failed with the same fault on every node, 4 passed without the named nodes;
-`good-nodes` in DIR lists the others.
+Exit codes of --judge: 0 passed; 1 failed; 2 failed with the same fault on every node; 4 some nodes are faulty, but enough
+others passed. DIR/good-nodes then lists the nodes that passed.
 """
 
 import argparse

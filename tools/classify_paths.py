@@ -66,7 +66,7 @@ class Outcome:
 
 
 def gather(paths: Sequence[tuple[str, int, list[int]]], only: Sequence[str] = (), max_words: int = 100) -> Samples:
-    """Return the samples of the most frequent words, of those that occur in enough captions (MIN_CAPTIONS).
+    """Return the samples of the most frequent words. Words in fewer than MIN_CAPTIONS captions are left out.
 
     Args:
         paths: for each word of each caption: (word, number of the caption, space expert in each block).

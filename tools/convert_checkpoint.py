@@ -164,7 +164,7 @@ def check_options(args: argparse.Namespace, supported: frozenset[str]) -> tuple[
 
 
 def options_of(args: argparse.Namespace, supported: frozenset[str]) -> "Options":
-    """Return the command line's options of the target. Raises UserError for one that the target layout does not support.
+    """Return the options of the target from the command line. UserError: the target layout does not support one of them.
 
     `supported`: fields of `Options` that it supports.
     """

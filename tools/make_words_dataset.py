@@ -112,7 +112,7 @@ def held_out_texts(vocabulary: Vocabulary, longest: int | None) -> dict[str, lis
 
 
 def looks(name: str, seed: int, stream: int, scope: Scope) -> Iterator[tuple[Look, np.random.Generator]]:
-    """Yield without end how the texts of a set are drawn (`Look`), each with the generator for further random choices.
+    """Yield endlessly (how to draw the next text of a set, generator for further random choices about its image).
 
     The look of number n is a function of (seed, stream, n). Those of the set "held-out-font" have the held-out font.
     """

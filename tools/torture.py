@@ -1,7 +1,8 @@
 """Inject faults at random into real ranks and a real Slurm: `python tools/torture.py --minutes 120 --seed 0`.
 
 Each trial is compared with a run without faults; docs/reliability.md describes kinds and outcomes.
-Exit codes: 0 nothing was lost, 1 a trial was lost, 2 a mistake, or trials cannot continue.
+Exit codes: 0: in each trial the run ended with the same results, or refused to continue with a message; 1: in some trial it
+did neither (the trial is "lost"); 2: a mistake in the arguments, or trials cannot continue.
 """
 
 import argparse
@@ -47,7 +48,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def torture(args: argparse.Namespace) -> bool:
-    """Run trials with faults until the time is over; return whether no trial lost any data.
+    """Run trials with faults until the time is over; return whether no trial was lost.
+
+    A trial is lost if its run neither ends with the results of a run without faults, nor stops with an error message.
 
     Raises UserError for mistakes, and if trials cannot continue.
     """

@@ -87,7 +87,7 @@ class CheckpointReader:
 
     @cached_property
     def _ranges(self) -> dict[Key, list[tuple[int, int, str]]]:
-        """For each (kind, parameter), (start, numel, file name) of its ranges, in order."""
+        """Return (first element, number of elements, file name) of each stored range, sorted, by (kind, parameter)."""
         ranges = defaultdict(list)
         for name, entry in self.manifest["files"].items():
             listed = entry.get("ranges") or {key: (t.start, t.numel) for key, t in self._stored(name).items()}
@@ -97,7 +97,7 @@ class CheckpointReader:
         return {key: sorted(spans) for key, spans in ranges.items()}
 
     def _stored(self, name: str) -> dict[str, StoredTensor]:
-        """Return where each tensor of a file lies, by key. UserError if the file has other tensors than the manifest."""
+        """Return where each tensor lies in the file `name`, by key. UserError: they differ from the list in the manifest."""
         if name not in self._headers:
             tensors, metadata = read_header(self.folder / name)
             listed = self.manifest["files"][name].get("ranges")

@@ -88,7 +88,10 @@ class Restorer:
             _log.warning("the damaged checkpoint was moved to %s", folder)
 
     def _check_folder(self) -> None:
-        """Raise the error of `write_error` now if this rank cannot write into the folder of its later checkpoints."""
+        """Raise UserError if this rank cannot write into the folder in which the run will save checkpoints.
+
+        Rank 0 also cleans up unfinished folders of killed processes there.
+        """
         probe = self.root / f".probe-{self._ranks.rank:05d}"
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -101,7 +104,7 @@ class Restorer:
             raise write_error(self.root, error) from None
 
     def _newest_verified(self, candidates: list[Path]) -> tuple[CheckpointReader | None, dict[Path, str]]:
-        """Return the newest undamaged checkpoint, and for each newer one a text about its damage."""
+        """Return the newest undamaged checkpoint (None: all are damaged), and the damage of each newer one, by folder."""
         damaged: dict[Path, str] = {}
         for folder in candidates:
             problem = self._verify(folder)

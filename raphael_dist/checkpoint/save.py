@@ -77,9 +77,9 @@ class CheckpointStore:
     # ---- saving -----------------------------------------------------------------------------------------------------
 
     def save(self, progress: Progress) -> Path:
-        """Write a checkpoint of this moment, wait until it is complete, and return its folder. Collective.
+        """Write a checkpoint of the current training state, wait until it is complete, and return its folder. Collective.
 
-        `progress` (step, ...) is stored in it. Raises OSError on all ranks if writing failed on any of them.
+        `progress` (step, ...) is stored in the checkpoint. Raises OSError on all ranks if writing failed on any of them.
         """
         self.begin(progress)
         failure = self.finish()
@@ -316,7 +316,7 @@ class CheckpointStore:
 
 
 def _report_until_written(save: Save, written: Future[WrittenFile], report: Reporter) -> None:
-    """Wait for this rank's thread, and report its status whenever it changes."""
+    """Wait until this rank's thread has written its file; report `save.status` of the thread whenever it changes."""
     reported = ""
     while wait([written], timeout=1.0).not_done:
         if save.status != reported:

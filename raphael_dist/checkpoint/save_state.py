@@ -16,8 +16,8 @@ class WrittenFile(NamedTuple):
         name: file name.
         seconds: duration of writing it and reading it back.
         entry: size and SHA-256 of the file.
-        ranges: by key `<kind>/<parameter>`, the range of the flattened parameter in the file as (first element, number of
-            elements).
+        ranges: for each key `<kind>/<parameter>`, which elements of the flattened parameter the file contains: (index of
+            the first element, number of elements).
     """
 
     name: str

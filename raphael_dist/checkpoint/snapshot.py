@@ -118,7 +118,7 @@ def write_snapshot(
 
 
 def _finite(layout: list[tuple[str, int]], values: Tensor, report: Reporter) -> Iterator[Tensor]:
-    """Yield the values in pieces. Raises OSError that names the first tensor with a value that is not finite."""
+    """Yield the buffer `values` in blocks. Raises OSError, which names the tensor, at a NaN or infinite value."""
     for i, piece in enumerate(torch.split(values, tensorfile.CHUNK)):
         report(f"{i * tensorfile.CHUNK} of {values.numel()} numbers written")
         # One pass without a mask: if a tensor holds NaN or infinity, its minimum or maximum does.

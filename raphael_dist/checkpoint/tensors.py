@@ -26,7 +26,7 @@ class Span:
 
 
 def default_weights(kinds: Container[str]) -> str:
-    """Return which weights of a checkpoint are used by default: "ema" (moving average) if it has them, else "master" (fp32).
+    """Return which weights of a checkpoint to use by default: "ema" (moving average) if it has an EMA, else "master" (fp32).
 
     `kinds`: the kinds of values in the checkpoint: some of "master", "exp_avg", "exp_avg_sq" and "ema".
     """

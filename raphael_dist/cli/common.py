@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
     _argv: Sequence[str] = ()
 
     def __init__(self, *, example: str = "", raw: bool = False, **kwargs: Any) -> None:
-        """Create a parser. Options must be written in full: `--n 3` is not accepted for `--negative`.
+        """Create a parser. Options must be written in full: `--neg` is not accepted for `--negative`.
 
         Args:
             example: a command that works, shown first in the help.
@@ -110,7 +110,7 @@ class Once(argparse.Action):
 
 
 class _Version(argparse.Action):
-    """An argparse action that looks versions up, prints them and exits."""
+    """An argparse action that prints the versions of this package, Python and dependencies, and exits."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         print(version_line())

@@ -123,9 +123,9 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def drawing_settings(args: argparse.Namespace, trained: "TrainedModel") -> "tuple[SamplingSettings, str, Request]":
-    """Return how images are sampled: settings, name of the scheduler, and a request with size and seed but no prompt.
+    """Return how images are sampled: settings, name of the scheduler, and a `Request` with size and seed but no prompt.
 
-    The request for the image of a caption is a copy of this one with the caption as prompt. `args`: the parsed command line.
+    The caller copies this request for each image and sets the caption as the prompt. `args`: the parsed command line.
     Raises UserError if --steps or --size is incompatible with the model.
     """
     from raphael_dist.sampling.distributed import SamplingSettings
@@ -144,8 +144,8 @@ def protocol_of(args: argparse.Namespace, trained: "TrainedModel", **study: obje
     """Return all settings that affect the results of an evaluation, as JSON values for the file protocol.json.
 
     A command that continues in a folder with other settings in protocol.json is refused, so that results of different
-    settings are never mixed. `study`: further settings to include, which only one of the subcommands `images` and `text`
-    has.
+    settings are never mixed. `study`: further settings to include, which depend on the subcommand (`images` or
+    `text`).
     """
     from raphael_dist.storage.versions import versions
 
@@ -232,7 +232,7 @@ def _make_study(args: argparse.Namespace, trained: "TrainedModel", default: "Req
 
 
 def _describe_study(args: argparse.Namespace, study: "Study") -> dict[str, object]:
-    """Return the settings of a study (`images` or `text`) for protocol.json: what is compared with what."""
+    """Return what protocol.json states about the images to sample: the subcommand's options, number and hash of prompts."""
     import hashlib
 
     prompts = hashlib.sha256(json.dumps([[r.prompt, r.seed, r.index] for r in study.requests]).encode()).hexdigest()[:16]

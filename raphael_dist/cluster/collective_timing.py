@@ -43,7 +43,7 @@ class Collective:
 
     @property
     def sent_bytes(self) -> float:
-        """Bytes that each rank must send to other ranks in one run of this collective, in a ring or directly."""
+        """Bytes that each rank sends in one run of this collective: by the ring algorithm, or directly for all_to_all."""
         return (2 if self.name == "all_reduce" else 1) * 4 * self._each * (self.size - 1)
 
     def run(self) -> None:

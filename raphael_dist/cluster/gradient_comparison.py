@@ -1,4 +1,7 @@
-"""Compares the gradient of a parameter with that of one process, expert by expert, for messages of `prove`."""
+"""Compares gradients of distributed training with those of training in one process, separately for each expert.
+
+The command `prove` uses these functions to state in its messages which expert's gradient is wrong, and by how much.
+"""
 
 from collections.abc import Iterator
 from math import prod
@@ -9,10 +12,10 @@ from raphael_dist.checkpoint.tensors import stacked
 
 
 def pieces(name: str, shape: tuple[int, ...], start: int, numel: int) -> Iterator[tuple[str, slice]]:
-    """Divide elements [start, start + numel) of the flattened parameter `name` into the parts of its experts.
+    """Divide elements [start, start + numel) of the flattened parameter `name` into one range for each of its experts.
 
-    Yields (label, slice) of each part: a text such as "NAME, expert 3", and the part's position relative to `start`. A
-    parameter without stacked experts has one part. `shape`: shape of the whole parameter.
+    Yields (label, slice) of each range: a text such as "NAME, expert 3", and the elements, counted from `start`. For a
+    parameter without experts there is one range. `shape`: shape of the whole parameter.
     """
     each = prod(shape[1:]) if stacked(name) else prod(shape)
     at = 0

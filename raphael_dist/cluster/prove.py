@@ -174,7 +174,7 @@ class _Run:
     pieces: int = 0
 
     def all_checks(self) -> None:
-        """Run the checks that have no result yet, consecutive ones in the same worker processes where this is allowed."""
+        """Run the checks that have no result yet. Consecutive checks share worker processes, unless one must run alone."""
         done = self.agents.exchange(self.report.finished(), JOIN_S)[0] or []
         waiting = [name for name in CHECKS if name not in done or name == PREFLIGHT]
         if KILL in done and "resume" in waiting:
@@ -190,7 +190,11 @@ class _Run:
             waiting = waiting[finished:]
 
     def _run_together(self, names: Sequence[str]) -> int | None:
-        """Run the checks `names` in one worker process per rank; return how many were run, None if none can follow."""
+        """Run the checks `names` one after another, in one worker process per rank; return how many of them were run.
+
+        These are fewer if a check did not finish, because the following ones need new worker processes. Returns None if no
+        further check can run, because some rank does not answer or the ranks cannot exchange data.
+        """
         self.pieces += 1
         world = CHECKS[names[0]].ranks(self.agents.ranks.world_size)
         port = free_port() if self.agents.ranks.is_main else 0

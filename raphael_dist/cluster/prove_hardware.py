@@ -1,4 +1,7 @@
-"""Checks of `prove` that measure: links, CUDA graphs, waits of the host for the GPU, and a step against its prediction."""
+"""Checks of `prove` that measure speed and memory, and compare a training step with the planner's prediction.
+
+They cover collectives between ranks, CUDA graphs, how often the host waits for the GPU, and the largest micro-batch.
+"""
 
 import re
 import subprocess
@@ -40,7 +43,7 @@ NEEDS_GPU = "{} requires a GPU"
 def links(proof: Proof) -> Result:
     """Measure latency and bandwidth of each collective: over all ranks, inside nodes, and between nodes. Collective.
 
-    A collective with wrong values is a problem. One below 0.3 times the median bandwidth of all ranks is a warning.
+    Wrong values are a problem. A bandwidth of this rank below 0.3 times the median over all ranks is a warning.
 
     `proof`: this rank and its device. Returns measurements and problems of this rank.
     """
@@ -254,7 +257,7 @@ def _one_micro_step(config: Config, world: int, micro: int) -> Config:
 
 
 def _cluster(proof: Proof) -> ClusterSpec:
-    """Return the cluster description for this rank's device: that of the same GPU, else of "h100x8"; "cpu" without a GPU."""
+    """Return the planner's description of a cluster with this rank's GPU, or of "h100x8" if unknown; "cpu" without a GPU."""
     if proof.device.type != "cuda":
         return load_cluster("cpu")
     name = torch.cuda.get_device_name(proof.device).lower()
@@ -291,8 +294,8 @@ def _expert_bytes(proof: Proof) -> tuple[int, int]:
 def micro_batch(proof: Proof) -> Result:
     """Find the largest micro-batch of the user's model that fits into GPU memory, by trying. Collective.
 
-    `proof`: this rank, its device and the user's configuration. Returns a line with this size and the one that the planner
-    predicts.
+    `proof`: this rank, its device and the user's configuration. Returns a result with one line of text: this micro-batch
+    size, and the size that the planner predicts.
     """
     if proof.device.type != "cuda":
         return Result(not_proven=[NEEDS_GPU.format("the largest micro-batch that fits")])

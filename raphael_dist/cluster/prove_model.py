@@ -106,7 +106,7 @@ class Reference:
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        """Build the model from the configuration's seed. Its weights have values that are exact in `train.dtype`."""
+        """Build the model from the configuration's seed. Its weights are float32, rounded to values of `train.dtype`."""
         self.config, self.device, self.norm = config, device, 0.0
         torch.manual_seed(config.run.seed)
         self.model = RaphaelUNet(config)

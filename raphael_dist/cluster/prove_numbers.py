@@ -225,10 +225,10 @@ class Trained:
         return None
 
     def _expected(self, reference: Reference, micro: Slots, number: int) -> dict[str, Tensor]:
-        """Return this rank's gradients in micro-step `number` as one process computes them, by parameter name.
+        """Compute in one process the gradients that this rank must have in micro-step `number`, by parameter name.
 
-        They are those of its samples `micro`, for sharded experts of the samples of all ranks that share them, times the
-        number of ranks, because the reduction takes the mean.
+        The loss is over this rank's samples `micro`; for sharded experts, over those of all ranks in the group that shares
+        the experts. Gradients are multiplied by the number of ranks, because the reduction over ranks takes the mean.
         """
         world, ep = self._proof.ranks.world_size, self.config.parallel.space_ep
         own = reference.gradients(micro)
@@ -282,7 +282,7 @@ def norm_problem(case: Case, expected: Steps, step: int, norm: float) -> Problem
 def _reduced_problem(case: Case, expected: Steps, run: Trained, before: list[Tensor]) -> Problem | None:
     """Compare this rank's part of the reduced gradient with training in one process; return a problem or None.
 
-    It is computed from the change of the weights in the first step (SGD). `before`: the weights before this step.
+    The reduced gradient is computed from the change of the weights in the first step of SGD. `before`: weights before it.
     """
     clip, norm, lr = run.config.optim.max_grad_norm, run.engine.grad_norm, run.config.optim.lr
     scale = lr * min(1.0, clip / (norm + 1e-6))

@@ -140,7 +140,7 @@ def judge_check(
         outcomes: fields of `prove.Outcome` by rank; None for a rank whose supervising process (agent) did not answer.
         hosts: host name of each rank.
         environment: whether a failure means a bad environment, not wrong numbers.
-        expects_kill: whether the check kills all its ranks, so that only this outcome passes.
+        expects_kill: whether the check kills its own processes on all ranks. It passes only if all of them were killed.
     """
     silent = [f"rank {rank} on {hosts[rank]} does not answer: its node hangs or is gone" for rank in _where_none(outcomes)]
     answered = [outcome for outcome in outcomes if outcome is not None]
@@ -171,9 +171,10 @@ def _where_none(outcomes: list[JsonObject | None]) -> list[int]:
 
 
 def _unfinished(outcomes: list[JsonObject]) -> list[str]:
-    """Return lines that name the ranks that caused a check not to finish: those that died or failed, else the latest ones.
+    """Return lines that name the ranks because of which a check did not finish: those that died or failed.
 
-    `outcomes`: fields of `prove.Outcome` of the ranks that did not finish. Ranks that only waited for others are not named.
+    If none died or failed, these are the ranks that sent the fewest progress messages. Ranks that only waited for others
+    are not named. `outcomes`: fields of `prove.Outcome` of all ranks that did not finish.
     """
     if not outcomes:
         return []
@@ -256,7 +257,7 @@ def _css(status: str) -> str:
 
 
 def _not_proven(checks: list[JsonObject]) -> list[str]:
-    """Return as text what the checks could not test on this machine, and which checks did not run or failed."""
+    """Return lines of text: properties that could not be tested on this machine, and checks that did not run or failed."""
     reasons = [text for check in checks for text in check["not_proven"]]
     return reasons + [f"{check['title']}: {check['status']}" for check in checks if check["status"] in (NOT_RUN, RED)]
 

@@ -27,7 +27,8 @@ class ConfigTree:
 
     Attributes:
         tree: nested dicts {section: {key: value}}.
-        places: file and line, such as "my.yaml, line 3", where a section or key was set, by `section` or `section.key`.
+        places: where a section or key was set (file and line, such as "my.yaml, line 3"), by its name `section` or
+            `section.key`.
     """
 
     tree: JsonObject
@@ -155,7 +156,7 @@ def _preset_text(name: str) -> str:
 
 
 def _locate_assets(preset: JsonObject) -> JsonObject:
-    """Return a preset with the paths of its data, if they come with the package, replaced by their location."""
+    """Replace paths of data files in a preset by their actual paths, if the files come with the package; return it."""
     for section, name in (("data", "shards"), ("data", "val_shards"), ("image", "vae"), ("sample", "images")):
         value = preset.get(section, {}).get(name)
         if isinstance(value, str):
@@ -166,9 +167,9 @@ def _locate_assets(preset: JsonObject) -> JsonObject:
 
 
 def _find_places(root: yaml.Node | None, file: str) -> dict[str, str]:
-    """Return file and line of each section and key.
+    """Return file and line (such as "my.yaml, line 3") of each section and key, by `section` or `section.key`.
 
-    Raises UserError if a mapping has a key twice, of which YAML would keep the last.
+    Raises UserError if a mapping (dict) has the same key twice. YAML would silently keep the last one.
     """
     places: dict[str, str] = {}
     for depth, parent, mapping in _mappings(root):
@@ -188,7 +189,7 @@ def _find_places(root: yaml.Node | None, file: str) -> dict[str, str]:
 
 
 def _mappings(root: yaml.Node | None) -> Iterator[tuple[int, str, yaml.MappingNode]]:
-    """Yield (depth, dotted name, node) of every mapping; one that aliases repeat is yielded once."""
+    """Yield (depth, dotted name, node) of every mapping (dict) in a YAML tree. Repetitions by YAML aliases are left out."""
     seen: set[int] = set()
     queue: list[tuple[int, str, yaml.Node | None]] = [(0, "", root)]
     while queue:
@@ -272,9 +273,10 @@ def _type_name(section: str, name: str, config_type: type[BaseModel]) -> str:
 
 
 def _for_field(type_name: str, value: object, text: str) -> object:
-    """Return a value in the form that its field requires.
+    """Convert the value of an override `section.key=value`, as YAML reads it, to the form that its setting requires.
 
-    YAML reads a single shard as a scalar where a list is required, and a name such as `123` as a number.
+    For example, a single path becomes a list if the setting is a list, and a name such as `123`, which YAML reads as a
+    number, becomes a string. `type_name`: the setting's type, as text. `text`: the value before YAML read it.
     """
     is_text = "Path" in type_name or type_name == "<class 'str'>" or type_name.startswith("tuple[str")
     if type_name.startswith("tuple"):

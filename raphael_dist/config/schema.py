@@ -162,7 +162,7 @@ def default_run_dir(name_or_path: str) -> str:
 
 
 def config_from_tree(tree: JsonObject) -> Config:
-    """Make and validate a Config from nested dicts {section: {key: value}}. UserError, with one line per mistake."""
+    """Make and validate a Config from nested dicts {section: {key: value}}. Raises UserError with one line per mistake."""
     return _validated(ConfigTree(tree))
 
 

@@ -17,7 +17,7 @@ KEYS_OF_STAGES = (
 
 
 def staged_keys(config: Config) -> set[str]:
-    """Return the keys (such as optim.lr) that stages of a run (entries of train.stages) set, each to its own value."""
+    """Return the keys (such as optim.lr) that at least one stage of the run (an entry of train.stages) sets."""
     return {key for stage in config.train.stages for key in stage.set}
 
 

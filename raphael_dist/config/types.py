@@ -87,7 +87,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_stray_value(cls, value: object, info: ValidationInfo) -> object:
-        """Refuse what pydantic would accept: true and false as numbers, and text that is empty or has NUL characters."""
+        """Refuse values that pydantic would accept: true and false as numbers, empty strings, and NUL characters."""
         kinds = set(_plain_types(cls.model_fields[str(info.field_name)].annotation))
         if kinds & {int, float} and not kinds & {bool, Any} and _contains_bool(value):
             raise PydanticCustomError("bool_for_number", "must be a number, not true or false")
@@ -138,7 +138,7 @@ def _contains_bool(value: object) -> bool:
 
 
 def _contains_null(value: object) -> bool:
-    """Return whether a text, or one in a list or dictionary, has a NUL character, which no file name can have."""
+    """Return whether a string, also one inside lists or dicts, has a NUL character, which no file name can have."""
     if isinstance(value, dict):
         return any(_contains_null(key) or _contains_null(item) for key, item in value.items())
     return any(map(_contains_null, value)) if isinstance(value, list | tuple) else isinstance(value, str) and "\0" in value

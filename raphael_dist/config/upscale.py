@@ -34,7 +34,7 @@ class Upscale(Section):
 
     @property
     def channels(self) -> int:
-        """Number of input channels of the U-Net for the small image, in addition to those for latents; 0 without one."""
+        """Number of input channels of the U-Net for the small image, next to the latents; 0 without super-resolution."""
         return COLOURS * self.patch**2 if self.factor else 0
 
 

@@ -242,7 +242,7 @@ def _write(
 def _share(weighted: list[tuple[int, T]], ranks: MpiRanks) -> list[T]:
     """Divide items over the ranks so that each gets about the same total weight, and return those of this rank.
 
-    `weighted`: (weight, item) of each item. The heaviest items are assigned first, each to the rank with the least.
+    `weighted`: (weight, item) of each item. The heaviest items are assigned first, each to the rank with the least so far.
     """
     loads, items = [0] * ranks.size, []
     order = sorted(range(len(weighted)), key=lambda i: (-weighted[i][0], i))

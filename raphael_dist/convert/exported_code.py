@@ -2,7 +2,7 @@
 
 A file is assembled from the source of this package: a class, and every definition of the package that the class uses, with
 their text and comments. Code that only training needs is left out: unused definitions, methods whose name occurs nowhere in
-the kept code, and the branches whose condition is in `_NEVER`.
+the kept code, and `if` branches whose condition is always false in an exported folder (the list `_NEVER`).
 """
 
 import ast
@@ -92,7 +92,7 @@ class _Module:
     """The source of a module of this package.
 
     Attributes:
-        lines: its text, without the branches whose condition is in `_NEVER`.
+        lines: its text, without `if` branches whose condition is always false in an exported folder (`_NEVER`).
         own: the statements that define names in it, by name.
         ours: names that it imports from this package, with the module that they come from.
         external: names that it imports from other packages, with (module, imported name); for `import x`: ("", statement).

@@ -51,16 +51,17 @@ class LayerReport:
 
 
 def open_for_inspection(path: Path, unpickle: bool, config: Config | None) -> Checkpoint:
-    """Open a checkpoint in any layout (format on disk) to inspect it. Pickle files must be verified before.
+    """Open a checkpoint in any layout (format on disk) to inspect it.
+
+    Pickle files could run code. They are opened only if their checksums are in the checkpoint's manifest and correct.
 
     Args:
         path: the checkpoint.
-        unpickle: whether to open pickle files, too, whose checksum is in no manifest. In any case, only weights are
-            unpickled.
+        unpickle: whether to open other pickle files, too. In any case, only weights are unpickled.
         config: the configuration of the model, for files that do not describe it; else None.
 
     Raises:
-        UserError: the checkpoint cannot be read, or contains such a pickle file and `unpickle` is false.
+        UserError: the checkpoint cannot be read, or `unpickle` is false and a pickle file has no correct checksum.
     """
     if not unpickle and path.exists():
         layout = detect(path)

@@ -38,7 +38,7 @@ def read_optional_manifest(folder: Path, layout: str) -> Manifest | None:
 
 
 def checkpoint_of(folder: Path, manifest: Manifest, spans: dict[Key, list[StoredTensor]]) -> Checkpoint:
-    """Return an opened checkpoint, made from its manifest and from where the parameters' values are in its files.
+    """Make a `Checkpoint` object from the manifest of a checkpoint and the locations of all values in its files.
 
     Args:
         folder: the checkpoint's folder.

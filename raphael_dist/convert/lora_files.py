@@ -264,9 +264,9 @@ def _read_config(folder: Path, option: str) -> JsonObject:
 
 
 def _parameter_of(module: str, modules: Container[str], parameters: list[str]) -> str | None:
-    """Return the name of the parameter that is adapted by the tensors of `module` in peft's file.
+    """Return the name of the model's parameter that the tensors of `module`, a module name in peft's file, adapt.
 
-    None if `parameters`, the target_parameters of peft's configuration, do not match. `modules`: all modules in the file.
+    None if `parameters` (`target_parameters` in peft's adapter_config.json) do not match `modules`, all modules in the file.
     """
     layer = module.removesuffix(".base_layer")
     names = sorted({f"{layer}.{p.rpartition('.')[2]}" for p in parameters if _ends(f"{layer}.{p.rpartition('.')[2]}", p)})

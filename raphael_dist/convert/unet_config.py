@@ -107,7 +107,7 @@ def unet_json(config: Config, where: str) -> JsonObject:
 def unet_fields(config: Config) -> JsonObject:
     """Return diffusers' config.json for the U-Net of `config`: the fields of the class UNet2DConditionModel.
 
-    They also describe a model with experts, but for the experts: the caller adds fields for these.
+    They also describe a model with experts, except for its experts: the caller adds fields that describe these.
     """
     m = config.model
     kinds = ["CrossAttn" * has + "DownBlock2D" for has in m.attention]

@@ -89,7 +89,7 @@ class UpcycledSource:
         return self._last[1][rest]
 
     def _module(self, owner: str) -> nn.Module:
-        """Return the module `owner` (Space-MoE, edge module or gate), initialised with the seeds of a new run.
+        """Return a new module of the name `owner` (a Space-MoE, edge module or gate), initialised as in a new run.
 
         The last layers of a Space-MoE are zero.
         """
@@ -130,7 +130,7 @@ class UpcycledSource:
 
 
 def _owner(name: str) -> tuple[str, str]:
-    """Split the name of a new parameter into the module that owns it (Space-MoE, edge module or gate) and its name there."""
+    """Split the name of a new parameter into the name of its module (Space-MoE, edge module or gate) and the rest."""
     for mark in (".space_moe.", ".edge."):
         if mark in name:
             block, _, rest = name.partition(mark)

@@ -143,8 +143,8 @@ class Options:
         dtype: dtype of these weights in the target.
         part_bytes: largest size of a weight file in bytes; larger weights are divided over several files.
         unet_only: export only the U-Net of a pipeline, without VAE and text encoder.
-        text_by_name: store the name of a text encoder that comes with a package, instead of a copy. "characters" has no
-            files and is always stored by name.
+        text_by_name: store the name of a text encoder that comes with a package, instead of a copy. The encoder
+            "characters" has no files and is always stored by name.
         licence: licence in the model card of a pipeline.
         prediction: prediction type of the source's model, if its files do not state it.
     """

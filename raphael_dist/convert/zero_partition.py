@@ -160,7 +160,7 @@ def _group(shapes: Shapes, topology: Topology, rank: int, ep_size: int, names: l
 
 
 def zero3(shapes: Shapes, world: int, rank: int) -> tuple[dict[Span, int], int]:
-    """Return what a rank owns under ZeRO-3: {span: offset in the flat buffer}, and the length of this buffer.
+    """Return the spans that a rank owns under ZeRO-3, {span: offset in its flat buffer}, and the length of this buffer.
 
     A span is a range of elements of a flattened parameter. `shapes`: shape of every parameter, by name. `world`: number of
     ranks. Offsets and length are in elements.

@@ -70,9 +70,9 @@ def read_array(path: Path) -> np.ndarray:
 
 @contextmanager
 def sealed_folder(folder: Path) -> Iterator[Path]:
-    """Return a context that yields a temporary folder to write into. When its block ends, the folder is renamed to `folder`.
+    """Return a context that yields a temporary folder to write into. At the end of its block, it is renamed to `folder`.
 
-    Before, a file sums.json with the size and SHA-256 of every file in it is added. Several processes may write the same
+    A file sums.json with the size and SHA-256 of every file is added before that. Several processes may write the same
     folder: the first one wins, and the files of the others are discarded.
 
     Raises:
@@ -108,9 +108,9 @@ def crc_path(path: Path) -> Path:
 
 
 def write_crc(path: Path, content: Path) -> None:
-    """Write the CRC-32 of the file `content` as that of the large file `path`, to which `content` is renamed afterwards.
+    """Compute the CRC-32 of the file `content`, and store it as the CRC-32 of `path`, the large file's final path.
 
-    `path` must not exist yet. Raises OSError if the CRC-32 cannot be written.
+    The caller then renames `content` to `path`, which must not exist yet. Raises OSError if the CRC-32 cannot be written.
     """
     with atomic_path(crc_path(path)) as temporary:
         temporary.write_text(f"{_crc(content):08x}\n")
@@ -119,8 +119,8 @@ def write_crc(path: Path, content: Path) -> None:
 def is_verified(path: Path) -> bool:
     """Return whether the large file `path` was written or found to be intact since this process started.
 
-    It counts whichever process did so: each one sets the modification time of the CRC-32's file. So the processes of a node,
-    which start together, read a file once.
+    It is also true if another process did so: each process that writes or verifies the file then sets the modification time
+    of the small file with the CRC-32. So of all processes of a node, which start together, only one reads the file.
     """
     try:
         key = (str(path), path.stat().st_ino)

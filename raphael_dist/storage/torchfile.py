@@ -100,7 +100,7 @@ def file_tensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def _with_places(node: object, path: Path, left: list[int]) -> Any:
-    """Replace the tensors of an object tree by their places in the file.
+    """Replace each tensor in nested dicts and lists by a `StoredTensor`, its location in the file `path`.
 
     `left`: a list with one number, shared by all calls: how many values the tree may still have. A malicious file could
     describe an endless tree.

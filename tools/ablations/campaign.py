@@ -1,8 +1,8 @@
 """An ablation campaign: every variant of a model with every seed is a run of the trainer, all in one folder.
 
 OUT/protocol.json holds the settings that all runs share. OUT/runs/VARIANT/seed-S is a run directory of the trainer, which
-has a `finished.json` when the run is complete. The same command continues a stopped campaign: a run from its checkpoint, the
-campaign with the first unfinished run.
+has a `finished.json` when the run is complete. The same command continues a stopped campaign with its first
+unfinished run, from the newest checkpoint of that run.
 """
 
 import fcntl
@@ -46,9 +46,10 @@ class Campaign:
         base: the configuration that all variants change.
         variants: the models to train.
         images: number of images of each run, rounded up to whole steps; None: as configured.
-        ranks: processes of each run.
+        ranks: number of processes of each run.
         benchmark: whether to run the emoji benchmark after each run.
-        read: captions whose quoted text is read in the images of each run (`evaluate text --captions`); None: none.
+        read: file of captions with quoted text. After each run, its images of these captions are sampled, and the text in
+            them is read by OCR and scored (`evaluate text --captions`). None: no such test.
         jobs: number of runs at the same time.
     """
 
@@ -175,7 +176,7 @@ def _run(campaign: Campaign, processes: "Processes", variant: Variant, seed: int
 
 
 def measurements(campaign: Campaign, folder: Path) -> Iterator[tuple[str, Path, list[str]]]:
-    """Yield what is measured of a finished run in `folder`: (name, folder of the results, arguments of the program)."""
+    """Yield the evaluations of a finished run in `folder`: (name, folder for results, arguments of the Python program)."""
     if campaign.benchmark:
         yield "the emoji benchmark", folder / BENCHMARK, [str(ROOT / "tools" / "emoji_benchmark.py")]
     if campaign.read:

@@ -42,8 +42,8 @@ class RunResult:
         train_loss: mean denoising loss of the last tenth of the steps.
         images_per_s: training speed, median over the log lines.
         benchmark: the value of each row of the emoji benchmark, and the scores of rendered text.
-        routing: last value of each metric in ROUTING.
-        curves: (images seen, value) for each metric in VALIDATION and ROUTING.
+        routing: last value of each metric in ROUTING (loads of experts, entropy of gates), by metric.
+        curves: points (images seen, value) of each metric in VALIDATION (losses) and ROUTING, by metric.
     """
 
     variant: str
@@ -94,7 +94,7 @@ class Summary:
         runs, diverged: number of finished runs, and of those with an infinite or NaN loss.
         loss, train_loss: held-out loss and training loss.
         differences: for each measure, the difference to the variant `full` over the seeds that both have.
-        difference: that of the held-out loss.
+        difference: the difference of the held-out loss to that of `full`.
     """
 
     variant: str
@@ -208,7 +208,7 @@ def _summarise(result: dict[str, Any], runs: Sequence[RunResult], full: dict[int
 def paired_differences(runs: Sequence[RunResult], full: dict[int, RunResult]) -> list[dict[str, float]]:
     """Return the differences of all measures between each run and the run of the variant `full` with the same seed.
 
-    `full`: its runs by seed. Runs without such a partner are left out.
+    `full`: the runs of the variant `full`, by seed. Runs with a seed that is not in `full` are left out.
     """
     pairs = [(run.measures, full[run.seed].measures) for run in runs if run.seed in full]
     return [{what: own[what] - other[what] for what in own if what in other} for own, other in pairs]

@@ -175,7 +175,10 @@ def _text(base: Base, variant: Variant) -> str:
 
 
 def _matched(base: Base, variant: Variant) -> Variant:
-    """Return the variant with its expert width scaled as `match` requires. UserError: it does not fit the base."""
+    """Return `variant` with its expert width scaled as its field `match` requires.
+
+    Raises UserError if the overrides of the variant are not valid with the base configuration.
+    """
     try:
         config = base.config(variant.overrides)
     except UserError as error:

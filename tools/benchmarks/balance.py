@@ -55,7 +55,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print how even the loads of time experts are when timesteps are drawn independently, by stratum, and as we do."""
+    """Print how evenly time experts are loaded by independent and stratified timesteps, and those that the trainer draws."""
     config, seed = load_config("raphael-3b").diffusion, 0
     total, T = args.global_batch_size, config.num_timesteps
 

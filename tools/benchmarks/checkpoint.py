@@ -97,7 +97,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the cost of a save, of torch.save and of DeepSpeed's save; as one process, or as the ranks of a launcher."""
+    """Print the seconds and MiB/s of saving a checkpoint by the trainer, by torch.save and by DeepSpeed, on all ranks."""
     config, stage, folder, repeats = load_config(args.config), args.zero, args.folder, args.repeats
     torch.set_num_threads(1)
     ranks = discover()

@@ -97,7 +97,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the cost of conversions in one process, compared with a copy; --folder must have room for two."""
+    """Print the time of conversions in one process, compared with a copy. --folder must have room for two checkpoints."""
     # SGD if the source has no moments; otherwise moments of zeros would be written.
     config = load_config(args.config, [] if "exp_avg" in args.kinds else ["optim.kind=sgd"])
     options, source = Options(world=args.world, stage=args.zero), args.folder / "run"
@@ -113,13 +113,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def table(seconds: dict[str, float], size: float, unit: str, of: str) -> str:
-    """Return lines of text with the seconds and the rate of each way, and its time relative to the way `unit`.
+    """Return one line of text per measured operation: its name, seconds, MiB/s, and time relative to the operation `unit`.
 
     Args:
-        seconds: seconds of each way, by name.
+        seconds: seconds of each operation (such as copying or converting a checkpoint), by name.
         size: size of the data in MiB.
-        unit: name of the way with which the others are compared.
-        of: short name for `unit` in the text.
+        unit: name of the operation with which all are compared.
+        of: short name of that operation in the text.
     """
     return "\n".join(
         f"  {name:30} {s:8.3f} s {size / s:8.0f} MiB/s {s / seconds[unit]:7.2f} x {of}" for name, s in seconds.items()

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def make_image(number: int, size: tuple[int, int]) -> bytes:
-    """Return a JPEG with random colour gradients and noise, about 90 kB at 640 x 480. `size`: width, height."""
+    """Return a JPEG with random colours and noise, about 90 kB at 640 x 480. `number`: seed. `size`: width, height."""
     rng = np.random.default_rng(number)
     coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
     grain = rng.normal(0, 12, (size[1], size[0], 1))

@@ -35,11 +35,11 @@ class FeatureRow:
     """The cost of one way to provide features (latents and text tokens): computed in the step, cached, or stored in shards.
 
     Attributes:
-        way: one of WAYS.
+        way: one of WAYS, such as "online" (computed in the step).
         num_bytes: bytes per sample on disk.
         fill_s: seconds per sample to create the features beforehand.
         read_s: seconds per sample to build batches from them.
-        parts: these seconds by kind of work (KINDS).
+        parts: for each kind of work (reading, decoding, encoding), its share of `read_s` in seconds.
     """
 
     way: str
@@ -126,7 +126,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure where features may come from, on data.shards, and what rounding them changes."""
+    """Print time and bytes of computing, caching and storing the features of data.shards, and the error of rounding them."""
     torch.set_num_threads(args.threads)
     config, device = load_config(args.config, args.overrides), torch.device("cpu")
     text, image = load_encoders(config, device, getattr(torch, config.train.dtype))

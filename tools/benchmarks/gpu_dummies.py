@@ -94,7 +94,7 @@ def _stand_ins(wait: Callable[[str], None]) -> dict[str, Any]:
     """Return replacements for the members of torch.cuda that the package and DeepSpeed use, by name."""
 
     class Moment:
-        """A stream or an event. The host waits for the GPU only in `synchronize`."""
+        """Replaces a CUDA stream or event. Only its method `synchronize` counts as a wait of the host for the GPU."""
 
         def __init__(self, *_: Any, **__: Any) -> None:
             """Accept the arguments of torch's class."""

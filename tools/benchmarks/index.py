@@ -73,7 +73,7 @@ def _open(folder: Path, queue: "multiprocessing.SimpleQueue[tuple[float, float, 
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write an index of made-up samples if it does not exist, and open it in several processes."""
+    """Write an index of made-up samples if it does not exist; print time and memory of opening it in several processes."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = (args.folder or Path(temporary)) / "tables" / f"made-up-{args.samples}"
         began = time.perf_counter()

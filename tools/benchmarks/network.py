@@ -1,8 +1,9 @@
 """`tools/bench.py network`: bytes that a node sends in a step, compared with the planner and with what ranks count.
 
 Nodes are simulated by network namespaces of this machine (tests/lib/netns.py), whose interfaces count bytes and frames. All
-trainers train the U-Net of `--config` in float32 on equal random batches. They are ours in each ZeRO stage and with sharded
-experts, PyTorch's DistributedDataParallel, DeepSpeed's own ZeRO-2, and our blocks with DeepSpeed's `MoE` layers. Needs root.
+trainers train the U-Net of `--config` in float32 on equal random batches. The trainers are ours (in each ZeRO stage and with
+sharded experts), PyTorch's DistributedDataParallel, DeepSpeed's own ZeRO-2, and our blocks with DeepSpeed's `MoE` layers.
+Needs root.
 """
 
 import argparse
@@ -297,7 +298,7 @@ def describe(case: Case) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the bytes of a step on the wire, as ranks count them, and as planned."""
+    """Print the bytes that a node sends in a step: on its network interface, counted by its ranks, and planned."""
     if args.cases:
         spec, out = args.cases
         return measure(args.config, [Case(**case) for case in json.loads(Path(spec).read_text())], out)

@@ -204,7 +204,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the plan compared with measurements and published runs."""
+    """Print the planner's predictions next to measurements and the speeds of published runs."""
     if args.resident:
         print(*resident(args.resident))
         return

@@ -83,7 +83,7 @@ def planned(args: argparse.Namespace, cluster: ClusterSpec, kind: str, ranks: in
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print images a second over ranks, strong and weak, compared with the plan."""
+    """Print images per second by number of ranks, for strong and weak scaling, next to the planner's prediction."""
     cluster, rates = load_cluster(args.cluster), defaultdict(list)
     ways = [(kind, ranks) for kind in ("strong", "weak") for ranks in args.ranks]
     with tempfile.TemporaryDirectory() as folder:

@@ -168,7 +168,7 @@ def cases(args: argparse.Namespace) -> list[SpaceCase]:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the time of each form of the Space-MoE, forward and backward, at several densities of the masks."""
+    """Print the time of each implementation of the Space-MoE, forward and backward, for several sizes of the regions."""
     torch.set_num_threads(args.threads)
     for case in cases(args):
         print(f"{case}, {args.dtype} on {args.device}, {args.threads} threads, median of {args.repeats}")

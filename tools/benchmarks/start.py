@@ -41,7 +41,7 @@ RANGES = 40  # entries of one rank's file in a manifest, as for raphael-3b on ab
 def bench_start(world_size: int, ep: int, repeats: int) -> dict[str, float]:
     """Fork `world_size` ranks; return the seconds that the slowest rank takes for each part of a start, by name.
 
-    Parts that are repeated have the median of `repeats`. `ep`: number of ranks over which experts are sharded.
+    Cheap parts are measured `repeats` times; their median counts. `ep`: number of ranks over which experts are sharded.
     """
     port, pids = free_port(), []
     with tempfile.TemporaryDirectory() as name:
@@ -127,7 +127,7 @@ def _timed(work: Callable[[], Any]) -> float:
 
 
 def _groups_of_all(ep: int) -> None:
-    """Create all process groups of expert parallelism by calls on every rank, the usual way, for comparison."""
+    """Create all process groups of expert parallelism by `new_group` on every rank, the usual way, for comparison."""
     world = dist.get_world_size()
     for members in [list(range(first, first + ep)) for first in range(0, world, ep)]:
         dist.new_group(members, timeout=TIMEOUT)

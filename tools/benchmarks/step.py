@@ -233,10 +233,11 @@ def bench_step(config: Config, rounds: int, reference: bool = True) -> list[Step
 
 
 def bench_engine(config: Config, rounds: int, ranks: Ranks, device: torch.device) -> dict[str, float]:
-    """Return the milliseconds of RAPHAEL's step in a plain loop and in the engine, and of what the trainer adds to it.
+    """Return the fastest time in milliseconds of a training step and of the trainer's work around it, by name.
 
-    The trainer adds the moving average ("average"), metrics and data. The time for data is that of building a batch of
-    cached features. In training a thread does this during the step.
+    "plain loop" and "engine" are the whole step without and with DeepSpeed. "average" (the moving average), "metrics" and
+    "data" are further work of the trainer. "data" builds a batch of cached features; in training, a thread does this
+    during the step.
     """
     plan = BatchPlan.of(config, ranks.world_size)
     plain = contenders(config, reference=False)["RAPHAEL, auto"]

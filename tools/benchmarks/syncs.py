@@ -179,7 +179,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print every host synchronisation of an optimizer step, its launches and bytes, by place."""
+    """Print how often the host waits for the GPU in an optimizer step, its GPU operations and bytes, by line of code."""
     began = time.monotonic()
     config = load_config(args.config, args.overrides)
     batch = config.train.micro_batch_size * args.world * args.micro_steps

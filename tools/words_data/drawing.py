@@ -62,7 +62,7 @@ class Look:
         font, colour, background: font, colour of the text and of the background.
         place: "centre", "left" or "right".
         cap_height: height of capitals in pixels.
-        shift: (down, right) in pixels from the place.
+        shift: offset of the text from `place`: (down, right) in pixels.
         advance: pixels between the middles of two characters; 0: as the font has it.
     """
 

@@ -29,7 +29,7 @@ _LEAVES = {"w1": "w1.weight", "b1": "w1.bias", "w2": "w2.weight", "b2": "w2.bias
 
 
 def keys(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, int, tuple[int, ...]]]:
-    """Yield (key, first element, shape) of each tensor as which the layout `canonical` stores one parameter of the trainer.
+    """Yield (key, first element, shape) of each tensor that the layout `canonical` stores for one parameter of the trainer.
 
     A parameter of K stacked experts is stored as K tensors, one per expert; any other parameter as one tensor. `key` is the
     tensor's name in the file, and `first element` its position in the flattened parameter.

@@ -5,7 +5,8 @@
   (`exported_code.py`), so that it loads without this package.
 - The U-Net of a dense model is diffusers' UNet2DConditionModel. With the encoders of Stable Diffusion, the pipeline is a
   StableDiffusionPipeline.
-- Files of encoders are copied. They are loaded and saved again if they have the names of a variant, or are not safetensors.
+- Files of encoders are copied. If they are not safetensors, or have a variant (such as fp16) in their names, the encoders
+  are loaded and saved again instead.
 """
 
 import json
@@ -198,9 +199,10 @@ class Encoders:
 
 
 def _copied(source: Path, target: Path, stems: tuple[str, str]) -> bool:
-    """Copy the config.json and weights of a model; return False and copy nothing if the weights must be saved again.
+    """Copy the config.json and weights of a model, and return True; or copy nothing and return False.
 
-    They must be if they are not safetensors, or have the name of a variant. `stems`: possible starts of their names.
+    It is False if the weights are not safetensors, or their file names contain a variant such as fp16: the caller must load
+    and save them again. `stems`: beginnings of the weight files' names, for .safetensors and for .bin files.
     """
     files = weight_files(source, stems)
     if files.pickled or files.variant:

@@ -1,8 +1,8 @@
 """Reads what DeepSpeed 0.19 writes: `mp_rank_00_model_states.pt` and `zero_pp_rank_R_mp_rank_00_optim_states.pt`.
 
 ZeRO's files hold flat buffers without names. Names come from `param_shapes` (the order in the buffer) and are compared with
-`param_slice_mappings` (offset and size by name) in every file of a rank. Which experts such a file holds follows from its
-rank and the size in its group's name `ep_size_N`, never from the position of the group.
+`param_slice_mappings` (offset and size by name) in every file of a rank. Which experts such a file holds is computed from
+its rank and the N in the name `ep_size_N` of a parameter group (experts sharded over N ranks), not from the groups' order.
 
 Other programs wrote the files, so `_item` checks every structure in them that is used.
 """
@@ -241,7 +241,7 @@ class _Files:
     def _rebuild(
         self, file: Path, rank: int, ep_size: int, shapes: Mapping[str, Sequence[int]], state: Tree, i: int
     ) -> Group:
-        """Compute the positions of group `i`'s parameters in a rank's flat buffer. UserError: its file states others."""
+        """Compute the positions of group `i`'s parameters in a rank's flat buffer. UserError: `file` states other ones."""
         unknown = next((name for name in shapes if name not in self._shapes), None)
         if unknown:
             raise UserError(
