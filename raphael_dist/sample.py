@@ -43,6 +43,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         description="Sample images from a checkpoint.",
     )
     add_sampling(parser)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     parser.add_argument("--prompt", action="append", default=[], help="caption of one image; may be repeated")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt per line, or .jsonl (docs/sampling.md)")
     parser.add_argument("--negative", default="", metavar="TEXT", help="negative prompt, for all prompts")

@@ -1,6 +1,7 @@
 """Whole runs with real ranks on real images, at a size for tests: the demo's emoji as 8 x 8 pixels, a tiny U-Net."""
 
 import json
+import os
 import re
 import resource
 import shutil
@@ -197,6 +198,20 @@ def documented_run_files() -> list[str]:
     words = " ".join(line.partition("#")[0] for block in blocks for line in block.lines).replace("runs/NAME/", "").split()
     names = [word for word in words if re.fullmatch(r"[\w/-]+(/|\.\w+)", word)]
     return [re.sub(r"step-\d+", "step-00000004", name) for name in names]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", [["--module", "raphael_dist", "sample"], ["raphael_dist/sample.py"]])
+def test_deepspeed_launcher_samples_on_several_ranks(program: list[str], run_dir: Path, tmp_path: Path) -> None:
+    """The launcher puts --local_rank behind the name of the program, before the command."""
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
+    options = ["--checkpoint", str(run_dir), "--prompt=a", "--prompt=b", "--steps=1", "--out", str(tmp_path / "a.png")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*launcher, *program, *options], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert (tmp_path / "a.png").is_file()
 
 
 def test_deepspeed_launcher_writes_metrics_samples_and_checkpoint(run_dir: Path) -> None:
