@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from raphael_dist.parallel.async_collectives import Traffic, Work, reduce_scatter
+from raphael_dist.parallel.async_collectives import Traffic, Work, all_gather, reduce_scatter
 
 DeepSpeedObject = Any  # DeepSpeed has no types
 Group = dist.ProcessGroup | None
@@ -122,7 +122,10 @@ class CountedBackend:
         self, output_tensor: Tensor, input_tensor: Tensor, group: Group = None, async_op: bool = False
     ) -> Work | None:
         self._traffic.weights += _others(output_tensor.nbytes, group)
-        return self.backend.all_gather_into_tensor(output_tensor, input_tensor, group, async_op)
+        if async_op:
+            return self.backend.all_gather_into_tensor(output_tensor, input_tensor, group, async_op)
+        all_gather(output_tensor, input_tensor, group)
+        return None
 
     def all_gather(
         self, tensor_list: list[Tensor], tensor: Tensor, group: Group = None, async_op: bool = False

@@ -65,8 +65,49 @@ def reduce_scatter(out: Tensor, rows: Tensor, group: dist.ProcessGroup | None) -
     if dist.get_backend(group) != "gloo":
         return cast(Work, REDUCE_SCATTER(out, rows, group=group, async_op=True))
     parts = torch.empty_like(rows)
-    work = dist.all_to_all_single(parts, rows, group=group, async_op=True)
-    return _LocalSum(work, parts.view(-1, *out.shape), out)
+    size = dist.get_world_size(group)
+    return _LocalSum(_exchange(parts.chunk(size), rows.chunk(size), group), parts.view(-1, *out.shape), out)
+
+
+def all_gather(out: Tensor, part: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Gather the tensors `part` of all n ranks of a group in `out`, in the order of the ranks; `out` has n times its size.
+
+    `part` may be this rank's part of `out`. `group`: None means all ranks. Two ranks on gloo send their parts directly:
+    its all-gather takes 1.6 times as long as one part takes over a slow link.
+    """
+    if dist.get_backend(group) == "gloo" and dist.get_world_size(group) == 2:
+        _exchange(out.chunk(2), (part, part), group).wait()
+    else:
+        dist.all_gather_into_tensor(out, part, group=group)
+
+
+def _exchange(received: Sequence[Tensor], sent: Sequence[Tensor], group: dist.ProcessGroup | None) -> Work:
+    """Start to send `sent[p]` to each rank p of a gloo group, and to receive `received[p]` from it; empty ones are left out.
+
+    Gloo's all-to-all starts to send first. Then the last rank's request for the other's data waits behind its own data, so
+    that a link carries one direction after the other. Here receiving starts first, and both directions are used at once.
+    """
+    size, own = len(sent), dist.get_rank(group)
+    others = [(own + step) % size for step in range(1, size)]
+    ranks = [dist.get_global_rank(group, p) if group is not None else p for p in others]
+    receives = [
+        dist.P2POp(dist.irecv, received[p], rank, group)
+        for p, rank in zip(others, ranks, strict=True)
+        if received[p].numel()
+    ]
+    sends = [dist.P2POp(dist.isend, sent[p], rank, group) for p, rank in zip(others, ranks, strict=True) if sent[p].numel()]
+    received[own].copy_(sent[own])
+    return _AllWork(dist.batch_isend_irecv([*receives, *sends]) if receives or sends else [])
+
+
+@dataclass
+class _AllWork:
+    parts: Sequence[Work]
+
+    def wait(self) -> None:
+        """Wait for all of `parts`."""
+        for part in self.parts:
+            part.wait()
 
 
 @dataclass
@@ -111,10 +152,11 @@ class ExpertGroup:
         `received[p]` is the number of rows that rank p sends to this rank. Returns the tensor of received rows, in the order
         of the ranks, and the handle whose `wait` must be called before the tensor is read.
         """
-        out = rows.new_empty(sum(received), *rows.shape[1:])
-        work = dist.all_to_all_single(
-            out, rows.contiguous(), list(received), list(sent), group=self.process_group, async_op=True
-        )
+        out, rows = rows.new_empty(sum(received), *rows.shape[1:]), rows.contiguous()
+        if dist.get_backend(self.process_group) == "gloo":
+            work = _exchange(torch.split(out, list(received)), torch.split(rows, list(sent)), self.process_group)
+        else:
+            work = dist.all_to_all_single(out, rows, list(received), list(sent), group=self.process_group, async_op=True)
         self.traffic.experts += (sum(sent) - sent[self.index]) * rows.shape[1:].numel() * rows.element_size()
         return out, work
 

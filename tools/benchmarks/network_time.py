@@ -1,0 +1,138 @@
+"""`tools/bench.py network-time`: seconds of a step over links of given bandwidth and latency, measured and planned.
+
+Nodes are simulated by network namespaces of this machine (tests/lib/netns.py), with one rank each. The prediction is the
+time of the same step over links without a limit, plus the planner's time of all communication, since nothing overlaps on
+CPUs. Needs root.
+"""
+
+import argparse
+import importlib
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import product
+from math import prod
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.network import SCHEMES, Case, contender
+from raphael_dist.model.unet import RaphaelUNet
+from raphael_dist.parallel.batch_plan import BatchPlan
+from raphael_dist.planning.communication import Cluster, communications
+from raphael_dist.planning.memory import persistent_elements
+from raphael_dist.runtime.ranks import discover, initialise
+from raphael_dist.storage.files import replace_bytes
+
+STAGES, STEPS = (0, 2), 3  # ZeRO stages; steps of which the fastest counts, after one that is not measured
+
+
+@dataclass(frozen=True)
+class Row:
+    """Times of a step with one ZeRO stage over one kind of link.
+
+    Attributes:
+        nodes, stage: number of nodes, each with one rank; ZeRO stage.
+        mbit_s, delay_ms: bandwidth of each node's link; one-way latency from node to node.
+        alone_s: seconds of a step over links without a limit.
+        measured_s, planned_s: seconds of a step over these links, measured and predicted.
+    """
+
+    nodes: int
+    stage: int
+    mbit_s: float
+    delay_ms: float
+    alone_s: float
+    measured_s: float
+    planned_s: float
+
+
+def measure(config_name: str, nodes: int, out: str) -> None:
+    """Time a step of each ZeRO stage on this rank; rank 0 writes the seconds by stage to the file OUT. Collective."""
+    ranks = discover()
+    device = initialise(ranks)
+    torch.set_num_threads(1)
+    seconds = {}
+    for stage in STAGES:
+        case = Case(nodes, 1, stage=stage)
+        torch.manual_seed(0)
+        step, _ = contender(case, case.config(config_name), ranks, device)
+        times = []
+        for _ in range(STEPS + 1):
+            dist.barrier()
+            began = time.perf_counter()
+            step()
+            dist.barrier()
+            times.append(time.perf_counter() - began)
+        seconds[stage] = min(times[1:])
+        del step
+    if ranks.rank == 0:
+        Path(out).write_text(json.dumps(seconds))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def communication_s(case: Case, config_name: str, mbit_s: float, delay_ms: float) -> float:
+    """Return the planner's seconds of all communication of a step over these links."""
+    config = case.config(config_name)
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in RaphaelUNet(config).named_parameters()}
+    links = Cluster(case.nodes, 1, net_gb_s=mbit_s / 8e3, net_hop_us=1e3 * delay_ms)
+    plan, parameters = BatchPlan.of(config, case.nodes), sum(map(prod, shapes.values()))
+    parts = communications(config, plan, links, parameters, SCHEMES[case.stage], 1, persistent_elements(shapes))
+    return sum(part.seconds for part in parts)
+
+
+def bench(config_name: str, nodes: int, rates: list[float], delays: list[float]) -> Iterator[Row]:
+    """Time steps over links of each bandwidth (Mbit/s) and one-way latency (ms); yield a row for each and each stage."""
+    netns = importlib.import_module("tests.lib.netns")
+    if reason := netns.missing():
+        raise SystemExit(f"no nodes can be made: {reason}")
+
+    def seconds(link: object) -> dict[str, float]:
+        with tempfile.TemporaryDirectory() as folder, netns.Network([link] * nodes) as network:
+            command = ["tools/bench.py", "network-time", "--config", config_name, "--measure", str(nodes), f"{folder}/out"]
+            codes, outputs = netns.finish(network.start_ranks(command), 3600)
+            if any(codes):
+                raise SystemExit(f"exit codes {codes}:\n" + "\n".join(outputs)[-3000:])
+            times: dict[str, float] = json.loads(Path(folder, "out").read_text())
+            return times
+
+    alone = seconds(netns.Link(whole=True))
+    for delay_ms, mbit_s in product(delays, rates):
+        measured = seconds(netns.Link(rate=mbit_s, delay_ms=delay_ms, whole=True))
+        for stage in STAGES:
+            base = alone[str(stage)]
+            planned = base + communication_s(Case(nodes, 1, stage=stage), config_name, mbit_s, delay_ms)
+            yield Row(nodes, stage, mbit_s, delay_ms, base, measured[str(stage)], planned)
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Add the options of this benchmark to its parser `command`."""
+    command.add_argument("--config", default=str(Path(__file__).with_name("network.yaml")))
+    command.add_argument("--nodes", type=int, default=2)
+    command.add_argument("--mbit", type=float, nargs="+", default=[50, 200, 1000], help="Mbit/s of the links")
+    command.add_argument("--delay", type=float, nargs="+", default=[0, 5, 50], help="one-way latencies in ms")
+    command.add_argument("--out", type=Path, help="also write the rows to this JSON file")
+    command.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)  # on a rank
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the seconds of a step over links of each bandwidth and latency, measured and predicted by the planner."""
+    if args.measure:
+        measure(args.config, int(args.measure[0]), args.measure[1])
+        return
+    rows = []
+    print(
+        "| Mbit/s | ms each way | ZeRO | without a limit, s | measured, s | planned, s | difference |\n" + 7 * "|---" + "|"
+    )
+    for row in bench(args.config, args.nodes, args.mbit, args.delay):
+        rows.append(row)
+        times = " | ".join(f"{seconds:.3f}" for seconds in (row.alone_s, row.measured_s, row.planned_s))
+        difference = row.measured_s / row.planned_s - 1
+        print(f"| {row.mbit_s:g} | {row.delay_ms:g} | {row.stage} | {times} | {difference:+.0%} |", flush=True)
+    if args.out:
+        replace_bytes(args.out, json.dumps([asdict(row) for row in rows], indent=1).encode())
