@@ -37,7 +37,7 @@ def _cell(config: Config, world: int) -> str:
 
 
 def main() -> int:
-    """Print the table for the command line of the process; return the exit code."""
+    """Read the command line of this process, print the table of batch sizes that it asks for, and return the exit code."""
     parser = Parser(
         example="python tools/batch_plan.py --config raphael-3b",
         description="Print micro-steps and empty slots of a global batch, for many numbers of ranks.",

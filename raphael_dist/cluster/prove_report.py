@@ -1,4 +1,7 @@
-"""Evaluates the results of the checks of `prove` on all ranks; writes report.json, and report.html as a single file."""
+"""Judges what all ranks report to the command `prove`, which tests a cluster; writes report.json and report.html.
+
+report.html needs no other files.
+"""
 
 import datetime
 import hashlib

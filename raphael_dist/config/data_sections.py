@@ -56,8 +56,8 @@ class Image(Section):
     buckets: tuple[tuple[Positive, Positive], ...] = setting(
         ((64, 64),),
         "Image sizes in training. Each image is scaled and cropped to one of them. A list of [height, width] in pixels; or "
-        "paper: the nine sizes of the RAPHAEL paper; or a number R: all sizes with sides in multiples of 64 pixels, an area "
-        "close to but not above R x R pixels, and an aspect ratio of at most 2:1.",
+        "paper: the nine sizes of the RAPHAEL paper; or a number R: for each height, the largest width with an area of at "
+        "most R x R pixels; sides are multiples of 64 pixels, and the aspect ratio is at most 2:1.",
     )
 
     @field_validator("buckets", mode="before")

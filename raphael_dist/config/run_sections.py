@@ -237,7 +237,7 @@ class EmaConfig(Section):
     """The exponential moving average (EMA) of the weights."""
 
     enabled: bool = setting(
-        True, "Compute an exponential moving average (EMA) of the weights, which samples and exports use."
+        True, "Compute an exponential moving average (EMA) of the weights, for use in sampling and exports."
     )
     decay: Fraction = setting(
         0.9999,

@@ -87,14 +87,15 @@ class Group:
     """An optimizer parameter group of ZeRO-1 or 2, and the part of its flat buffer that one rank owns.
 
     Attributes:
-        ep_size: number of ranks over which its experts are sharded; 1 for replicated parameters.
+        ep_size: for a group of expert parameters, the number of ranks over which the experts are sharded; else 1.
         shapes: shapes of its parameters on this rank, in their order in the flat buffer.
         paddings: number of padding elements after each parameter.
         per_rank_padded: number of elements in this rank's part of the buffer; the same on every rank.
-        per_rank: the same number without the padding at the end of the buffer.
+        per_rank: number of elements in this rank's part that are not padding at the end of the buffer.
         ranks: number of ranks over which the buffer is divided.
         index: number of this rank among them.
-        spans: the ranges of parameters in this rank's part, each with its offset in the part, in elements.
+        spans: for each parameter that this rank's part contains wholly or partly: which of its elements are in the part,
+            and the offset of the first one in the part, in elements.
     """
 
     ep_size: int

@@ -181,7 +181,7 @@ def _json_object(data: bytes) -> dict[str, object]:
 
 def _decode(data: bytes) -> str:
     if len(data) > MAX_CAPTION_BYTES:
-        raise ValueError(f"caption or json has {len(data)} bytes, but at most {MAX_CAPTION_BYTES} are allowed")
+        raise ValueError(f"the file of the caption has {len(data)} bytes, but at most {MAX_CAPTION_BYTES} are allowed")
     try:
         return decode_text(data)
     except ValueError as error:

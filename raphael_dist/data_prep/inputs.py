@@ -180,9 +180,10 @@ def _shard_parts(paths: Sequence[str], held_out: float, skipped: SkipCounts) -> 
 
 
 def _part_of_shard(name: str, path: str, held_out: float, validation: bool = False) -> Part:
-    """Return a part, the input of one new shard: the samples of an existing shard for training, or those for validation.
+    """Return the input of one new shard: the samples of the shard `path` that are held out, or those that are not.
 
-    Samples that cannot be used belong to the part for training.
+    `name`: name of the new shard. `held_out`: share of the samples that is held out for validation. `validation`: whether to
+    return these samples. Damaged samples are never held out.
     """
     skipped = SkipCounts()
 

@@ -186,7 +186,7 @@ class Engine:
         if missing:
             raise RuntimeError(
                 f"train.check_gradients=true requires a gradient of every parameter, but {len(missing)} have none on this "
-                f"rank. The first one is {missing[0]}"
+                f"rank; the first is {missing[0]}. Use it in the forward pass, or set train.check_gradients=false."
             )
 
     @torch.no_grad()

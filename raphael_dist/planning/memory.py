@@ -1,8 +1,9 @@
 """Predicts the memory of one rank in bytes, by kind, for every ZeRO stage, precision and expert-parallel size.
 
 Model states (weights, gradients, optimizer moments, moving average) are exact: `convert.zero_partition` computes which
-elements each rank stores, which is tested against real engines, and the bytes are tested against those of DeepSpeed 0.19.
-Activations come from a trace (trace.py). Buffers follow from DeepSpeed's settings.
+elements each rank stores. Tests compare these elements with real engines, and the bytes with those of DeepSpeed 0.19.
+Activations are predicted from a recorded list of the operations of a micro-step (trace.py), and buffers from DeepSpeed's
+settings.
 """
 
 from dataclasses import dataclass, fields, replace

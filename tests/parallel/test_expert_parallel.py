@@ -176,7 +176,7 @@ def test_sent_bytes_of_space_experts_equal_those_of_placement(recompute, tmp_pat
 def test_the_debug_mode_finds_a_parameter_without_a_gradient_on_one_rank():
     outputs = run_ranks(["tests/workers/missing_gradient.py"], 2)
     assert "found: rank 1 failed:" in outputs[0]
-    assert "The first one is time_embedding.linear_1.weight" in outputs[1]
+    assert "the first is time_embedding.linear_1.weight" in outputs[1]
 
 
 def test_checkpoint_of_sharded_experts_loads_on_one_rank_and_back(tmp_path):

@@ -115,7 +115,7 @@ class Results:
         replace_bytes(self.path, content.encode())
 
     def of(self, case: Case) -> list[Record]:
-        """Return the records of a measurement so far."""
+        """Return the records of the measurement `case`, one per repetition, also those of earlier calls of this tool."""
         return [record for record in self.records if record["case"] == case.name]
 
     def pending(self, chosen: list[Case]) -> list[Case]:

@@ -140,7 +140,7 @@ def join_records(
 
     def records() -> Iterator[ShardRecord]:
         for number, name in enumerate(names, start=1):
-            report(f"record {number} of {len(names)}", number, len(names))
+            report(f"reading the record of shard {number} of {len(names)}", number, len(names))
             yield load_record(index_folder, name) or unreached_record(name, "is missing")
 
     digest = hashlib.sha256(json.dumps([VERSION, sorted(columns)]).encode())
