@@ -162,7 +162,9 @@ def graphs(proof: Proof) -> Result:
     difference = max(abs(a / b - 1) for a, b in zip(runs[True].norms, runs[False].norms, strict=True))
     problems = []
     if not difference < 1e-2:
-        problems.append(Problem(f"with CUDA graphs the gradient norm differs by {difference:.1%}, but at most 1% is allowed", False))
+        problems.append(
+            Problem(f"with CUDA graphs the gradient norm differs by {difference:.1%}, but at most 1% is allowed", False)
+        )
     without, with_graphs = (f"{runs[on].seconds * 1e3:.1f} ms" for on in (False, True))
     line = f"a step of the small model takes {without} without CUDA graphs and {with_graphs} with them"
     return Result([f"{line}; gradient norms agree within {difference:.0e}"], problems)
