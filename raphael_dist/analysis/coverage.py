@@ -1,9 +1,10 @@
-"""Measures how much of the image the regions of Sec. 3.1 cover for a threshold alpha, and how much computation this needs.
+"""Measures which share of the image the regions of text tokens cover, and the share of expert computation (paper, Sec. 3.1).
 
-The region of a text token is where its attention is at least alpha times its maximum. A space expert processes the union of
-the regions of all tokens that are routed to it. The computation is the share of (image token, space expert) pairs that are
-processed, of all such pairs. Most of the 77 text tokens are padding, so many pairs can be processed although regions are
-small. In training, gate noise distributes tokens over more experts than in sampling.
+The region of a text token is the set of image tokens whose attention to it is at least alpha times the largest one. A space
+expert processes the union of the regions of all text tokens that are routed to it. The computation is measured as the share
+of all (image token, space expert) pairs that are processed. Most of the 77 text tokens are padding and have regions, too, so
+many pairs can be processed although regions are small. In training, gate noise distributes text tokens over more experts
+than in sampling.
 
 Shape legend: L transformer blocks, N image tokens, Y text tokens, K experts.
 """
@@ -23,17 +24,19 @@ ALPHAS = (0.2, 0.4, 0.6, 0.8, 0.9)
 
 @dataclass(frozen=True)
 class Coverage:
-    """Which share of the image is covered by regions, and how much computation this needs, for one threshold alpha.
+    """The sizes of the regions of text tokens, and the share of expert computation, for one threshold alpha.
 
-    The region of a text token is where its attention is at least alpha times its maximum. Each list has one share (0..1) per
-    transformer block.
+    The region of a text token is the set of image tokens whose attention to it is at least alpha times the largest one. Each
+    list has one share (0..1) per transformer block.
 
     Attributes:
         alpha: the threshold.
-        words, padding: mean share of the image in the region of a word token, and of a padding token.
-        pairs, pairs_of_words: share of (image token, space expert) pairs that are processed in sampling: with padding
-            tokens, and without them (`model.mask_padding`).
-        trained, trained_of_words: the same for training, with its gate noise.
+        words: mean share of the image tokens in the region of a text token that is not padding.
+        padding: mean share of the image tokens in the region of a padding token.
+        pairs: share of all (image token, space expert) pairs that are computed in sampling.
+        pairs_of_words: the same share if padding tokens are left out (`model.mask_padding`).
+        trained: as `pairs`, but in training, where noise is added to the gates.
+        trained_of_words: as `pairs_of_words`, but in training.
     """
 
     alpha: float
@@ -55,6 +58,8 @@ def measure_coverage(
 ) -> list[Coverage]:
     """Measure, for each threshold alpha, how much of the image the regions of text tokens cover.
 
+    The region of a text token is the set of image tokens whose attention to it is at least alpha times the largest one.
+
     Args:
         record: a recorded forward pass of a model with Space-MoE, with attention maps and without gate noise.
         noisy_LY: space expert of each text token in each block with the gate noise of training, int64 [L, Y] for L
@@ -64,7 +69,7 @@ def measure_coverage(
         alphas: the thresholds.
 
     Returns:
-        A `Coverage` for each threshold, in their order.
+        A `Coverage` for each threshold, in the order of `alphas`.
     """
     assert record.space_LY is not None
     coverages = []

@@ -1,7 +1,8 @@
-"""Records routes and regions of a model while it draws images, without changing the model or its outputs.
+"""Records a model's routes and regions while it draws images, without changing the model or its outputs.
 
-Hooks read the expert of each text token and sample, and the attention maps, from the arguments of the layers. This also
-works while training draws images, with expert parallelism and every ZeRO stage.
+Routes are the chosen experts; a region is the part of the image that attends to a text token. Hooks read the expert of each
+text token and sample from the inputs of the layers, and attention maps from their outputs. This also works for images that
+are drawn in the course of training, with expert parallelism and with every ZeRO stage.
 
 Shape legend: B samples, L transformer blocks, Y text tokens, N image tokens, S forward passes, h and w map height and width.
 """
@@ -23,7 +24,7 @@ Arguments = tuple[Any, ...]  # of the forward pass of a module
 
 @dataclass
 class Record:
-    """Recorded routes (chosen experts) and regions (where a text token has much attention) of one sample.
+    """Recorded routes (chosen experts) and regions (image tokens with much attention to a text token) of one sample.
 
     A space expert is chosen for each text token, a time expert for each timestep. There are L transformer blocks, S forward
     passes, Y text tokens and N image tokens.
@@ -48,10 +49,10 @@ class Record:
 
 
 class Recorder:
-    """A context manager that records which experts a `RaphaelUNet` chooses for the sample with one index in every batch.
+    """A context manager that records which experts a `RaphaelUNet` chooses for one sample of each batch.
 
-    It also records in which region of the image each text token has much attention. Run the forward passes inside the `with`
-    block. The constructor's `sample` is the index of the sample, by default 0.
+    It also records the region of each text token: the image tokens with much attention to it. Run the forward passes inside
+    the `with` block. The constructor's argument `sample` is the index of the sample in each batch, by default 0.
 
     Attributes:
         record: the experts and regions of this sample, complete when the `with` block has ended.
@@ -99,7 +100,7 @@ class Recorder:
         self._order, self._time = [], [*self._time, []]
 
     def _route_hook(self, number: int) -> Callable[[nn.Module, Arguments], None]:
-        """Return a hook that records the experts that a block uses. `number`: of the block in the order of names."""
+        """Return a hook that records the experts that a transformer block uses. `number`: its index in `self._blocks`."""
 
         def record_route(block: nn.Module, args: Arguments) -> None:
             plan, size_hw = args[3], args[4]
@@ -114,7 +115,10 @@ class Recorder:
         return record_route
 
     def _map_hook(self, threshold: float) -> Callable[[nn.Module, Arguments, tuple[Tensor, Tensor]], None]:
-        """Return a hook that records attention maps, the second output of a cross-attention, and regions at `threshold`."""
+        """Return a hook that records the attention map, the second output of a cross-attention, and the regions in it.
+
+        `threshold`: a region has the image tokens whose attention is at least this share of the largest one.
+        """
 
         def record_map(attention: nn.Module, args: Arguments, output: tuple[Tensor, Tensor]) -> None:
             if self._is_recorded_pass():

@@ -37,7 +37,7 @@ class Report:
         routes: the results as JSON values.
         findings: dead and duplicate experts.
         regions: by prompt, how much of the image the regions of its words cover.
-        agreement: by prompt, the share of its words that have the same expert with gate noise.
+        agreement: by prompt, the share (0..1) of its words that have the same expert with and without gate noise.
     """
 
     origin: str
@@ -90,17 +90,17 @@ def _describe(stretches: list[list[int]]) -> str:
 
 
 def _stretches(row: list[int]) -> list[list[int]]:
-    """Return [first index, last index, expert] of each run of equal experts in a row."""
+    """Return [first index, last index, expert] for each group of equal neighbours in `row`, a list of experts."""
     edges = [0, *(t for t in range(1, len(row)) if row[t] != row[t - 1]), len(row)]
     return [[first, end - 1, row[first]] for first, end in pairwise(edges)]
 
 
 def trace_values(prompt: str, trace: PromptTrace, side: int = 192) -> JsonObject:
-    """Convert what was recorded while a prompt was drawn to JSON values for the HTML report: experts, regions, image.
+    """Convert a `PromptTrace` to JSON values for the HTML report: the image, and each word's experts and regions.
 
     Args:
         prompt: the text of the prompt.
-        trace: the drawn image, and for each word its experts and its regions in the image.
+        trace: the image drawn for the prompt, and for each word its experts and its regions in the image.
         side: largest width and height of the image, in pixels.
 
     Returns:

@@ -110,7 +110,7 @@ def _tokens_by_prefix(
 ) -> Iterator[tuple[int, int, str]]:
     """Yield (first token, last token + 1, word) for tokenizers that do not map tokens to characters, such as ByT5's.
 
-    The tokens before and after a word are counted by tokenizing the beginning of the caption.
+    The indices are found by tokenizing the caption twice for each word: up to the word's beginning and up to its end.
     """
 
     def count(text: str) -> int:

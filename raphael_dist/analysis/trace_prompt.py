@@ -1,4 +1,4 @@
-"""Draws a prompt and records which experts process its words, and where in the image."""
+"""Draws an image for a prompt and records the experts of the prompt's words, and where in the image these experts work."""
 
 from dataclasses import dataclass
 
@@ -13,15 +13,17 @@ from raphael_dist.sampling.sampler import Request
 
 @dataclass(frozen=True, eq=False)
 class PromptTrace:
-    """A drawn image, and for the words of its prompt which experts process them and where in the image.
+    """An image drawn for a prompt, with the space expert and the regions of each word of the prompt.
+
+    A word's region is the part of the image that attends to the word. The word's space expert processes this part.
 
     Attributes:
         pixels: the image, uint8 [H, W, 3].
         words: the words of the prompt.
         route_WL: space expert of each word in each block, int [W, L]; None without a Space-MoE.
-        regions: for each word and block, where in the image the expert processes it at `timestep`, bool [h, w].
+        regions: for each word and block, the region of the word at `timestep`, bool [h, w]; [] without a Space-MoE.
         timestep: the timestep of the denoising step whose regions were recorded.
-        record: everything that was recorded, also for other tokens.
+        record: the experts and regions of all text tokens, and the time experts.
     """
 
     pixels: np.ndarray
@@ -35,7 +37,7 @@ class PromptTrace:
 def trace_prompt(
     trained: TrainedModel, prompt: str, *, steps: int, guidance: float, seed: int, timestep: int
 ) -> PromptTrace:
-    """Draw an image for `prompt` and record which experts process its words, and where in the image.
+    """Draw an image for `prompt` and record the experts of its words, and where in the image these experts work.
 
     Args:
         trained: the model, with its text and image encoders.

@@ -1,4 +1,4 @@
-"""Draws fidelity to real images against agreement with the captions, with a point for each guidance scale."""
+"""Plots two measures of image quality, e.g. CLIP score and Frechet distance, with a point for each guidance scale."""
 
 import io
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ def require_matplotlib() -> None:
 
 
 def draw_curve(results: Sequence[Result], path: Path, title: str) -> None:
-    """Draw one measure of image quality against another, with a point per guidance scale, and write it to `path` as PNG.
+    """Plot two measures of image quality, with a point for each guidance scale, and write the figure to `path` as PNG.
 
-    The axes are the first two measures that `results` contain, of these: CLIP score, Frechet distance, share of images whose
-    text an OCR engine reads without an error. If there is only one measure, the x axis is the guidance scale.
+    The axes are the first two of these measures that `results` contain: CLIP score, Frechet distance, and share of images
+    whose text an OCR engine reads without an error. If there is only one, the x axis is the guidance scale.
 
     `results`: the measured values of each guidance scale. `title`: text above the figure.
     """

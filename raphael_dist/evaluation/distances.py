@@ -1,6 +1,6 @@
 """Distances between two sets of images, computed from their features. Values equal those of torch-fidelity.
 
-They are implemented here because torch-fidelity requires torchvision, which the emoji benchmark must not need.
+They are implemented here so that a benchmark can compute them without torch-fidelity, which requires torchvision.
 
 Shape legend: N and M images, D features.
 """
@@ -23,9 +23,10 @@ def frechet_distance(a_ND: Tensor, b_MD: Tensor) -> float:
 
 
 def _trace_of_root(a_ND: Tensor, b_MD: Tensor) -> Tensor:
-    """Return tr (S_a S_b)^(1/2), given x = a, b with S = x^T x. It is the sum of the singular values of a b^T.
+    """Return tr((S_a S_b)^(1/2)) for the covariances S_a = a^T a and S_b = b^T b, where `a_ND` and `b_MD` are a and b.
 
-    The smaller of two equivalent matrix problems is solved.
+    It is the sum of the singular values of a b^T. It is computed from this matrix [N, M], or from matrices [D, D] if these
+    are not larger.
     """
     if min(len(a_ND), len(b_MD)) < a_ND.shape[1]:
         return torch.linalg.svdvals(a_ND @ b_MD.T).sum()
@@ -81,7 +82,11 @@ def precision_recall(drawn_ND: Tensor, true_MD: Tensor, neighbours: int = 3, row
 
 
 def _covered_share(points_ND: Tensor, manifold_MD: Tensor, neighbours: int, rows: int) -> float:
-    """Return the share of points that lie within a ball of the manifold. `rows`: points per matrix, to limit memory."""
+    """Return the share (0..1) of the points that lie in a ball around at least one row of `manifold_MD`.
+
+    The radius of a ball is the distance from its centre to the `neighbours`-th nearest other row of `manifold_MD`. `rows`:
+    number of points whose distances are computed at a time, to limit memory.
+    """
     parts = manifold_MD.split(rows)
     radius_M = torch.cat([torch.cdist(part, manifold_MD).kthvalue(neighbours + 1).values for part in parts])
     inside = [(torch.cdist(part, manifold_MD) <= radius_M).any(dim=1) for part in points_ND.split(rows)]

@@ -24,7 +24,7 @@ PROTOCOL = "protocol.json"
 def record_protocol(folder: Path, protocol: Mapping[str, object]) -> None:
     """Write the settings that determine a folder's results to protocol.json. If the file exists, compare them with it.
 
-    `protocol`: the settings by name. Raises UserError if the folder has results of other settings, or cannot be used.
+    `protocol`: the settings by name. Raises UserError if the file has other settings, or the folder cannot be used.
     """
     path = folder / PROTOCOL
     protocol = json.loads(json.dumps(hide_secrets_in_tree(dict(protocol))))

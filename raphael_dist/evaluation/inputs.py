@@ -22,8 +22,8 @@ def read_captions(spec: str, count: int | None, seed: int, default: Request, cac
         spec: coco=FILE (captions_val2014.json: one caption of each image, as in zero-shot FID-30k), folder=DIR (NAME.txt
             next to images), shards=PATTERN, or prompts=FILE.
         count: number of captions: the first ones of a prompt file, else a random choice. None: all.
-        seed: determines the random choice. It does not change the noise of a request, which depends on the request's number.
-        default: its size, seed and negative prompt are used for all requests.
+        seed: determines the random choice. The noise of an image does not depend on it.
+        default: a request whose size, seed and negative prompt are used, except where a line of a prompt file has its own.
         cache_dir: folder for the index of the shards.
 
     Raises:
@@ -115,15 +115,15 @@ def read_reference(spec: str, cache_dir: Path, size_hw: tuple[int, int]) -> Sequ
 
 
 def read_lettering(spec: str, cache_dir: Path, size_hw: tuple[int, int]) -> list[tuple[np.ndarray, str]]:
-    """Return the real (not generated) images whose captions quote text in the image: (uint8 [H, W, 3], this text) for each.
+    """Return the real images whose captions quote text that is visible in the image, as pairs (uint8 [H, W, 3], text).
 
     Args:
-        spec: the images: shards=PATTERN.
+        spec: value of the option --reference, which must be shards=PATTERN.
         cache_dir: folder for the index of the shards.
-        size_hw: (height, width) to which images are resized and cropped.
+        size_hw: (height, width) in pixels to which images are resized and cropped.
 
     Raises:
-        UserError: there are no such images.
+        UserError: `spec` has another form, the shards cannot be read, or no caption quotes text.
     """
     kind, _, where = spec.partition("=")
     if kind != "shards" or not where:

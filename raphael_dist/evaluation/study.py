@@ -48,7 +48,7 @@ class Study:
         features: function that computes image features for FID, KID, precision and recall; None: not measured.
         clip: computes the CLIP score; None: not measured.
         reader: OCR engine that reads rendered text; None: not measured.
-        true_texts: real images, uint8 [H, W, 3], each with the text in it, on which `reader` is measured for comparison.
+        true_texts: pairs of a real image, uint8 [H, W, 3], and the text in it; `reader` reads them, too, for comparison.
         side: crop images to squares of this many pixels first; None: use them as they are.
     """
 
@@ -71,10 +71,11 @@ class Result:
         images: number of images.
         fid: Frechet distance between the features of generated and real images.
         kid, kid_deviation: kernel distance between these features, and its standard deviation over random subsets.
-        precision, recall: share (0..1) of generated images that are similar to real images, and the reverse.
+        precision: share (0..1) of the generated images that are similar to real images.
+        recall: share (0..1) of the real images that are similar to generated images.
         clip: mean CLIP score.
         text: how well the OCR engine reads the requested text in the generated images.
-        true_text: how well it reads the text in real images.
+        true_text: how well the OCR engine reads the text in real images.
     """
 
     guidance: float
@@ -104,7 +105,7 @@ def run_study(
     Args:
         trained: the model.
         study: what to draw and measure.
-        settings: how to sample; its guidance scale is replaced.
+        settings: how to sample: steps, batch size and so on. Its guidance scale is replaced by each of `guidances`.
         guidances: guidance scales.
         reference: real images (not generated), as files or uint8 [H, W, 3]; may be empty if `study.features` is None.
         ranks: this rank and the number of ranks.
@@ -153,9 +154,10 @@ def _measure(study: Study, guidance: float, folder: Path, true_ND: Tensor | None
 def _read_texts(
     study: Study, images: Sequence[Path | np.ndarray], texts: Sequence[str], path: Path, ranks: Ranks
 ) -> TextScore | None:
-    """Read the texts in images with the OCR engine, and return on rank 0 how well they match `texts`. Collective.
+    """Read the texts in images with the OCR engine, and return on rank 0 how well they match `texts`.
 
-    `path`: file that stores what was read; if it exists, nothing is read. A CSV file with the texts is written next to it.
+    All ranks must call this function. It returns None on other ranks, and if there is no OCR engine or no text. `path`: file
+    for the texts that were read; if it exists, they are taken from it. A CSV file with all texts is written next to it.
     """
     reader = study.reader
     if reader is None or not texts:
@@ -173,9 +175,9 @@ def _read_texts(
 
 
 def _features(study: Study, images: Sequence[Path | np.ndarray], path: Path, doing: str, ranks: Ranks) -> Tensor | None:
-    """Return the features of all images, float32 [N, D], on rank 0; None on other ranks. Collective.
+    """Return the features of all images, float32 [N, D], on rank 0; None on other ranks. All ranks must call this function.
 
-    `path`: file that stores them; if it exists, nothing is computed. `doing`: description for progress.
+    `path`: file for the features; if it exists, they are read from it. `doing`: description for the progress display.
     """
     assert study.features is not None
     features = study.features
@@ -204,17 +206,17 @@ def _clip_scorer(study: Study, paths: Sequence[Path]) -> Scorer:
 
 
 def _compute_on_ranks(count: int, score: Scorer, path: Path, doing: str, ranks: Ranks) -> np.ndarray | None:
-    """Compute a row of numbers or a text for each of `count` images, divided over the ranks. Collective.
+    """Compute numbers or a text for each of `count` images, divided over the ranks. All ranks must call this function.
 
     Args:
         count: number of images.
-        score: function that returns the rows of the images with these numbers.
-        path: file that stores the rows; if it exists, nothing is computed.
-        doing: description for progress.
+        score: function from a list of image indices to an array with the numbers or the text of each of these images.
+        path: file for the results; if it exists, they are read from it.
+        doing: description for the progress display.
         ranks: this rank and the number of ranks.
 
     Returns:
-        All rows on rank 0, None on other ranks.
+        On rank 0 an array with the results of all images, [count, ...]; None on other ranks.
     """
     numbers = ranks.share(count)
 
@@ -233,7 +235,10 @@ def _compute_on_ranks(count: int, score: Scorer, path: Path, doing: str, ranks: 
 
 
 def _save_rows(path: Path, count: int, row_of: dict[int, np.ndarray]) -> np.ndarray:
-    """Return the rows that the file `path` stores. If it does not exist, write `row_of` (row by image number) first."""
+    """Return the array in the file `path`, which has a row for each of `count` images.
+
+    If the file does not exist, it is written first, from `row_of`: the row of each image by its index.
+    """
     if not path.is_file():
         write_array(path, np.stack([row_of[number] for number in range(count)]))
     try:

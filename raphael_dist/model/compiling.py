@@ -1,4 +1,4 @@
-"""`train.compile`: applies torch.compile to the parts of the U-Net that are one graph, whatever the data.
+"""`train.compile`: applies torch.compile to the parts of the U-Net whose computation graph does not depend on the data.
 
 These are the residual blocks (GroupNorm and SiLU become one kernel) and the activations of the experts. The rest of a
 transformer block depends on the number of tokens per expert, exchanges tokens with other ranks, or is a single kernel
@@ -29,8 +29,8 @@ def compile_parts(model: nn.Module, device: torch.device, dynamic: bool) -> None
         model: the U-Net.
         device: the device that the model runs on.
         dynamic: compile one graph for all tensor sizes. Required if sizes change within a run (several image sizes, expert
-            parallelism). Otherwise torch could replace a graph between a forward pass and its recomputation, and the two
-            would save different tensors.
+            parallelism). With False, torch could then compile another graph between a forward pass and its recomputation
+            in the backward pass, and the two would save different tensors.
 
     Raises:
         UserError: there is no compiler for `device`.

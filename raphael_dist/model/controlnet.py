@@ -1,7 +1,8 @@
 """ControlNet (arXiv 2302.05543; RAPHAEL, Fig. 7): a frozen U-Net and a trained copy of its encoder that reads an edge map.
 
-The outputs of the copy are added to the U-Net's skips and middle through convolutions that start at zero, so the model is
-unchanged at first. Names are those of diffusers' ControlNetModel; experts and gates are copied as well.
+The outputs of the copy are added to the U-Net's skip connections and middle block through convolutions that start at zero,
+so the model's output is unchanged at first. Parameter names are those of diffusers' ControlNetModel. Experts and gates are
+copied as well.
 
 Shape legend: B samples, C channels, h and w latent height and width, Y text tokens, D text width.
 """

@@ -1,11 +1,12 @@
 """`train.cuda_graphs`: runs the U-Net's forward and backward pass as one CUDA graph each.
 
 A step launches thousands of kernels. If each has little work (few images per GPU, a small model), the GPU waits for the
-host, whereas a graph needs one launch. A captured graph cannot change:
-- shapes: there is a pair of graphs for each set of input shapes;
-- addresses of weights: ZeRO-1 and 2 update weights in place;
-- addresses of gradients: the backward graph adds to the buffers that the engine reduces (`engine.zero.Zero12Contiguous`).
-Hooks of the parameters do not run.
+host, whereas a graph needs one launch. A captured graph always uses the same
+- shapes: therefore there is a pair of graphs for each set of input shapes;
+- addresses of weights: therefore ZeRO stage 1 or 2 is required, which updates weights in place;
+- addresses of gradients: therefore the backward graph adds gradients to the buffers that the engine reduces over ranks
+  (`engine.zero.Zero12Contiguous`).
+Hooks of the parameters do not run in a graph.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,9 +37,9 @@ def replay_cuda_graphs(unet: RaphaelUNet, gradients: Gradients) -> None:
 
     Args:
         unet: the model, changed in place. Its weights must not move in memory.
-        gradients: for each trained parameter, the tensor that accumulates its gradient. It must not move in memory.
-            Capturing runs backward passes that add wrong values to these tensors; set them to 0 between this forward pass
-            and its backward pass.
+        gradients: for each trained parameter, the tensor that accumulates its gradient. It must not move in memory. A
+            forward pass that captures graphs adds wrong values to these tensors. Therefore set them to 0 after that forward
+            pass and before its backward pass.
     """
     unet.forward = _ReplayedForward(unet, gradients)  # type: ignore[method-assign, assignment]
 
@@ -128,13 +129,16 @@ def _zero_gradients(outputs: Sequence[Tensor]) -> list[Tensor | None]:
 
 
 def _run_backward(outputs: Sequence[Tensor], output_gradients: Sequence[Tensor | None]) -> None:
-    """Add the gradients to the `grad` of the leaf tensors. Outputs whose gradient is None need no gradient."""
+    """Run the backward pass of `outputs`, given their gradients, which adds to `grad` of the leaf tensors.
+
+    Outputs whose gradient is None are left out.
+    """
     pairs = [(output, grad) for output, grad in zip(outputs, output_gradients, strict=True) if grad is not None]
     torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
 
 
 class _Context(FunctionCtx):
-    """What the forward pass keeps for the backward pass."""
+    """The autograd context, which holds the captured graphs for the backward pass."""
 
     captured: _CapturedPass
 

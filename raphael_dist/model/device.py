@@ -10,7 +10,7 @@ GPU_KINDS: tuple[str, ...] = ("cuda",)
 
 
 def is_gpu(device: torch.device) -> bool:
-    """Return whether `device` is a GPU. It executes a queue of operations, so the host waits when it reads a result."""
+    """Return whether `device` is a GPU: it executes a queue of operations, and reading a result makes the host wait."""
     return device.type in GPU_KINDS
 
 

@@ -70,7 +70,7 @@ _HOOKS = ("_hf_hook", "_diffusers_hook")
 
 
 class _Wrapper(ModelMixin, ConfigMixin):
-    """The base class of this package's networks as models of diffusers, with its loading, saving and offloading."""
+    """Base class that wraps a network of this package as a model of diffusers, which can load, save and offload it."""
 
     # Layers whose dtype is read outside of their own forward pass.
     _skip_layerwise_casting_patterns = ["norm", "gates", "conv_in", "edge"]  # noqa: RUF012 (diffusers' name and type)
@@ -123,14 +123,16 @@ class _Wrapper(ModelMixin, ConfigMixin):
             num_space_experts: experts of each Space-MoE; 0: no Space-MoE.
             num_time_experts: experts of each Time-MoE; 0: a dense feed-forward layer.
             expert_width: hidden width of an expert on each level.
-            shared_expert: width of an expert for all image tokens, in units of `expert_width`; 0: no such expert.
+            shared_expert: hidden width of an additional expert of each Space-MoE, which processes all image tokens, as a
+                multiple of `expert_width`; 0: no such expert.
             time_routing: how a timestep selects its expert: "learned" (by gates) or "boundaries" (by equal ranges of
                 timesteps).
             time_activation: activation of the time experts, "gelu" or "geglu".
             gate_width: hidden width of the gates, the networks that select experts.
             gate_gradient: factor on the output of the selected expert: "straight_through" and "none" are 1, "scaled" is its
                 probability.
-            mask_threshold: a text token's region is where its attention is at least this share of its maximum.
+            mask_threshold: share (0..1). The expert of a text token processes the image tokens whose attention to the text
+                token is at least this share of the largest one.
             mask_padding: leave padding tokens out of the Space-MoE.
             image_positions: add a sinusoidal position encoding to the image tokens.
             edge_channels: width of the modules that predict edges, which are used in training only; 0: no such modules.

@@ -47,11 +47,11 @@ def zero_terminal_snr(abar_T: Tensor) -> Tensor:
 def make_scheduler(config: Diffusion, name: str) -> NoiseScheduler:
     """Return a scheduler of diffusers that samples with the noise schedule of training.
 
-    For noise and v prediction, DDIM and Euler are set up as for Stable Diffusion: whole timesteps that end at 1, as
-    StableDiffusionPipeline requires. With zero_terminal_snr they start at the last timestep instead.
+    For noise and v prediction, DDIM and Euler use the timesteps of Stable Diffusion: integers, the last of which is 1, as
+    StableDiffusionPipeline requires. With diffusion.zero_terminal_snr, sampling starts at the noisiest timestep instead.
 
     Args:
-        config: the noise schedule.
+        config: the section `diffusion`, with the noise schedule.
         name: "ddim", "dpm++" (DPM-Solver++) or "euler". With diffusion.prediction=flow, "ddim" is the same as "euler".
 
     Raises:
@@ -146,10 +146,10 @@ def draw_offset(seed: int, position: int, channels: int) -> Tensor:
 def _strata(seed: int, step: int, global_batch_size: int) -> np.ndarray:
     """Return the stratum (number of a subrange) of each sample of a global batch, int64 [global_batch_size].
 
-    Any 2^k consecutive samples have strata in different parts when the range is divided into 2^k equal parts. This is a van
-    der Corput sequence with random scrambling (Owen 1995): alternate samples go to the lower and the upper half in random
-    order, and so on within the halves. If halves are unequal, a random rotation keeps every sample uniform; only then can
-    two consecutive samples share a part.
+    If the strata are divided into 2^k equal ranges, any 2^k consecutive samples are in different ranges, provided that 2^k
+    divides `global_batch_size`. This is a randomly scrambled van der Corput sequence (Owen 1995): every second sample goes
+    to one half of the strata and the others to the other half (which half is random), and so on within each half. Where the
+    halves are unequal, samples are rotated over both by a random number of strata, so that each stratum is equally likely.
     """
     draw = generator(seed, Purpose.STRATA, step)
     strata = np.empty(global_batch_size, np.int64)
@@ -158,7 +158,7 @@ def _strata(seed: int, step: int, global_batch_size: int) -> np.ndarray:
 
 
 def _scramble(indices: np.ndarray, draws: Iterator[float]) -> np.ndarray:
-    """Return the indices in the order of their strata."""
+    """Return sample indices in the order of their strata, as `_strata` describes. `draws`: random numbers in 0..1."""
     size = len(indices)
     if size < 2:
         return indices
@@ -235,7 +235,7 @@ def min_snr_weight_B(abar_B: Tensor, gamma: float, prediction: str) -> Tensor:
     """Return the min-SNR weight of each sample's loss, float32 [B] (arXiv 2303.09556, Sec. 3.4).
 
     With SNR = abar / (1 - abar) it is min(SNR, gamma) / SNR if the model predicts the noise, and min(SNR, gamma) / (SNR + 1)
-    if it predicts v. The code uses abar only, so that nothing is divided by a signal of 0.
+    if it predicts v. The code computes it from abar, so that the weight is defined for an SNR of 0, too.
 
     Args:
         abar_B: the noise schedule's cumulative product of (1 - beta) at each sample's timestep.
@@ -251,6 +251,6 @@ def min_snr_weight_B(abar_B: Tensor, gamma: float, prediction: str) -> Tensor:
 def denoise_loss_B(prediction_BChw: Tensor, target_BChw: Tensor) -> Tensor:
     """Return each sample's denoising loss, the mean squared error of the model's prediction (Sec. 3), float32 [B].
 
-    `target_BChw`: what it should have predicted, e.g. the noise; float32 [B, C, h, w], like the prediction.
+    `target_BChw`: what the model should have predicted, e.g. the noise; float32 [B, C, h, w], like the prediction.
     """
     return (prediction_BChw.float() - target_BChw).square().mean(dim=(1, 2, 3))

@@ -120,10 +120,10 @@ class Experts(nn.Module):
     def apply_sorted(self, x_RD: Tensor, counts_K: Tensor, bias: bool = True) -> Tensor:
         """Apply each expert to its rows (token vectors of width D); return their outputs [R, D], in the same order.
 
-        Every expert takes part, with zero rows if it has none, so that every parameter gets a gradient on every rank.
-        (Otherwise ZeRO would add gradients of different experts to each other.) On a GPU a grouped matrix product reads the
-        counts on the device. On a CPU, for float32, and for widths that are not multiples of 8, a loop over experts runs
-        instead. It reads the counts on the host, so the host waits for a GPU.
+        Experts without rows are run on an empty tensor, so that every parameter gets a gradient on every rank. (Otherwise
+        ZeRO would add gradients of different experts to each other.) On a GPU a grouped matrix product reads the counts on
+        the device. On a CPU, for float32, and for widths that are not multiples of 8, a loop over experts runs instead. It
+        reads the counts on the host, so with tensors on a GPU the host waits.
 
         Args:
             x_RD: the rows of all experts, sorted by expert.
@@ -180,9 +180,9 @@ class Experts(nn.Module):
         return self.act(add_bias(y_RF, onehot_RK, self.b1))
 
     def sparse(self, x_RD: Tensor, w_RK: Tensor, per_row: int) -> Tensor:
-        """Return the weighted sum over experts of each row, [R, D], by Triton kernels that skip pairs with weight 0.
+        """Return the weighted sum over experts for each row, [R, D], by Triton kernels that skip experts with weight 0.
 
-        The result is that of `dense`: `sum_k w[r,k] (e_k(x[r]) - b2_k)` for row r, expert e_k and its last bias b2_k.
+        The result equals that of `dense`: `sum_k w[r,k] (e_k(x[r]) - b2_k)` for row r, expert e_k and its last bias b2_k.
 
         Args:
             x_RD: rows (tokens).
@@ -199,8 +199,8 @@ class Experts(nn.Module):
         """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)` for each row r, [R, D]: the weighted outputs without the last bias.
 
         Here e_k is expert k, b2_k the bias of its second layer, and `w_RK` its weight for each row (token). Every expert
-        processes every row, so shapes are static. The weights multiply the experts' outputs, which are narrower than their
-        hidden units.
+        processes every row, so shapes are static. The weights are multiplied with the experts' outputs and not with their
+        hidden units, because the outputs are narrower.
         """
         fused_RKF = torch.unflatten(F.linear(x_RD, self.w1.flatten(0, 1), self.b1.flatten()), 1, self.b1.shape)
         fused_KRF = fused_RKF.transpose(0, 1)
@@ -213,16 +213,17 @@ class Experts(nn.Module):
 
 
 class _Context(FunctionCtx):
-    """What the forward pass keeps for the backward pass."""
+    """The autograd context, with the tensors that the forward pass saves for the backward pass."""
 
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
 
 
 class _GeluProduct(torch.autograd.Function):
-    """`gelu(a_k) w_k^T` of every expert. It saves only `a`, and applies GELU again in the backward pass.
+    """Computes `gelu(a_k) w_k^T` for every expert k, [K, R, D], from `a` [K, R, F] and the weights w [K, D, F].
 
-    Autograd would also save gelu(a), and a copy of weights that are flattened to one matrix.
+    It saves `a` and w, and computes gelu(a) again in the backward pass. Autograd would also save gelu(a), and a copy of w if
+    the weights of all experts were flattened to one matrix.
     """
 
     @staticmethod
@@ -261,15 +262,19 @@ def add_bias(y_RF: Tensor, onehot_RK: Tensor, bias_KF: Tensor) -> Tensor:
     """Add to each row of y [R, F] the bias of the row's expert; return the sum [R, F].
 
     `onehot_RK` is the expert of each row, one-hot in the dtype of y. `bias_KF` has the biases of K experts. The bias is
-    looked up by a product with this matrix, so that its gradient is also a matrix product, which sums in float32 on every
-    device. The gradient of the indexing `bias[expert]` would be summed in its own dtype (bfloat16: 7 to 24% wrong for 4 to 8
-    thousand rows).
+    looked up by the product `onehot_RK @ bias_KF`. Its gradient is then also a matrix product, which sums in float32 on
+    every device. The gradient of the indexing `bias[expert]` would be summed in its own dtype (bfloat16: 7 to 24% wrong for
+    4 to 8 thousand rows).
     """
     return torch.addmm(y_RF, onehot_RK, bias_KF)
 
 
 def _torch_product(counts_K: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return `(x, w) -> x w_k^T` for rows sorted by expert, w [K, out, in], by torch's grouped product."""
+    """Return a function (x, w) that multiplies each row of x with the matrix of its expert k, `x w_k^T`, [R, out].
+
+    x is [R, in] with rows sorted by expert, w is [K, out, in]. `counts_K`: number of rows of each expert. The function runs
+    torch's grouped matrix product.
+    """
     ends_K = counts_K.cumsum(0).to(torch.int32)
     return lambda x, w: F.grouped_mm(x, _aligned(w).transpose(1, 2), offs=ends_K)
 

@@ -33,7 +33,7 @@ def latent_factor(encoder: str) -> int:
 def downscale_factor(config: Mapping[str, Any]) -> int:
     """Return by how much an autoencoder reduces height and width: by a factor of 2 from each level to the next.
 
-    `config`: the content of the autoencoder's config.json, which lists its levels. 8 means 4 levels.
+    `config`: the content of the autoencoder's config.json, which lists its levels. With 4 levels the result is 8.
     """
     levels = config.get("encoder_block_out_channels") or config.get("block_out_channels")
     count = len(levels) if levels else _DEFAULT_LEVELS.get(str(config.get("_class_name")), 1)

@@ -177,8 +177,8 @@ class TransformerBlock(nn.Module):
 def image_positions_ND(height: int, width: int, token_size: int, like: Tensor) -> Tensor:
     """Return a sinusoidal position encoding of N image tokens, [N, D], with the device, dtype and D of `like`.
 
-    A quarter of the D values encodes the row, the others the column. Positions are measured in latent positions from the
-    middle of the image, so they mean the same on every level and in images of every size.
+    A quarter of the D values encodes the row, the others the column. Rows and columns are counted from the middle of the
+    image, in units of a position of the latents, so they mean the same on every level and in images of every size.
 
     Args:
         height: height of the feature map in image tokens.
@@ -196,7 +196,7 @@ def image_positions_ND(height: int, width: int, token_size: int, like: Tensor) -
 
 
 def _sines(place_P: Tensor, features: int) -> Tensor:
-    """Return sines and cosines of positions with periods from the shortest to the longest, [P, features]."""
+    """Return sines and cosines of positions, [P, features], with geometrically growing periods (`_POSITION_PERIODS`)."""
     count = (features + 1) // 2
     shortest, longest = _POSITION_PERIODS
     steps = torch.arange(count, device=place_P.device) / max(count - 1, 1)
@@ -207,7 +207,8 @@ def _sines(place_P: Tensor, features: int) -> Tensor:
 class SpatialTransformer(nn.Module):
     """A transformer block, with the layers that convert a feature map to its tokens and back.
 
-    Parameter names are those of diffusers' Transformer2DModel. `RaphaelUNet` calls the parts one by one.
+    Parameter names are those of diffusers' Transformer2DModel. The class has no `forward`: `RaphaelUNet` calls `to_tokens`,
+    the block, and `to_feature_map`.
     """
 
     def __init__(self, spec: BlockSpec, norm_groups: int) -> None:
@@ -229,7 +230,7 @@ class SpatialTransformer(nn.Module):
     def to_feature_map(self, h_BND: Tensor, x_BCHW: Tensor) -> Tensor:
         """Convert image tokens [B, h * w, C] to a feature map [B, C, h, w], add the feature map `x_BCHW`; return the sum.
 
-        `x_BCHW` is the input of the transformer (its residual). The result has its memory format.
+        `x_BCHW` is the input of the transformer (its residual). The result has the memory format of `x_BCHW`.
         """
         # A sum has the memory format of its first term. The tokens are channels last, which is slow on a CPU.
         out_BND: Tensor = self.proj_out(h_BND)

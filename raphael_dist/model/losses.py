@@ -24,7 +24,7 @@ from raphael_dist.model.unet_interface import UNetOutput
 class Losses:
     """Losses of a micro-batch of B samples, multiplied by each sample's weight (0 for padding samples).
 
-    Only `total` has a gradient. L is the number of transformer blocks, K the number of experts of a kind in each.
+    Only `total` has a gradient. L is the number of transformer blocks, K the number of space or time experts in each.
 
     Attributes:
         total: the loss that is minimised, float32 [B].

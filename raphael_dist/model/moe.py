@@ -38,7 +38,7 @@ class TimeMoE(Experts):
         return out_BND * factor_B.to(out_BND.dtype)[:, None, None]
 
     def _without_sorting(self, h_BND: Tensor, expert_B: Tensor, factor_B: Tensor) -> Tensor:
-        """Compute the same with the kernels of the Space-MoE: each row needs one expert."""
+        """Return the result of `forward`, computed by the Triton kernels of the Space-MoE, which need no sorting."""
         w_RK = one_hot(expert_B, self.num_experts).to(h_BND.dtype).repeat_interleave(h_BND.shape[1], dim=0)
         out_BND = (self.sparse(h_BND.flatten(0, 1), w_RK, per_row=1) + w_RK @ self.b2).view_as(h_BND)
         return out_BND * factor_B.to(out_BND.dtype)[:, None, None]
@@ -48,12 +48,12 @@ class SpaceMoE(Experts):
     """The Space-MoE layer: each image token goes through the experts of the text tokens whose regions contain it.
 
     A text token's region is the set of image tokens that attend to it most (`routing.region_mask_BNY`). The paper's formula
-    is `out = 1/n_y sum_i e_{route(y_i)}(h o Mhat_i)` over the n_y text tokens (Sec. 3.1). With w_k[j] the weight of expert k
-    at image token j and c_k its total weight, this equals `out[j] = sum_k w_k[j] (e_k(h[j]) - e_k(0)) + sum_k c_k e_k(0)`
-    (docs/architecture.md).
+    is `out = 1/n_y sum_i e_{route(y_i)}(h o Mhat_i)`, with image tokens h, n_y text tokens y_i, experts e_k, and the region
+    of y_i as a mask Mhat_i of 0 and 1 (Sec. 3.1). With w_k[j] the weight of expert k at image token j and c_k its total
+    weight, this equals `out[j] = sum_k w_k[j] (e_k(h[j]) - e_k(0)) + sum_k c_k e_k(0)` (docs/architecture.md).
 
-    A shared expert (not in the paper; arXiv 2512.01252) processes every image token and is added to the sum. Every rank has
-    all of it. The constructor's argument `shared` is its hidden width; 0: none.
+    A shared expert (not in the paper; arXiv 2512.01252) processes every image token; its output is added. With expert
+    parallelism every rank has a whole copy of it. The constructor's argument `shared` is its hidden width; 0: none.
     """
 
     shared: nn.Sequential | None

@@ -62,10 +62,10 @@ class BlockRouting:
             has the counts of other ranks on the host (`expert_dispatch.GroupSamples`).
         time_factor_B: float32, factor on the output of the time expert, through which the time gate gets its gradient
             (`choose`).
-        space_weight_BYK: float32, for each of Y text tokens and K space experts: the factor of `choose`, divided by the
-            number of text tokens that take part, at the token's expert; 0 elsewhere. The text gate gets its gradient
-            through it. None without a Space-MoE.
-        balance_B: float32, load-balance loss of the gates for each sample; None if its weight is 0 or without gradients.
+        space_weight_BYK: float32, weight of each of K space experts for each of Y text tokens: at the token's expert the
+            factor that `choose` returned, divided by the number of text tokens (without padding if `model.mask_padding`);
+            0 at other experts. The text gate gets its gradient through it. None without a Space-MoE.
+        balance_B: float32, load-balance loss of the gates for each sample; None if it is off or gradients are disabled.
     """
 
     time_expert_B: Tensor | None
@@ -140,7 +140,10 @@ def balance_loss_B(logits_BYK: Tensor, chosen_BY: Tensor, taking_part_BY: Tensor
 
 
 def _mean_weight_BY(taking_part_BY: Tensor) -> Tensor:
-    """Return weights, float32, with which a sum over text tokens is the mean over those that take part."""
+    """Return 1 / (number of text tokens of the sample that take part), or 0 for tokens that do not; float32 [B, Y].
+
+    With these weights, a sum over the text tokens is a mean. `taking_part_BY`: bool.
+    """
     share_BY = taking_part_BY.float()
     return share_BY / share_BY.sum(dim=-1, keepdim=True).clamp(min=1)
 
@@ -152,7 +155,8 @@ def space_weights_BYK(chosen_BY: Tensor, factor_BY: Tensor, num_experts: int, ta
 
     Args:
         chosen_BY: expert of each text token, int64; further axes can come first, such as blocks.
-        factor_BY: float32, by which the weights are multiplied, so that the gate gets a gradient (`choose`).
+        factor_BY: float32, the factor that `choose` returned. The weights are multiplied by it, so that the gate gets a
+            gradient.
         num_experts: K.
         taking_part_BY: bool, False for tokens that are left out; their weights are 0. None: all tokens count.
 

@@ -37,8 +37,8 @@ def append_small_image(x_BChw: Tensor, small_B3HsWs: Tensor, patch: int) -> Tens
 def back_project(images_B3HW: Tensor, small_B3HsWs: Tensor, times: int) -> Tensor:
     """Correct sampled images so that their downscaled versions approach the small images (Irani and Peleg, 1991).
 
-    The autoencoder and sampling change colours, while the small image has the right ones. Each correction enlarges the
-    difference between the small image and the downscaled one, and adds it.
+    The autoencoder and sampling change colours, while the small image has the right ones. Each correction upsamples the
+    difference between the small image and the downscaled sampled image, and adds it to the sampled image.
 
     Args:
         images_B3HW: sampled images in -1..1.

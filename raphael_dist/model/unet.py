@@ -41,7 +41,7 @@ class ForwardState(NamedTuple):
     """State of one forward pass: inputs of all blocks, the experts of blocks that have not run yet, and collected outputs.
 
     `embedding_BE`: timestep embeddings. `text_BYD`: text tokens. `end_B`: index of the end-of-text token. Each transformer
-    block appends one entry to both lists (`BlockOutput`).
+    block takes one item from `routings`, and appends one to `edge_logits` and to `space_used` (fields of `BlockOutput`).
     """
 
     embedding_BE: Tensor
@@ -230,7 +230,7 @@ class RaphaelUNet(nn.Module):
         return self._residual(self.mid_block, 1, x, state.embedding_BE), skips
 
     def decode(self, state: ForwardState, x: Tensor, skips: list[Tensor]) -> Tensor:
-        """Run the decoder on `x` and `skips` from `encode`; return the input of the last normalisation and convolution."""
+        """Run the decoder on `x` and `skips` from `encode`; return the feature map before the last norm and convolution."""
         skips = list(skips)
         for level in cast(list[UNetLevel], self.up_blocks):
             for i in range(len(level.resnets)):
@@ -301,13 +301,13 @@ class RaphaelUNet(nn.Module):
         """Return the load-balance loss of the time gate of each of L blocks, float32 [L]. Only gates get its gradient.
 
         A sample has one timestep, so its choice alone cannot be balanced. Training draws timesteps evenly. Therefore the
-        loss is computed on an even grid of timesteps, without gate noise, and does not depend on how a batch is divided.
+        loss is computed on evenly spaced timesteps, without gate noise, and does not depend on how a batch is divided.
         """
         logits_LGK = self.time_logits(device)
         return balance_loss_B(logits_LGK, logits_LGK.detach().argmax(dim=-1))
 
     def time_logits(self, device: torch.device) -> Tensor:
-        """Return the logits of L blocks' time gates for K experts at G = TIME_GRID even timesteps, float32 [L, G, K].
+        """Return the logits of L time gates for K experts at G = TIME_GRID evenly spaced timesteps, float32 [L, G, K].
 
         Only the gates get a gradient.
         """
@@ -342,7 +342,7 @@ class RaphaelUNet(nn.Module):
         return transformer.to_feature_map(h_BND, x_BCHW), edge_logits, used_BK
 
     def _run(self, recompute: bool, part: Callable[..., Any], *tensors: Tensor | None) -> Any:
-        """Run a part of the model. With `recompute` it saves no activations and runs again in the backward pass."""
+        """Run a part of the model. With `recompute`, it saves no activations and is run again in the backward pass."""
         if recompute and torch.is_grad_enabled():
             # A part is deterministic, so there is no generator state to preserve.
             return checkpoint(part, *tensors, use_reentrant=self.gathers_weights, preserve_rng_state=False)

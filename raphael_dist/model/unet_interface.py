@@ -14,7 +14,7 @@ class GateNoise(NamedTuple):
 
     Attributes:
         time_BLK: for the time gates of L transformer blocks, which select one of K experts for each of B samples.
-        space_BLYK: for their text gates, which select one of K experts for each of a sample's Y text tokens.
+        space_BLYK: for the text gates of the blocks, which select one of K experts for each of a sample's Y text tokens.
     """
 
     time_BLK: Tensor
@@ -52,7 +52,7 @@ class UNetOutput(NamedTuple):
         edge_logits: for each transformer block with an edge module, logits of the predicted edges, float32 [B, h, w].
         space_used: for each block, share of image tokens (0..1) that each of K space experts processes, [B, K].
         time_expert: for each block, the time expert of each sample, int64 [B].
-        balance: for each block, load-balance loss of the gates, float32 [B]; empty if its weight is 0 or without gradients.
+        balance: for each block, load-balance loss of the gates, float32 [B]; empty if it is off or gradients are disabled.
     """
 
     prediction: Tensor

@@ -1,20 +1,20 @@
 """GroupNorm, with or without SiLU after it, of channels-last feature maps: forward and backward pass in Triton.
 
-A map [B, C, H, W] in channels-last memory is a matrix of H W pixels and C channels for each sample. Programs take tiles of
-pixels and channels, so that they read whole cache lines: the channels of one group are a few neighbours (10 at width 320).
-A statistic of a group therefore takes two kernels: sums of each channel over a tile's pixels, then sums over the tiles and
-the channels of the group. All sums are float32 and in a fixed order.
+A map [B, C, H, W] in channels-last memory is a matrix of H W pixels and C channels for each sample. A group has few channels
+(10 of 320), fewer than a cache line. Therefore a Triton program processes a tile of 64 pixels and up to 64 channels, and a
+statistic of a group takes two kernels: one sums each channel over a tile's pixels, the other sums over the tiles and the
+channels of the group. All sums are float32 and in a fixed order.
 
 | kernel | grid | reads | writes |
 |---|---|---|---|
 | `_channel_moments` | tiles | x | mean and squared deviations of each channel in a tile |
-| `_group_moments` | (sample, group) | those | mean and 1 / standard deviation of each group |
+| `_group_moments` | (sample, group) | results of `_channel_moments` | mean and 1 / standard deviation of each group |
 | `_normalise` | tiles | x | y |
 | `_channel_gradients` | tiles | dy, x | sums of dz and dz x^ of each channel in a tile |
-| `_group_gradients` | (sample, group) | those | their sums over pixels, and means over the group |
+| `_group_gradients` | (sample, group) | these sums | their sums over all pixels, and means over the group |
 | `_input_gradient` | tiles | dy, x | dx |
 
-Legend: x^ = (x - mean) / deviation, z = w x^ + b, y = silu(z) or z.
+Legend: x^ = (x - mean) / deviation, z = w x^ + b, y = silu(z) or z; dx, dy and dz are gradients of the loss.
 """
 
 from typing import Any
@@ -31,7 +31,11 @@ _CHUNK = 16  # tiles whose sums are added at a time
 
 @triton.jit
 def _tile(tiles, pixels, channels, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Return sample, tile within it, channels of the tile, and offsets in x and mask of the elements, [ROWS, COLS]."""
+    """Return the elements of x that this Triton program processes: a tile of ROWS pixels and COLS channels of a sample.
+
+    These are the index of the sample, the index of the tile in it, the channels [COLS], and the offsets in x and the mask of
+    the elements, each [ROWS, COLS].
+    """
     sample, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     row = tile * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * COLS + tl.arange(0, COLS)
@@ -52,7 +56,10 @@ def _channel_moments(x, mean, squares, tiles, pixels, channels, ROWS: tl.constex
 
 @triton.jit
 def _chunk(i, sample, group, tiles, channels, WIDTH: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr):
-    """Return tiles, offsets and mask of the sums of a group's channels in CHUNK consecutive tiles, [CHUNK, PADDED]."""
+    """Return where the sums of a group's channels are stored for CHUNK consecutive tiles, from tile `i * CHUNK` on.
+
+    These are the indices of the tiles [CHUNK], and offsets and mask of the sums, each [CHUNK, PADDED].
+    """
     tile, channel = i * CHUNK + tl.arange(0, CHUNK), tl.arange(0, PADDED)
     offsets = (sample * tiles + tile)[:, None] * channels + group * WIDTH + channel[None, :]
     return tile, offsets, (tile < tiles)[:, None] & (channel < WIDTH)[None, :]
@@ -86,7 +93,7 @@ def _group_moments(
 
 @triton.jit
 def _channel_constants(sample, col, channels, mean, rstd, weight, bias, WIDTH: tl.constexpr):
-    """Return mean, 1 / deviation, weight and bias of each channel, [1, COLS]."""
+    """Return mean and 1 / standard deviation of the group, weight and bias for each channel in `col`, each [1, COLS]."""
     inside = col < channels
     group = sample * (channels // WIDTH) + col // WIDTH
     return (
@@ -114,7 +121,7 @@ def _normalise(
 def _through_silu(
     dy, x, weight, bias, mean, rstd, sample, col, offsets, mask, channels, WIDTH: tl.constexpr, SILU: tl.constexpr
 ):
-    """Return dz, x^, 1 / deviation and weight of a tile."""
+    """Return the gradient of SiLU's input and the normalised x of a tile, and each channel's 1 / deviation and weight."""
     center, scale, w, b = _channel_constants(sample, col, channels, mean, rstd, weight, bias, WIDTH)
     normal = (tl.load(x + offsets, mask, 0.0).to(tl.float32) - center) * scale
     dz = tl.load(dy + offsets, mask, 0.0).to(tl.float32)
@@ -199,7 +206,7 @@ def _channels_last(x_BCHW: Tensor) -> Tensor:
 
 
 class _Sizes:
-    """Sizes of the grids and of the sums for a feature map."""
+    """Launch grids, tile sizes and shapes of buffers of the kernels for one feature map."""
 
     def __init__(self, x_BCHW: Tensor, groups: int) -> None:
         self.samples, self.channels, height, width = x_BCHW.shape
@@ -215,7 +222,7 @@ class _Sizes:
 
 @torch.library.custom_op("raphael::group_norm", mutates_args=())
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y [B, C, H, W], and mean and 1 / deviation, float32 [B, G]."""
+    """Return the output [B, C, H, W], and mean and 1 / standard deviation of each of G groups, float32 [B, G]."""
     sizes, y = _Sizes(x, groups), torch.empty_like(x)
     tile_mean, tile_squares = x.new_empty(2, *sizes.per_tile, dtype=torch.float32).unbind()
     mean, rstd = (x.new_empty(sizes.group_grid, dtype=torch.float32) for _ in range(2))
@@ -262,7 +269,7 @@ def _(
 
 
 class _Context(FunctionCtx):
-    """What the forward pass keeps for the backward pass."""
+    """The autograd context, with the tensors and options that the forward pass saves for the backward pass."""
 
     saved_tensors: tuple[Tensor, ...]
     groups: int

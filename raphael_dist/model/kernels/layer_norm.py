@@ -1,9 +1,9 @@
 """The backward pass of LayerNorm in Triton, for many rows of few columns.
 
 torch's kernel for the gradients of weight and bias reads such a matrix column by column. It is the slowest kernel of a step
-of the preset `emoji`. Here a fixed number of programs, which depends on the shape alone, each process an equal range of
-rows. A program computes the gradient of its input rows and adds up its part of the gradients of weight and bias. torch adds
-the parts. All sums are float32 and in a fixed order.
+of the preset `emoji`. Here the rows are divided evenly over Triton programs, whose number depends on the shape alone. A
+program computes the gradient of its input rows and sums over these rows the gradients of weight and bias. torch adds the
+sums of all programs. All sums are float32 and in a fixed order.
 
 Whole rows are read anyway, so mean and deviation are computed again at no cost. The forward pass is torch's.
 
@@ -57,7 +57,7 @@ def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tenso
 
 
 class _Context(FunctionCtx):
-    """What the forward pass keeps for the backward pass."""
+    """The autograd context, with the tensors and options that the forward pass saves for the backward pass."""
 
     saved_tensors: tuple[Tensor, ...]
     eps: float
@@ -80,7 +80,7 @@ class _LayerNorm(torch.autograd.Function):
 
 @torch.library.custom_op("raphael::layer_norm_backward", mutates_args=())
 def _backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return the gradient of x, and each program's part of the gradients of weight and bias, float32 [2, programs, D]."""
+    """Return the gradient of x, and those of weight and bias summed by each Triton program, float32 [2, programs, D]."""
     columns, dx = weight.numel(), torch.empty_like(x)
     parts, (tiles, tile_rows) = _parts(x, columns), _tiles(x.numel() // columns, columns)
     _backward_rows[(parts.shape[1],)](
@@ -96,7 +96,7 @@ def _(dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor
 
 
 def _tiles(rows: int, columns: int) -> tuple[int, int]:
-    """Return the number of tiles that a program processes, and the number of rows of a tile."""
+    """Return the number of tiles (blocks of whole rows) for each Triton program, and the number of rows of a tile."""
     tile_rows = max(1, _TILE // triton.next_power_of_2(columns))
     return -(-rows // (tile_rows * _PROGRAMS)), tile_rows
 

@@ -14,7 +14,7 @@ pass only `a` is kept.
 | `_hidden_gradient` | dh = w2_k^T dout[r]; da[p] = w[r,k] dh gelu'(a[p]); wh[p] = w[r,k] h[p]; dw[r,k] = dh . h[p] |
 | `_weight_gradient` | dw2_k = sum_p dout[r] wh[p]^T; dw1_k = sum_p da[p] x[r]^T; db1_k = sum_p da[p] |
 
-Legend: R rows, K experts, D width, F hidden width, P places for pairs (R K, or R if each row needs one expert).
+Legend: R rows (tokens), K experts, D width, F hidden width, P largest number of pairs (R K, or R for one expert per row).
 """
 
 from typing import NamedTuple
@@ -32,10 +32,10 @@ Tile = dict[str, int]  # sizes that Triton compiles into a kernel, and its launc
 class Pairs(NamedTuple):
     """The (row, expert) pairs to compute, for R rows (tokens) and K experts, numbered by expert and then row.
 
-    Buffers have P places for pairs, P being an upper bound of their number.
+    P is an upper bound of the number of pairs. Buffers are that long, so that shapes do not depend on the number of pairs.
 
     Attributes:
-        row_P: row of each pair, int32. Places after the last pair have no meaning.
+        row_P: row of each pair, int32. Entries after the last pair have no meaning.
         place_RK: number of the pair (r, k), int32; -1 if it is not to be computed.
         ends_K: for each expert, the number of pairs of this expert and all experts before it, int32.
     """
@@ -48,7 +48,7 @@ class Pairs(NamedTuple):
 def find_pairs(needed_RK: Tensor, per_row: int) -> Pairs:
     """Number the (row, expert) pairs that are True in `needed_RK` (bool), without reading anything on the host.
 
-    `per_row`: upper bound of the number of True values in a row; the result has P = R per_row places.
+    `per_row`: upper bound of the number of True values in a row. Buffers of the result have P = R * per_row entries.
     """
     (rows, experts), device = needed_RK.shape, needed_RK.device
     needed_KR = needed_RK.t().flatten()
@@ -65,9 +65,10 @@ def find_pairs(needed_RK: Tensor, per_row: int) -> Pairs:
 
 @triton.jit
 def _pairs_of_tile(ends, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
-    """Return the expert of this program's tile of pairs, the pairs' numbers [ROWS], and the end of the expert's pairs.
+    """Return this Triton program's expert, the numbers of its pairs [ROWS], and the number after the expert's last pair.
 
-    Each expert has whole tiles; its last tile may be partly filled. If this program has no tile, the end is 0.
+    A program processes a tile: up to ROWS pairs of one expert. If there are fewer tiles than programs, the last value is 0
+    for programs without a tile.
     """
     tile, tiles, begin = tl.program_id(1), 0, 0
     expert, first, last = 0, 0, 0
@@ -188,7 +189,7 @@ def _weight_gradient(
     left, right, row, ends, out, sums, left_width, right_width, GATHER_LEFT: tl.constexpr, DOT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Store `out[k] = sum_p left[p]^T right[p]` over the pairs p of expert k, and in `sums` (or None) `sum_p left[p]`."""
+    """Store `out[k] = sum_p left[p]^T right[p]` over the pairs p of expert k, and `sums[k] = sum_p left[p]` if given."""
     expert = tl.program_id(2)
     end, begin = tl.load(ends + expert), tl.load(ends + expert - 1, expert > 0, 0)
     lefts, rights = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.program_id(0) * COLS + tl.arange(0, COLS)
@@ -234,7 +235,7 @@ def sparse_experts(x_RD: Tensor, w_RK: Tensor, w1: Tensor, b1: Tensor, w2: Tenso
 
 
 def _tile_of(x: Tensor) -> Tile:
-    """Return the tile sizes of a matrix product, and the dtype of its factors (DOT)."""
+    """Return Triton's options for matrix products with x: tile sizes, dtype of the factors (DOT), warps and stages."""
     if x.dtype == torch.float32:
         return {"ROWS": 64, "COLS": 64, "DEPTH": 32, "DOT": tl.float32, "num_warps": 4, "num_stages": 2}
     # Triton's interpreter multiplies bfloat16 numbers as the integers that it stores them as.
@@ -251,7 +252,7 @@ def _product_grid(places: int, experts: int, outer: int, tile: Tile) -> tuple[in
 def _forward(
     x: Tensor, w: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, row: Tensor, place: Tensor, ends: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the output [R, D], and a (see the module docstring) [P, F]."""
+    """Return the output [R, D], and the hidden units before GELU of each (row, expert) pair, [P, F]."""
     (experts, hidden, width), places, tile = w1.shape, row.numel(), _tile_of(x)
     a, h, y = x.new_empty(places, hidden), x.new_empty(places, hidden), x.new_empty(places, width)
     grid = _product_grid(places, experts, hidden, tile)
@@ -262,7 +263,7 @@ def _forward(
 
 
 def _sum(y_PD: Tensor, place_RK: Tensor, w_RK: Tensor | None) -> Tensor:
-    """Return the sum over the pairs of each row, [R, D], weighted with `w_RK` unless it is None."""
+    """Return for each row the sum of `y_PD` over its (row, expert) pairs, [R, D]. `w_RK`: weights; None: all are 1."""
     (rows, experts), width = place_RK.shape, y_PD.shape[1]
     out, cols = y_PD.new_empty(rows, width), min(128, triton.next_power_of_2(width))
     _sum_pairs[(triton.cdiv(rows, 16), triton.cdiv(width, cols))](
@@ -313,7 +314,7 @@ def _(
 
 
 class _Context(FunctionCtx):
-    """What the forward pass keeps for the backward pass."""
+    """The autograd context, with the tensors that the forward pass saves for the backward pass."""
 
     saved_tensors: tuple[Tensor, ...]
 
@@ -336,7 +337,7 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 def _flops(
     x: torch.Size, w: torch.Size, w1: torch.Size, b1: torch.Size, w2: torch.Size, row: torch.Size, *_: object, **__: object
 ) -> int:
-    """Return the FLOPs for all P places, as the dense backend has. The number of pairs is known on the device only."""
+    """Return the FLOPs for the largest possible number of pairs; the actual number is known on the device only."""
     return 4 * row[0] * w1[1] * w1[2]
 
 

@@ -1,4 +1,4 @@
-"""`train.kernels`: selects the parts of the model that run in Triton kernels. Triton is imported only if they do."""
+"""`train.kernels`: selects the parts of the model that run in Triton kernels. Triton is imported only if one is selected."""
 
 import importlib.util
 import os
@@ -22,9 +22,10 @@ _MODULES: dict[str, type[nn.Module]] = {
 
 
 def use_kernels(model: nn.Module, kernels: Sequence[Kernel], device: torch.device) -> None:
-    """Make the parts of `model` that `kernels` names run in Triton kernels on `device`. Nothing changes if it is empty.
+    """Make the parts of `model` that `kernels` names run in Triton kernels on `device`.
 
     `kernels`: the setting `train.kernels`, e.g. ["group_norm", "space_moe"]; names of parts outside the model are ignored.
+    Nothing changes if it is empty.
 
     Raises:
         UserError: Triton is not installed, or `device` is not a GPU.
@@ -44,7 +45,7 @@ def use_kernels(model: nn.Module, kernels: Sequence[Kernel], device: torch.devic
 def set_kernels(model: nn.Module, kernels: Sequence[Kernel]) -> None:
     """Make the parts of `model` that `kernels` names run in Triton kernels, without checking the device.
 
-    This is `use_kernels` for traces on tensors without data. `kernels`: the setting `train.kernels`.
+    Unlike `use_kernels`, it can be used to trace the model on `meta` tensors. `kernels`: the setting `train.kernels`.
     """
     types = tuple(_MODULES[name] for name in kernels if name in _MODULES)
     for module in model.modules():
