@@ -107,6 +107,7 @@ def groups_of(base: Base, steps: int) -> dict[str, list[Variant]]:
             Variant("unbalanced", "without balance loss", {"model.balance_weight": "0"}),
             Variant("annealed", "gate noise falls to 0 at half of the steps", {"model.gate_noise_steps": str(steps // 2)}),
             Variant("noisy", "gate noise to the end", {"model.gate_noise_steps": "0"}),
+            Variant("quiet", "a tenth of the gate noise", {"model.gate_noise": f"{config.model.gate_noise / 10:g}"}),
             Variant("padding", "padding tokens are routed as well", {"model.mask_padding": "false"}),
         ],
         "recipes": [
