@@ -112,8 +112,9 @@ def cases(topologies: list[tuple[int, int]], everything: bool) -> Iterator[Case]
                     )
         else:
             yield from (base, replace(base, stage=3), replace(base, space_ep=2, time_ep=2))
-        for who in ("DDP", "DeepSpeed", "DeepSpeed MoE"):
-            yield replace(base, who=who)
+        yield from (replace(base, who=who) for who in ("DDP", "DeepSpeed"))
+        if nodes * per_node < 8:  # with 8 ranks DeepSpeed 0.19.8 waits for ever in _average_expert_grad_norms
+            yield replace(base, who="DeepSpeed MoE")
 
 
 # ---- on a rank ------------------------------------------------------------------------------
