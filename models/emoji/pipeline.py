@@ -23,6 +23,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import lru_cache
+from itertools import count
 from numbers import Integral, Real
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,9 +33,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg, retrieve_timesteps
 from diffusers.utils.torch_utils import randn_tensor
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -65,7 +67,7 @@ class _Encoding:
 
 
 class CharacterTokenizer:
-    """Tokenizes captions: each character in double quotes is a token, and each other word is one.
+    """Tokenizes captions: each character in double quotes is a token, and so is each word outside of quotes.
 
     It has the methods of a transformers tokenizer that the text encoder uses.
     """
@@ -123,7 +125,7 @@ class CharacterModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that a diffusers pipeline reads from a text encoder. Results are float32 even if it is another one."""
+        """The dtype that a diffusers pipeline reads from a text encoder. `forward` returns float32 in any case."""
         return self.get_buffer("_device").dtype
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> SimpleNamespace:
@@ -182,15 +184,15 @@ def embed(number: int) -> list[float]:
 
 
 def _signs(key: str) -> list[float]:
-    """Return BLOCK numbers, each 1 or -1, from the SHA-256 of `key`. Those of different keys are nearly orthogonal."""
+    """Return a vector of BLOCK (64) numbers, 1 or -1, from the SHA-256 of `key`. Those of two keys are nearly orthogonal."""
     bits = int.from_bytes(hashlib.sha256(key.encode()).digest(), "big")
     return [1.0 if bits >> i & 1 else -1.0 for i in range(BLOCK)]
 
 
 def _place(place: int, length: int) -> list[float]:
-    """Return BLOCK numbers that encode the position `place` of a character in a text of `length` characters.
+    """Return BLOCK (64) numbers that encode the index `place` of a character in a text of `length` characters.
 
-    They depend on its distances from the start, the end and the middle, and on its relative position.
+    They depend on the character's distances from the start, the end and the middle, and on its relative position.
     """
     after = length - 1 - place
     one_hots = [2.0 * (i == value) for value in (place, after) for i in range(ONE_HOT)]
@@ -355,8 +357,8 @@ def decode_latents(vae: Model, latents: Tensor, device: torch.device) -> Tensor:
 def latent_shift_and_scale(vae: Model, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return (shift, scale) of a VAE's latents, from its configuration, as float32 tensors on `device`.
 
-    `vae`: an autoencoder of diffusers. The diffusion model is trained on (latents - shift) * scale. Each
-    of them is a scalar tensor [] for all channels, or [C, 1, 1] with a number for each channel.
+    Shift and scale each have the shape [], one number for all channels, or [C, 1, 1], a number for each channel. The
+    diffusion model is trained on (latents - shift) * scale. `vae`: an autoencoder of diffusers.
     """
     config = vae.config
     mean, std = config.get("latents_mean"), config.get("latents_std")
@@ -404,9 +406,9 @@ def tokenize(tokenizer: Tokenizer, captions: Sequence[str], max_tokens: int, pad
 
 
 def _special_in_text(tokenizer: Tokenizer, ids_BY: Tensor, mask_BY: Tensor) -> Tensor:
-    """Return where a caption's own text became a special token, bool [B, Y]. The token for unknown text does not count.
+    """Return, bool [B, Y], which tokens are special tokens that stem from a caption's text. The unknown token is excluded.
 
-    `mask_BY`: 1 at special tokens that the tokenizer added itself.
+    `ids_BY`: token numbers. `mask_BY`: 1 at special tokens that the tokenizer has added itself.
     """
     # Some tokenizers pad with an ordinary character ("!" in Stable Diffusion 2).
     known = {i for token, i in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True) if len(token) > 1}
@@ -475,7 +477,7 @@ _DEFAULT_LEVELS = {"AutoencoderTiny": 4, "AutoencoderDC": 6}  # where a configur
 def downscale_factor(config: Mapping[str, Any]) -> int:
     """Return by how much an autoencoder reduces height and width: by a factor of 2 from each level to the next.
 
-    `config`: the content of the autoencoder's config.json, which lists its levels. 8 means 4 levels.
+    `config`: the content of the autoencoder's config.json, which lists its levels. With 4 levels the result is 8.
     """
     levels = config.get("encoder_block_out_channels") or config.get("block_out_channels")
     count = len(levels) if levels else _DEFAULT_LEVELS.get(str(config.get("_class_name")), 1)
@@ -500,8 +502,8 @@ def append_small_image(x_BChw: Tensor, small_B3HsWs: Tensor, patch: int) -> Tens
 def back_project(images_B3HW: Tensor, small_B3HsWs: Tensor, times: int) -> Tensor:
     """Correct sampled images so that their downscaled versions approach the small images (Irani and Peleg, 1991).
 
-    The autoencoder and sampling change colours, while the small image has the right ones. Each correction enlarges the
-    difference between the small image and the downscaled one, and adds it.
+    The autoencoder and sampling change colours, while the small image has the right ones. Each correction upsamples the
+    difference between the small image and the downscaled sampled image, and adds it to the sampled image.
 
     Args:
         images_B3HW: sampled images in -1..1.
@@ -522,62 +524,6 @@ def back_project(images_B3HW: Tensor, small_B3HsWs: Tensor, times: int) -> Tenso
 
 
 INT_LIMIT = 2**63  # tensors and files hold 64-bit integers
-
-# ---- data.image ------------------------------------------------------------------------------------------------------
-
-
-_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16B", "I;16L", "I;16N"}
-_ORIENTATION = 0x0112
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
-    """Convert a Pillow image to RGB, rotated as its EXIF orientation states. Transparent pixels get the colour `background`.
-
-    Raises ValueError for an image mode that is not supported.
-    """
-    if image.mode not in _MODES:
-        raise ValueError(f"image mode is {image.mode}, but it must be one of {', '.join(sorted(_MODES))}")
-    image.load()  # a PNG may have its orientation after its pixels
-    orientation = _orientation(image)
-    if image.mode.startswith("I;16"):
-        image = _to_8_bits(image)
-    if orientation in _TURNS:
-        image = image.transpose(_TURNS[orientation])
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
-    image = image.convert("RGB")
-    image.info = {}  # the orientation is applied
-    return image
-
-
-def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8; 1 (upright) where it is missing or damaged."""
-    try:
-        # A PNG's own `getexif` would decode its pixels first.
-        value = Image.Image.getexif(image).get(_ORIENTATION, 1)
-        return int(value) if value in _TURNS else 1
-    except Exception:  # Pillow raises nearly anything on damaged EXIF
-        return 1
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Convert 16-bit grey to 8 bits by the high bytes, as Pillow does for 16-bit colours."""
-    values = np.asarray(image)
-    grey = Image.fromarray((values >> 8).astype(np.uint8))
-    clear = image.info.get("transparency")
-    if isinstance(clear, int):
-        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
-    return grey
 
 # ---- sampling.pipeline_arguments -------------------------------------------------------------------------------------
 
@@ -645,9 +591,19 @@ class CallArguments:
             factor: image pixels per latent position, in height and in width; height and width must be multiples of it.
             num_timesteps: number of timesteps of the noise schedule.
         """
-        check_texts(self.prompt, self.negative_prompt, self.prompt_embeds, self.negative_prompt_embeds)
+        check_texts(
+            self.prompt,
+            self.negative_prompt,
+            self.prompt_embeds,
+            self.negative_prompt_embeds,
+            self.prompt_attention_mask,
+            self.negative_prompt_attention_mask,
+        )
         check_whole("num_images_per_prompt", self.num_images_per_prompt, 1)
         check_whole("num_inference_steps", self.num_inference_steps, 1, num_timesteps - 1)
+        for name, values in (("timesteps", self.timesteps), ("sigmas", self.sigmas)):
+            if values is not None:
+                _check_schedule(name, values)
         if self.seed is not None:
             check_whole("seed", self.seed, 0, INT_LIMIT - 1)
         for name, side in (("height", self.height), ("width", self.width)):
@@ -668,16 +624,16 @@ class CallArguments:
         for name, images in (("image", self.images), ("mask_image", self.masks)):
             for image in images:
                 _check_image(name, image)
-        for image, mask in zip(self.images, self.masks, strict=False):  # one of them may be empty
-            upright, upright_mask = to_rgb(image), to_rgb(mask)
-            if upright.size != upright_mask.size:
-                raise UserError(
-                    f"mask_image of {upright_mask.width} x {upright_mask.height} pixels must have the size of the image, "
-                    f"which is {upright.width} x {upright.height}. Resize the mask."
-                )
 
 
-def check_texts(prompt: Texts, negative: Texts, prompt_embeds: Tensor | None, negative_embeds: Tensor | None) -> None:
+def check_texts(
+    prompt: Texts,
+    negative: Texts,
+    prompt_embeds: Tensor | None,
+    negative_embeds: Tensor | None,
+    prompt_mask: Tensor | None = None,
+    negative_mask: Tensor | None = None,
+) -> None:
     """Raise UserError unless the prompts of a call are either strings or embeddings, and its negative prompts as well.
 
     Args:
@@ -685,13 +641,21 @@ def check_texts(prompt: Texts, negative: Texts, prompt_embeds: Tensor | None, ne
         negative: negative prompts: one for all prompts, or one for each. They may be None, also without embeddings.
         prompt_embeds: embeddings of the prompts, [prompts, tokens, width], or None.
         negative_embeds: embeddings of the negative prompts, or None.
+        prompt_mask: mask of `prompt_embeds`, or None.
+        negative_mask: mask of `negative_embeds`, or None.
     """
-    for name, texts, embeds in (
-        ("prompt", prompt, prompt_embeds),
-        ("negative_prompt", negative, negative_embeds),
+    for name, texts, embeds, mask in (
+        ("prompt", prompt, prompt_embeds, prompt_mask),
+        ("negative_prompt", negative, negative_embeds, negative_mask),
     ):
         if texts is not None and embeds is not None:
             raise UserError(f"{name}={texts!r} cannot be combined with {name}_embeds. Pass only one of them.")
+        if mask is not None and embeds is None:
+            raise UserError(
+                f"{name}_attention_mask requires {name}_embeds, but {name}_embeds=None. Pass both, or leave out the mask."
+            )
+        if embeds is not None:
+            _check_floats(f"{name}_embeds", embeds)
     if prompt_embeds is None:
         _check_text_list("prompt", as_list(prompt))
     if negative_embeds is None:
@@ -711,20 +675,16 @@ def check_embeddings(
         width: text width D of the model; None: any.
         shape: the exact shape that is required; None: any.
     """
-    if (
-        embeds.ndim != 3
-        or embeds.shape[2] != (width or embeds.shape[2])
-        or (shape is not None and tuple(embeds.shape) != tuple(shape))
-    ):
+    if embeds.shape[2] != (width or embeds.shape[2]) or (shape is not None and tuple(embeds.shape) != tuple(shape)):
         expected = ["prompts", "tokens", width] if shape is None else list(shape)
         raise UserError(
             f"{name} of shape {list(embeds.shape)} must have shape [{', '.join(map(str, expected))}]. Use encode_prompt() "
             "of a pipeline with this model's text encoder."
         )
-    if mask is not None and mask.shape != embeds.shape[:2]:
+    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != embeds.shape[:2]):
         mask_name = name.replace("embeds", "attention_mask")
         raise UserError(
-            f"{mask_name} of shape {list(mask.shape)} must have shape {list(embeds.shape[:2])}, one value for each token of "
+            f"{mask_name} of {_kind(mask)} must have shape {list(embeds.shape[:2])} as a tensor, a value for each token of "
             f"{name}. Pass the mask that encode_prompt() returns with the embeddings."
         )
 
@@ -752,6 +712,11 @@ def _is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+def _is_real(value: object) -> TypeGuard[float]:
+    """Return whether `value` is a finite number of at least 0."""
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) < math.inf
+
+
 def check_whole(name: str, value: object, low: int, high: int | None = None) -> None:
     """Raise UserError unless `value` is a whole number from `low` to `high`. None: no upper limit.
 
@@ -767,7 +732,7 @@ def check_real(name: str, value: object, high: float) -> None:
 
     `name`: the argument of the pipeline that has this value, for the message.
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= high or math.isinf(value):
+    if not _is_real(value) or value > high:
         limits = "from 0" + ("" if math.isinf(high) else f" to {high}")
         raise UserError(f"{name}={value!r} must be a number {limits}. Use a number within these limits.")
 
@@ -779,6 +744,32 @@ def _check_text_list(name: str, values: Sequence[object]) -> None:
         raise UserError(
             f"{name}={list(values)!r} must be a string or a list of strings, but {why}. Pass e.g. {name}='a red heart', or "
             f"pass {name}_embeds."
+        )
+
+
+def _check_floats(name: str, embeds: object) -> None:
+    """Raise UserError unless text embeddings, the argument `name`, are a tensor of floats [prompts, tokens, width]."""
+    if not isinstance(embeds, Tensor) or not embeds.is_floating_point() or embeds.ndim != 3 or not embeds.numel():
+        raise UserError(
+            f"{name} of {_kind(embeds)} must have shape [prompts, tokens, width], each at least 1, as a tensor of floats. "
+            "Pass what encode_prompt() returns."
+        )
+
+
+def _kind(value: object) -> str:
+    """Return the shape of a tensor, its dtype if that is no float, or the type of another value, for a message."""
+    if not isinstance(value, Tensor):
+        return f"type {type(value).__name__}"
+    return f"shape {list(value.shape)}" if value.is_floating_point() else f"shape {list(value.shape)} and {value.dtype}"
+
+
+def _check_schedule(name: str, values: Any) -> None:
+    """Raise UserError unless `values`, the argument `name`, is a list or array of numbers that is not empty."""
+    numbers = values.tolist() if isinstance(values, np.ndarray | Tensor) else values
+    if not isinstance(numbers, list | tuple) or not numbers or not all(_is_real(value) for value in numbers):
+        raise UserError(
+            f"{name}={values!r} must be a list of numbers from 0, one for each step. Pass at least one number, or leave out "
+            f"{name}."
         )
 
 
@@ -890,7 +881,7 @@ class PipelineFiles(_Pipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         """Load a pipeline from a local folder or a model hub, with diffusers' arguments.
 
-        Raises UserError if the local folder does not contain a pipeline.
+        Raises UserError if the local folder does not contain a pipeline, or lacks files.
         """
         folder = Path(pretrained_model_name_or_path)
         if folder.exists() or str(folder).count("/") != 1:  # otherwise it may be the name of a repository
@@ -912,22 +903,26 @@ class PipelineFiles(_Pipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Self:
-        """Return a pipeline of this class that shares components and settings with another. Weights keep their dtype.
+        """Return a pipeline of this class that shares components and settings with another.
 
         Args:
             pipeline: any pipeline with the components that this class requires.
-            kwargs: components and settings to replace or add.
+            kwargs: components and settings to replace or add. `dtype` (or `torch_dtype`): dtype to which the shared
+                weights are cast; None: they keep theirs.
 
         Raises:
             UserError: a component is missing.
         """
+        torch_dtype = kwargs.pop("torch_dtype", None)
+        dtype = kwargs.pop("dtype", None) or torch_dtype
         names, settings = cls._get_signature_keys(cls)
         parts = {name: part for name, part in pipeline.components.items() if name in names} | kwargs
         if missing := sorted(set(names) - parts.keys() - set(cls._optional_components)):
             raise UserError(
                 f"{cls.__name__}.from_pipe requires {missing[0]}. Pass it: from_pipe(pipeline, {missing[0]}=...)."
             )
-        return cls(**{name: pipeline.config[name] for name in settings if name in pipeline.config} | parts)
+        made = cls(**{name: pipeline.config[name] for name in settings if name in pipeline.config} | parts)
+        return made if dtype is None else made.to(dtype=dtype)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Save the pipeline to the folder `save_directory`, with diffusers' arguments.
@@ -959,10 +954,16 @@ class PipelineFiles(_Pipeline):
 
 
 def check_pipeline_folder(folder: Path) -> None:
-    """Raise UserError unless `folder` is that of a saved pipeline: its model_index.json has the key "_class_name"."""
+    """Raise UserError unless `folder` is that of a saved pipeline: its model_index.json names a class as "_class_name".
+
+    This is the name of a class, or the names of a module and of a class in it.
+    """
+    problem = None
     try:
         index = read_json(folder / "model_index.json")
-        problem = None if isinstance(index, dict) and "_class_name" in index else "it lacks the key _class_name"
+        kind = index.get("_class_name") if isinstance(index, dict) else None
+        if not isinstance(kind, str) and not _is_pair(kind):
+            problem = f"_class_name={kind!r} must be the name of a class"
     except (OSError, ValueError) as error:
         problem = getattr(error, "strerror", None) or str(error)
     if problem:
@@ -970,6 +971,10 @@ def check_pipeline_folder(folder: Path) -> None:
             f"{folder} must be the folder of a pipeline, but its model_index.json cannot be used: {problem}. Export a "
             "pipeline with `python -m raphael_dist convert --from auto RUN_DIR --to diffusers FOLDER`."
         )
+
+
+def _is_pair(entry: object) -> bool:
+    return isinstance(entry, list) and len(entry) == 2 and all(isinstance(name, str) for name in entry)
 
 # ---- rng -------------------------------------------------------------------------------------------------------------
 
@@ -982,7 +987,7 @@ class Purpose(IntEnum):
     Attributes:
         ORDER: order of the samples in an epoch.
         CAPTION, FLIP, DROP: choice of a sample's caption, whether its image is mirrored, whether its caption is dropped.
-        TIMESTEP, STRATA: a sample's diffusion timestep, and the order of a batch's subranges of timesteps.
+        TIMESTEP, STRATA: a sample's diffusion timestep, and (stratified sampling) the subrange from which it is drawn.
         NOISE, OFFSET: noise on a sample's latents, and the part of it that is constant in each channel.
         TIME_GATE, SPACE_GATE: noise on the logits of the gates that choose time experts and space experts.
         POSTERIOR: sampling from the VAE's posterior.
@@ -1095,15 +1100,40 @@ class ImageInputs:
 
 
 class Prompts(NamedTuple):
-    """Text embeddings [B, Y, D] and masks, bool [B, Y], of B prompts and their negative prompts. Y: tokens, D: width.
+    """Text embeddings of B prompts, as diffusers passes them to callbacks. Y: tokens, D: width.
 
-    A mask is False at padding. The fields of negative prompts are None without guidance.
+    Attributes:
+        embeds: [B, Y, D] without guidance; with guidance [2 B, Y, D], those of negative prompts first.
+        mask: mask of `embeds`, bool [B, Y] or [2 B, Y], False at padding.
+        negative_embeds: [B, Y, D], those of negative prompts alone; None without guidance.
     """
 
     embeds: Tensor
     mask: Tensor
     negative_embeds: Tensor | None
-    negative_mask: Tensor | None
+
+    @classmethod
+    def of(cls, embeds: Tensor, mask: Tensor, negative_embeds: Tensor | None, negative_mask: Tensor | None) -> "Prompts":
+        """Return the prompts of a call from what `encode_prompt` returns."""
+        if negative_embeds is None or negative_mask is None:
+            return cls(embeds, mask, None)
+        return cls(torch.cat([negative_embeds, embeds]), torch.cat([negative_mask, mask]), negative_embeds)
+
+    def with_embeds(self, embeds: Tensor, negative_embeds: Tensor | None, batch: int, guided: bool) -> "Prompts":
+        """Return the prompts with the embeddings that a callback returned.
+
+        `batch`: number of images B. `guided`: whether the next step has guidance. Raises UserError for another shape.
+        """
+        if guided and negative_embeds is not None and negative_embeds is not self.negative_embeds:
+            embeds = torch.cat([negative_embeds, embeds[-batch:]])
+        rows = (2 * batch,) if guided else (batch, 2 * batch)
+        if len(embeds) not in rows or embeds.shape[1:] != self.embeds.shape[1:]:
+            raise UserError(
+                f"callback_on_step_end must return prompt_embeds of shape {[rows[0], *self.embeds.shape[1:]]}, but it is "
+                f"{list(embeds.shape)}. Return those of negative prompts and then those of prompts, or set "
+                "pipeline._guidance_scale = 0 and return those of prompts."
+            )
+        return self._replace(embeds=embeds, negative_embeds=negative_embeds)
 
 
 class Denoiser(PipelineFiles):
@@ -1170,17 +1200,20 @@ class Denoiser(PipelineFiles):
                 scheduler, call.num_inference_steps, self._execution_device, call.timesteps, call.sigmas
             )
         except ValueError as error:
-            settings = f"timesteps={call.timesteps}, sigmas={call.sigmas}"
-            reason = str(error).splitlines()[0]
+            settings, remedy = f"timesteps={call.timesteps}, sigmas={call.sigmas}", "Leave out both"
+            if call.timesteps is None and call.sigmas is None:
+                settings, remedy = f"num_inference_steps={call.num_inference_steps}", "Use another number"
+            reason = str(error).splitlines()[0].rstrip(". ")
             raise UserError(
-                f"{settings} must be supported by {type(scheduler).__name__}, but it reports: {reason.rstrip('.')}. Leave "
-                "out both, or use a scheduler that supports them."
+                f"{settings} must be supported by {type(scheduler).__name__}, but it reports: {reason}. {remedy}, "
+                "or another scheduler."
             ) from None
         if inputs.start is None or (inputs.mask is not None and call.strength == 1):
             if inputs.start is None and (late := late_start_warning(scheduler)):
                 _log.warning("%s", late)
             return noise * scheduler.init_noise_sigma, timesteps
-        skipped = (steps - min(int(steps * call.strength), steps)) * scheduler.order  # as in diffusers
+        kept = min(int(steps * call.strength), steps)  # as in diffusers
+        skipped = (steps - kept) * scheduler.order if kept else len(timesteps)  # PNDM has more timesteps than steps
         timesteps = timesteps[skipped:]
         if not len(timesteps):
             return inputs.start, timesteps
@@ -1219,8 +1252,11 @@ class Denoiser(PipelineFiles):
         values = (latents, prompts.embeds, prompts.negative_embeds)
         tensors: JsonObject = dict(zip(CALLBACK_INPUTS, values, strict=True))
         tensors |= callback(self, number, t, {name: tensors[name] for name in names})
-        embeds, negative = tensors["prompt_embeds"], tensors["negative_prompt_embeds"]
-        return tensors["latents"], prompts._replace(embeds=embeds, negative_embeds=negative)
+        replaced = (tensors["prompt_embeds"], tensors["negative_prompt_embeds"])
+        return tensors["latents"], prompts.with_embeds(*replaced, len(latents), self._is_guided(prompts))
+
+    def _is_guided(self, prompts: Prompts) -> bool:
+        return self.do_classifier_free_guidance and prompts.negative_embeds is not None
 
     def _step_options(self, call: CallArguments) -> JsonObject:
         """Return those of the options `eta` and `generator` that the method `step` of this scheduler accepts."""
@@ -1233,10 +1269,10 @@ class Denoiser(PipelineFiles):
     def _predict(self, call: CallArguments, latents: Tensor, t: Tensor, inputs: ImageInputs, prompts: Prompts) -> Tensor:
         """Return the prediction with guidance, eps_null + guidance * (eps_text - eps_null), float32 [B, C, h, w]."""
         x = self.scheduler.scale_model_input(latents, t).to(self.unet.dtype)
-        text, mask, null, null_mask = prompts
-        if not self.do_classifier_free_guidance or null is None or null_mask is None:
-            return self._run_unet(call, x, t, inputs, text, mask)
-        text, mask = torch.cat([text, null]), torch.cat([mask, null_mask])
+        batch, text, mask = len(x), prompts.embeds, prompts.mask
+        if not self._is_guided(prompts):
+            return self._run_unet(call, x, t, inputs, text[-batch:], mask[-batch:])
+        text, mask = text.roll(batch, dims=0), mask.roll(batch, dims=0)  # the order in which `Sampler` computes them
         of_text, of_null = self._run_unet(call, x.repeat(2, 1, 1, 1), t, inputs, text, mask).chunk(2)
         prediction = of_null + self.guidance_scale * (of_text - of_null)
         if self.guidance_rescale > 0:
@@ -1303,6 +1339,7 @@ def lora_scale(rank: int, alpha: float, root: bool = False) -> float:
 
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+DIFFUSERS_WEIGHTS, _METADATA, _UNET = "pytorch_lora_weights.safetensors", "lora_adapter_metadata", "unet."
 _PREFIX = "base_model.model."
 # Options of peft that are not supported, with the value that turns each off.
 _PLAIN: JsonObject = {
@@ -1362,61 +1399,100 @@ def read_peft_folder(folder: Path, option: str) -> Adapter:
     Raises UserError if they are not plain LoRA, or if the tensors do not match the folder's adapter_config.json.
     `option`: name of the command line option that gave `folder`, for messages.
     """
-    config = _read_config(folder, option)
-    rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for key, tensor in read_tensors(folder / WEIGHTS).items():
-        module, _, factor = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".lora_")
+    config = _read_config(folder / CONFIG, option)
+    return adapter_of_tensors(read_tensors(folder / WEIGHTS), config, folder / WEIGHTS, option)
+
+
+def read_lora_file(file: Path, option: str) -> Adapter:
+    """Read the LoRA adapters in a safetensors file of diffusers' `save_lora_weights`.
+
+    Raises UserError if they are not plain LoRA. `option`: as in `read_peft_folder`.
+    """
+    return adapter_of_tensors(read_tensors(file), _read_config(file, option), file, option)
+
+
+def adapter_of_tensors(tensors: Mapping[str, Tensor], config: JsonObject | None, file: Path, option: str) -> Adapter:
+    """Return the adapters that tensors with the names of peft or diffusers are. Raises UserError if they are not plain LoRA.
+
+    Args:
+        tensors: matrices A and B by name.
+        config: peft's LoraConfig. None: any rank, and alpha is the rank.
+        file: where the tensors come from.
+        option: name of the option that gave them, for messages.
+    """
+    pairs: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        name = key.removeprefix(_UNET).removeprefix(_PREFIX).removesuffix(".weight")
+        name = name.replace(".lora.down", ".lora_A").replace(".lora.up", ".lora_B")  # in diffusers' training scripts
+        module, _, factor = name.rpartition(".lora_")
         if factor not in ("A", "B") or tensor.ndim != 2:
             raise UserError(
-                f"{option}: {key} in {folder / WEIGHTS} must be a LoRA matrix A or B, but it is not (shape "
-                f"{list(tensor.shape)}). Use plain LoRA adapters."
+                f"{option}: {key} in {file} must be a LoRA matrix A or B, but it is not (shape {list(tensor.shape)}). Use "
+                "plain LoRA adapters."
             )
-        tensors[module][factor] = tensor
-    parameters, factors = [str(name) for name in config.get("target_parameters") or ()], {}
-    for module, pair in tensors.items():
-        name = _parameter_of(module, tensors, parameters)
-        if name is None or pair.keys() != {"A", "B"} or len(pair["A"]) != pair["B"].shape[1] or len(pair["A"]) % rank:
+        pairs[module][factor] = tensor
+    parameters, factors = [str(name) for name in (config or {}).get("target_parameters") or ()], {}
+    source = CONFIG if file.name == WEIGHTS else "its metadata"
+    for module, pair in pairs.items():
+        parameter = _parameter_of(module, pairs, parameters)
+        rows = len(pair.get("A", ()))
+        rank = rows if config is None else int(config["r"])
+        if parameter is None or pair.keys() != {"A", "B"} or rows != pair["B"].shape[1] or not rows or rows % rank:
             raise UserError(
-                f"{option}: the adapter of {module} in {folder / WEIGHTS} must match {CONFIG}, but it does not. Use the "
-                f"{CONFIG} and {WEIGHTS} of one training run."
+                f"{option}: the adapter of {module} in {file} must match {source}, but it does not. Use the files of one "
+                "training run."
             )
-        if not stacked(name) and len(pair["A"]) != rank:
+        if not stacked(parameter) and rows != rank:
             raise UserError(
-                f"{option} {folder}: r={rank} in {CONFIG} must be the rank of the tensors, but the rank of {module} is "
-                f"{len(pair['A'])}. Use the {CONFIG} and {WEIGHTS} of one training run."
+                f"{option} {file}: r={rank} in {source} must be the rank of the tensors, but the rank of {module} is "
+                f"{rows}. Use the files of one training run."
             )
-        factors[name] = _unstack(pair["A"], pair["B"], rank) if stacked(name) else (pair["A"], pair["B"])
-    return Adapter(folder, lora_scale(rank, alpha, bool(config.get("use_rslora"))), factors)
+        factors[parameter] = _unstack(pair["A"], pair["B"], rank) if stacked(parameter) else (pair["A"], pair["B"])
+    if config is None:
+        return Adapter(file, 1.0, factors)
+    return Adapter(file, lora_scale(int(config["r"]), float(config["lora_alpha"]), bool(config.get("use_rslora"))), factors)
 
 
-def _read_config(folder: Path, option: str) -> JsonObject:
-    """Return the content of peft's adapter_config.json. UserError: it cannot be read, or is not that of plain LoRA."""
+def _file_config(file: Path) -> JsonObject | None:
+    """Return the LoraConfig of the U-Net's adapters in the metadata of a safetensors file; None if it has none."""
+    with safe_open(file, "pt") as opened:
+        text = (opened.metadata() or {}).get(_METADATA)
+    return {key.removeprefix(_UNET): value for key, value in json.loads(text).items()} if text else None
+
+
+def _read_config(file: Path, option: str) -> JsonObject | None:
+    """Return the LoraConfig in peft's adapter_config.json or in a safetensors file; None if that has none.
+
+    UserError: it cannot be read, or is not that of plain LoRA.
+    """
     try:
-        config: JsonObject = read_json(folder / CONFIG)
+        config = read_json(file) if file.name == CONFIG else _file_config(file)
+        if config is None:
+            return None
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
         if rank < 1 or not math.isfinite(alpha):
             raise ValueError(f"r={rank} must be at least 1, and lora_alpha={alpha} must be finite")
         unsupported = [key for key, value in _PLAIN.items() if config.get(key, value) != value]
         unsupported += [key for key in _EMPTY if config.get(key)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(
-            f"{option}: {folder / CONFIG} cannot be read: {reason_unreadable(error)}. Copy the folder of the adapters again "
+            f"{option}: {file} cannot be read: {reason_unreadable(error)}. Copy the folder of the adapters again "
             "from its source."
         ) from None
     if unsupported:
         key = unsupported[0]
         raise UserError(
-            f"{option} {folder}: {key}={config[key]!r} in {CONFIG} is not supported. Use plain LoRA adapters, which are "
-            f"trained without {key}."
+            f"{option} {file.parent}: {key}={config[key]!r} in {file.name} is not supported. Use plain LoRA adapters, which "
+            f"are trained without {key}."
         )
-    return config
+    checked: JsonObject = config
+    return checked
 
 
 def _parameter_of(module: str, modules: Container[str], parameters: list[str]) -> str | None:
-    """Return the name of the parameter that is adapted by the tensors of `module` in peft's file.
+    """Return the name of the model's parameter that the tensors of `module`, a module name in peft's file, adapt.
 
-    None if `parameters`, the target_parameters of peft's configuration, do not match. `modules`: all modules in the file.
+    None if `parameters` (`target_parameters` in peft's adapter_config.json) do not match `modules`, all modules in the file.
     """
     layer = module.removesuffix(".base_layer")
     names = sorted({f"{layer}.{p.rpartition('.')[2]}" for p in parameters if _ends(f"{layer}.{p.rpartition('.')[2]}", p)})
@@ -1434,7 +1510,88 @@ def _unstack(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Convert peft's matrices A [K rank, in] and B [out, rank K] for K experts to [K, rank, in] and [K, out, rank]."""
     return a.view(-1, rank, a.shape[1]), b.view(b.shape[0], rank, -1).permute(2, 0, 1).contiguous()
 
+# ---- sampling.pipeline_lora_files ------------------------------------------------------------------------------------
+
+
+class LoraFiles:
+    """Base class of pipelines with LoRA: writes adapters, as diffusers' pipelines do."""
+
+    @classmethod
+    def save_lora_weights(
+        cls,
+        save_directory: str | Path,
+        unet_lora_layers: Mapping[str, Tensor] | None = None,
+        text_encoder_lora_layers: None = None,
+        is_main_process: bool = True,
+        weight_name: str | None = None,
+        save_function: Any = None,
+        safe_serialization: bool = True,
+        unet_lora_adapter_metadata: Mapping[str, Any] | None = None,
+        text_encoder_lora_adapter_metadata: None = None,
+    ) -> None:
+        """Write the tensors of LoRA adapters to a file that `load_lora_weights` reads, as diffusers' pipelines do.
+
+        Args:
+            save_directory: the folder; it is created if it does not exist.
+            unet_lora_layers: tensors of adapters of the U-Net, as peft's `get_peft_model_state_dict` returns them.
+            text_encoder_lora_layers: not supported.
+            is_main_process: without effect, as in diffusers.
+            weight_name: name of the file; None: pytorch_lora_weights.safetensors.
+            save_function: called with (tensors, path) instead of writing safetensors.
+            safe_serialization: always True, since only safetensors files are read.
+            unet_lora_adapter_metadata: peft's `LoraConfig.to_dict()`. None: alpha is read as the rank, and adapters of
+                experts are not recognised.
+            text_encoder_lora_adapter_metadata: not supported.
+
+        Raises:
+            UserError: an argument is not supported.
+        """
+        unsupported = {
+            "text_encoder_lora_layers": bool(text_encoder_lora_layers),
+            "text_encoder_lora_adapter_metadata": bool(text_encoder_lora_adapter_metadata),
+            "safe_serialization=False": not safe_serialization,
+        }
+        if name := next((name for name, given in unsupported.items() if given), None):
+            raise UserError(
+                f"{name} is not supported: only the U-Net has adapters, and only safetensors files are read. Leave it out."
+            )
+        if not unet_lora_layers:
+            raise UserError(
+                "unet_lora_layers must be the tensors of adapters by name, but there are none. Pass what peft's "
+                "get_peft_model_state_dict returns."
+            )
+        StableDiffusionLoraLoaderMixin.save_lora_weights(
+            save_directory,
+            unet_lora_layers=dict(unet_lora_layers),
+            weight_name=weight_name or DIFFUSERS_WEIGHTS,
+            save_function=save_function,
+            unet_lora_adapter_metadata=dict(unet_lora_adapter_metadata or {}),
+        )
+
+
+def read_adapters(path: Path, weight_name: str | None) -> Adapter:
+    """Read LoRA adapters from a safetensors file, or from a folder of peft or diffusers.
+
+    The installed package also reads those of a run directory.
+
+    Args:
+        path: the file or folder.
+        weight_name: name of the safetensors file in the folder; None: that of peft, otherwise that of diffusers.
+
+    Raises:
+        UserError: there are no adapters, or they are of a kind that is not supported.
+    """
+    option = "load_lora_weights"
+    if weight_name in (None, WEIGHTS) and (path / CONFIG).is_file():
+        return read_peft_folder(path, option)
+    file, adapter = path if path.is_file() else path / (weight_name or DIFFUSERS_WEIGHTS), None
+    return read_lora_file(file, option) if adapter is None else adapter
+
 # ---- sampling.pipeline_lora ------------------------------------------------------------------------------------------
+
+
+_COMPONENTS = ("unet",)  # components that may have adapters
+_NO_EFFECT = ("local_files_only", "low_cpu_mem_usage", "use_safetensors")  # options of diffusers that are always on here
 
 
 @dataclass
@@ -1442,19 +1599,23 @@ class LoraState:
     """The LoRA adapters of a U-Net, which several pipelines may share.
 
     Attributes:
-        adapters: all loaded adapters, by name.
+        adapters: all loaded adapters that are not fused, by name.
         active: factor by which each active adapter is multiplied, by the adapter's name.
+        enabled: whether the active adapters are added to the weights.
         own: for each parameter that active adapters change, by name, its weights without them, on the CPU.
         fused: for each parameter that `fuse_lora` changed, by name, its weights before that.
+        fused_adapters: adapters that `fuse_lora` added, by name, and the factors that they had.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
     active: dict[str, float] = field(default_factory=dict)
+    enabled: bool = True
     own: dict[str, Tensor] = field(default_factory=dict)
     fused: dict[str, Tensor] = field(default_factory=dict)
+    fused_adapters: dict[str, tuple[Adapter, float]] = field(default_factory=dict)
 
 
-class LoraLoader:
+class LoraLoader(LoraFiles):
     """Base class of pipelines with LoRA: loads adapters and adds them to the weights of `self.unet`."""
 
     unet: Any
@@ -1466,63 +1627,97 @@ class LoraLoader:
         state: LoraState = self.unet.lora_state
         return state
 
-    def load_lora_weights(self, pretrained_model_name_or_path: str | Path, adapter_name: str | None = None) -> None:
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | Path | Mapping[str, Tensor],
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        *,
+        weight_name: str | None = None,
+        subfolder: str | None = None,
+        **options: Any,
+    ) -> None:
         """Load LoRA adapters and make them the only active ones, with factor 1.
 
         Args:
-            pretrained_model_name_or_path: a folder of peft (adapter_config.json, adapter_model.safetensors). The installed
-                package also reads a run directory with trained adapters.
+            pretrained_model_name_or_path_or_dict: a local folder of peft (adapter_config.json, adapter_model.safetensors) or
+                diffusers (pytorch_lora_weights.safetensors), a safetensors file, or tensors by name. The installed package
+                also reads a run directory with trained adapters.
             adapter_name: name for `set_adapters`; None: default_0, default_1, ...
+            hotswap: whether to replace the loaded adapters `adapter_name`, which keep their factor.
+            weight_name: name of the safetensors file in the folder; None: one of the names above.
+            subfolder: folder with the adapters in the folder that is passed first.
+            options: options of diffusers for downloads, which are refused.
 
         Raises:
             UserError: there are no adapters, they do not fit the U-Net, or the name is in use.
         """
-        name = f"default_{len(self._lora.adapters)}" if adapter_name is None else adapter_name
-        if name in self._lora.adapters:
+        for option, value in options.items():
+            if value and option not in _NO_EFFECT:
+                raise UserError(
+                    f"{option}={value!r} is not supported by load_lora_weights, which reads safetensors files from a local "
+                    f"folder. Leave out {option}."
+                )
+        state, source = self._lora, pretrained_model_name_or_path_or_dict
+        used = state.adapters.keys() | state.fused_adapters
+        name = next(n for i in count() if (n := f"default_{i}") not in used) if adapter_name is None else adapter_name
+        if hotswap and name not in state.adapters:
+            raise UserError(
+                f"hotswap=True requires a loaded adapter of the name adapter_name={adapter_name!r}, but the loaded ones are "
+                f"{list(state.adapters)}. Use one of these, or leave out hotswap."
+            )
+        if name in used and not hotswap:
             raise UserError(
                 f"adapter_name={name!r} must be new, but the pipeline has an adapter of this name. Choose another name, or "
                 f"call delete_adapters({name!r}) first."
             )
-        path, adapter = Path(pretrained_model_name_or_path), None
-        if adapter is None:
-            adapter = read_peft_folder(path, "load_lora_weights")
+        if isinstance(source, Mapping):
+            adapter = adapter_of_tensors(source, None, Path("the tensors"), "load_lora_weights")
+        else:
+            adapter = read_adapters(Path(source) / (subfolder or ""), weight_name)
         shapes = {name: tuple(p.shape) for name, p in self.unet.named_parameters()}
         adapter.check(shapes, "load_lora_weights")
-        self._lora.adapters[name] = adapter
-        self.set_adapters(name)
+        state.adapters[name] = adapter
+        if hotswap:
+            self._merge(state.active, state.enabled)
+        else:
+            self.set_adapters(name)
 
     def set_adapters(
-        self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
+        self, adapter_names: str | Sequence[str], adapter_weights: float | dict[str, float] | Sequence[Any] | None = None
     ) -> None:
         """Make these loaded LoRA adapters the only ones that are added to the U-Net's weights.
 
         Args:
             adapter_names: one name or several.
-            adapter_weights: factor by which an adapter is multiplied: one number for all, or one for each. None: 1.
+            adapter_weights: factor by which an adapter is multiplied: one number for all, or one for each. None: 1. A number
+                may be written as {"unet": number}.
 
         Raises:
             UserError: no adapter of this name is loaded, or the number of factors is wrong.
         """
         names = as_list(adapter_names)
-        weights = as_list(1.0 if adapter_weights is None else adapter_weights)
+        weights = [_factor("adapter_weights", weight) for weight in as_list(adapter_weights)]
         weights = weights * len(names) if len(weights) == 1 else weights
         if len(weights) != len(names):
             raise UserError(
                 f"adapter_weights={weights} must be one number, or one for each of the {len(names)} adapters, but it has "
                 f"{len(weights)} numbers. Pass one number, or a list of length {len(names)}."
             )
-        for name, weight in zip(names, weights, strict=True):
+        self._check_loaded(names)
+        self._merge(dict(zip(names, weights, strict=True)))
+
+    def _check_loaded(self, names: Sequence[str]) -> None:
+        for name in names:
             if name not in self._lora.adapters:
                 known = list(self._lora.adapters)
                 raise UserError(
                     f"adapter_names={name!r} must be a loaded adapter, but the loaded ones are {known}"
                     f"{did_you_mean(str(name), known)}. Use one of these, or load the adapter with load_lora_weights()."
                 )
-            check_real("adapter_weights", weight, float("inf"))
-        self._merge(dict(zip(names, weights, strict=True)))
 
     def get_active_adapters(self) -> list[str]:
-        """Return the names of the LoRA adapters that currently change the weights."""
+        """Return the names of the active LoRA adapters. `disable_lora` does not change them."""
         return list(self._lora.active)
 
     def get_list_adapters(self) -> dict[str, list[str]]:
@@ -1530,58 +1725,128 @@ class LoraLoader:
         return {"unet": list(self._lora.adapters)} if self._lora.adapters else {}
 
     def disable_lora(self) -> None:
-        """Deactivate all LoRA adapters, and restore the weights without them. `set_adapters` activates adapters again.
+        """Restore the weights without the active LoRA adapters, until `enable_lora` or `set_adapters`.
 
         Fused adapters (`fuse_lora`) stay in the weights.
         """
-        self._merge({})
+        self._merge(self._lora.active, enabled=False)
 
-    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
-        """Remove the LoRA adapters of these names from memory and from the weights. Unknown names are ignored."""
-        names = as_list(adapter_names)
-        self._merge({name: weight for name, weight in self._lora.active.items() if name not in names})
-        for name in names:
-            self._lora.adapters.pop(name, None)
-
-    def fuse_lora(self, lora_scale: float = 1.0) -> None:
-        """Make the active LoRA adapters, multiplied by `lora_scale`, part of the U-Net's weights, until `unfuse_lora`.
-
-        `save_pretrained` then writes the sum. Afterwards no adapter is loaded.
-        """
-        check_real("lora_scale", lora_scale, float("inf"))
-        self._merge({name: lora_scale * weight for name, weight in self._lora.active.items()})
-        # If adapters were fused before, `fused` has the older weights, which take precedence.
-        self.unet.lora_state = LoraState(fused=self._lora.own | self._lora.fused)
-
-    def unfuse_lora(self) -> None:
-        """Restore the U-Net's weights from before the first `fuse_lora`, bit for bit.
-
-        LoRA adapters that were loaded after it and are active stay active.
-        """
-        self._lora.own |= self._lora.fused
-        self._lora.fused = {}
+    def enable_lora(self) -> None:
+        """Add the active LoRA adapters to the weights again, after `disable_lora`."""
         self._merge(self._lora.active)
 
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        """Remove the LoRA adapters of these names from memory, and from the weights unless they are fused.
+
+        Unknown names are ignored.
+        """
+        state, names = self._lora, as_list(adapter_names)
+        self._merge({name: weight for name, weight in state.active.items() if name not in names}, state.enabled)
+        for name in names:
+            state.adapters.pop(name, None)
+            state.fused_adapters.pop(name, None)
+
+    def fuse_lora(
+        self,
+        components: str | Sequence[str] = _COMPONENTS,
+        lora_scale: float = 1.0,
+        safe_fusing: bool = False,
+        adapter_names: str | Sequence[str] | None = None,
+    ) -> None:
+        """Make LoRA adapters, multiplied by `lora_scale`, part of the U-Net's weights, until `unfuse_lora`.
+
+        `save_pretrained` then writes the sum. Other active adapters stay active.
+
+        Args:
+            components: only ["unet"], since no other component has adapters.
+            lora_scale: factor in addition to that of `set_adapters`.
+            safe_fusing: whether to refuse adapters whose values are not finite.
+            adapter_names: the adapters; None: all active ones.
+
+        Raises:
+            UserError: a value is not allowed.
+        """
+        _check_components(components)
+        scale, state = _factor("lora_scale", lora_scale), self._lora
+        names = list(state.active) if adapter_names is None else as_list(adapter_names)
+        self._check_loaded(names)
+        for name in names if safe_fusing else ():
+            if not all(matrix.isfinite().all() for pair in state.adapters[name].factors.values() for matrix in pair):
+                raise UserError(
+                    f"safe_fusing=True requires finite adapters, but {name!r} contains NaN or infinity. Train it again."
+                )
+        factors = {name: state.active.get(name, 1.0) for name in names}
+        others = {name: weight for name, weight in state.active.items() if name not in names}
+        enabled = state.enabled
+        self._merge({name: scale * factor for name, factor in factors.items()})
+        state.fused = state.own | state.fused  # if adapters were fused before, `fused` has the older weights
+        state.own = {}
+        state.fused_adapters |= {name: (state.adapters.pop(name), factor) for name, factor in factors.items()}
+        self._merge(others, enabled)
+
+    def unfuse_lora(self, components: str | Sequence[str] = _COMPONENTS) -> None:
+        """Restore the U-Net's weights from before the first `fuse_lora`, bit for bit.
+
+        Fused LoRA adapters that were not unloaded are active again, with the factors of `set_adapters`, as in diffusers.
+        Adapters that were loaded afterwards and are active stay active. `components`: only ["unet"].
+        """
+        _check_components(components)
+        state = self._lora
+        state.own |= state.fused
+        again = {name: factor for name, (_, factor) in state.fused_adapters.items()}
+        state.adapters |= {name: adapter for name, (adapter, _) in state.fused_adapters.items()}
+        state.fused, state.fused_adapters = {}, {}
+        self._merge(again | state.active, state.enabled)
+
     def unload_lora_weights(self) -> None:
-        """Remove all LoRA adapters that are not fused, and restore the weights without them, bit for bit."""
+        """Remove all LoRA adapters, and restore the weights without them, bit for bit.
+
+        Fused adapters stay in the weights.
+        """
         self._merge({})
         self._lora.adapters.clear()
+        self._lora.fused_adapters.clear()
 
     @torch.no_grad()
-    def _merge(self, active: dict[str, float]) -> None:
-        """Set the U-Net's weights to those without active adapters plus the adapters `active` ({name: factor})."""
+    def _merge(self, active: dict[str, float], enabled: bool = True) -> None:
+        """Set the U-Net's weights to those without active adapters plus, if enabled, the adapters `active` ({name: factor}).
+
+        Raises UserError if the weights have been moved by sequential offload.
+        """
         parameters, state = dict(self.unet.named_parameters()), self._lora
-        names = {name for adapter in active for name in state.adapters[adapter].factors}
+        added = active if enabled else {}
+        names = {name for adapter in added for name in state.adapters[adapter].factors}
         if any(parameters[name].is_meta for name in names | state.own.keys()):
             raise UserError(
                 "adapters must be loaded before enable_sequential_cpu_offload(), which moves the weights. Load them first."
             )
         for name, value in state.own.items():
             parameters[name].copy_(value)
-        state.active, state.own = active, {name: parameters[name].to("cpu", copy=True) for name in names}
-        for key, weight in active.items():
+        state.active, state.enabled = active, enabled
+        state.own = {name: parameters[name].to("cpu", copy=True) for name in names}
+        for key, weight in added.items():
             for name in state.adapters[key].factors:
                 parameters[name] += (weight * state.adapters[key].delta(name)).to(parameters[name])
+
+
+def _factor(name: str, value: Any) -> float:
+    """Return the factor of an adapter: `value`, which may be {"unet": number}; None: 1.
+
+    Raises UserError, which names the argument `name`, if it is no finite number.
+    """
+    number = value.get("unet") if isinstance(value, dict) and value.keys() <= {"unet"} else value
+    if number is None:
+        return 1.0
+    if isinstance(number, bool) or not isinstance(number, Real) or not math.isfinite(number):
+        raise UserError(f"{name}={value!r} must be a finite number. Use e.g. {name}=1.0.")
+    return float(number)
+
+
+def _check_components(components: str | Sequence[str]) -> None:
+    if as_list(components) != list(_COMPONENTS):
+        raise UserError(
+            f"components={components!r} must be {list(_COMPONENTS)}, the only component with adapters. Leave out components."
+        )
 
 # ---- data.buckets ----------------------------------------------------------------------------------------------------
 
@@ -1620,9 +1885,9 @@ def resize_and_crop(image: Image.Image, size_hw: tuple[int, int], flip: bool) ->
 # ---- sampling.prompts ------------------------------------------------------------------------------------------------
 
 
-def fit_image(image: Image.Image, size_hw: tuple[int, int]) -> np.ndarray:
-    """Convert a PIL image to RGB, uint8 [H, W, 3], resized and cropped to `size_hw` (height, width)."""
-    return resize_and_crop(to_rgb(image), size_hw, flip=False).transpose(1, 2, 0).copy()
+def fit_rgb(image: Image.Image, size_hw: tuple[int, int]) -> np.ndarray:
+    """Resize and crop an RGB image to `size_hw` (height, width); return it as uint8 [H, W, 3]."""
+    return resize_and_crop(image, size_hw, flip=False).transpose(1, 2, 0).copy()
 
 # ---- sampling.pipeline -----------------------------------------------------------------------------------------------
 
@@ -1682,6 +1947,27 @@ class RaphaelPipeline(LoraLoader, Denoiser):
         largest = max(self.config.size)
         return max(1, largest // (self.unet.config.sample_size or largest))
 
+    def enable_vae_slicing(self) -> None:
+        """Encode and decode one image at a time, which takes less memory."""
+        self._vae_for("enable_vae_slicing").enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        """Encode and decode all images at once, as before `enable_vae_slicing`."""
+        self._vae_for("disable_vae_slicing").disable_slicing()
+
+    def enable_vae_tiling(self) -> None:
+        """Encode and decode large images in overlapping tiles, which takes less memory."""
+        self._vae_for("enable_vae_tiling").enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        """Encode and decode images as a whole, as before `enable_vae_tiling`."""
+        self._vae_for("disable_vae_tiling").disable_tiling()
+
+    def _vae_for(self, method: str) -> Model:
+        if self.vae is None:
+            raise UserError(f"{method}() requires a vae, but the pipeline has none. Leave it out.")
+        return self.vae
+
     @torch.no_grad()
     def __call__(
         self,
@@ -1734,8 +2020,8 @@ class RaphaelPipeline(LoraLoader, Denoiser):
             guidance_rescale: factor phi of arXiv 2305.08891, Sec. 3.4, against overexposure.
             callback_on_step_end: called after each step with (pipeline, step, timestep, tensors); returns the tensors to
                 replace.
-            callback_on_step_end_tensor_inputs: names of the tensors for the callback: latents, prompt_embeds,
-                negative_prompt_embeds.
+            callback_on_step_end_tensor_inputs: names of the tensors for the callback: latents, prompt_embeds (with guidance
+                those of negative prompts and then those of prompts), negative_prompt_embeds.
             seed: fixes the noise as in `raphael_dist.sample`, if neither `generator` nor `latents` is given.
 
         Raises:
@@ -1777,7 +2063,7 @@ class RaphaelPipeline(LoraLoader, Denoiser):
         self._guidance_scale, self._guidance_rescale = float(call.guidance_scale), call.guidance_rescale
         self._interrupt = False
         noise, inputs = self._noise(call), self._read_images(call)
-        prompts = Prompts(
+        prompts = Prompts.of(
             *self.encode_prompt(
                 call.prompt,
                 None,
@@ -1827,7 +2113,8 @@ class RaphaelPipeline(LoraLoader, Denoiser):
         Raises:
             UserError: embeddings do not fit the model, or a prompt is passed but the pipeline has no text encoder.
         """
-        check_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        masks = (prompt_attention_mask, negative_prompt_attention_mask)
+        check_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, *masks)
         device = self._execution_device if device is None else device
         width = None if self.unet is None else self.unet.config.cross_attention_dim
         if prompt_embeds is None:
@@ -1836,6 +2123,11 @@ class RaphaelPipeline(LoraLoader, Denoiser):
         if not do_classifier_free_guidance:
             negative_prompt_embeds, negative_prompt_attention_mask = None, None
         elif negative_prompt_embeds is None:
+            if prompt_embeds.shape[1] != self.config.max_tokens:
+                raise UserError(
+                    f"prompt_embeds must have max_tokens={self.config.max_tokens} tokens, as encoded negative prompts have, "
+                    f"but their shape is {list(prompt_embeds.shape)}. Pass negative_prompt_embeds of the same shape."
+                )
             texts = for_each("negative_prompt", negative_prompt or "", len(prompt_embeds))
             negative_prompt_embeds, negative_prompt_attention_mask = self._encode(texts, "negative_prompt", device)
         copies, shape = num_images_per_prompt, prompt_embeds.shape
@@ -1867,12 +2159,12 @@ class RaphaelPipeline(LoraLoader, Denoiser):
             )
         return ImageInputs()
 
-    def _encode_images(self, call: CallArguments) -> Tensor:
-        """Return the latents of the images in `call.image`, float32 [B, C, h, w]."""
-        if not call.images:
+    def _encode_images(self, call: CallArguments, rgb_images: Sequence[Image.Image]) -> Tensor:
+        """Return the latents of images, float32 [B, C, h, w]. `rgb_images`: those in `call.images`, converted to RGB."""
+        if not rgb_images:
             raise UserError("image=None must be a PIL image, or a list of one for each prompt. Pass an image.")
         device = self._execution_device
-        images = to_tensor(np.stack([fit_image(image, call.size_hw) for image in call.images]))
+        images = to_tensor(np.stack([fit_rgb(image, call.size_hw) for image in rgb_images]))
         if self.vae is not None:
             images, _ = encode_images(self.vae.eval(), images, device)
         return images.to(device).repeat_interleave(call.num_images_per_prompt, dim=0)
@@ -1900,6 +2192,62 @@ def _repeat(embeds: Tensor, mask: Tensor | None, copies: int, device: torch.devi
     """
     mask = torch.ones(embeds.shape[:2]) if mask is None else mask
     return embeds.to(device).repeat_interleave(copies, dim=0), mask.to(device).bool().repeat_interleave(copies, dim=0)
+
+# ---- data.image ------------------------------------------------------------------------------------------------------
+
+
+_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16B", "I;16L", "I;16N"}
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
+    """Convert a Pillow image to RGB, rotated as its EXIF orientation states. Transparent pixels get the colour `background`.
+
+    Raises ValueError for an image mode that is not supported.
+    """
+    if image.mode not in _MODES:
+        raise ValueError(f"image mode is {image.mode}, but it must be one of {', '.join(sorted(_MODES))}")
+    image.load()  # a PNG may have its orientation after its pixels
+    orientation = _orientation(image)
+    if image.mode.startswith("I;16"):
+        image = _to_8_bits(image)
+    if orientation in _TURNS:
+        image = image.transpose(_TURNS[orientation])
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    image = image.convert("RGB")
+    image.info = {}  # the orientation is applied
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8; 1 (upright) where it is missing or damaged."""
+    try:
+        # A PNG's own `getexif` would decode its pixels first.
+        value = Image.Image.getexif(image).get(_ORIENTATION, 1)
+        return int(value) if value in _TURNS else 1
+    except Exception:  # Pillow raises nearly anything on damaged EXIF
+        return 1
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Convert 16-bit grey to 8 bits by the high bytes, as Pillow does for 16-bit colours."""
+    values = np.asarray(image)
+    grey = Image.fromarray((values >> 8).astype(np.uint8))
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey
 
 # ---- sampling.pipeline_variants --------------------------------------------------------------------------------------
 
@@ -1934,7 +2282,7 @@ class RaphaelImg2ImgPipeline(RaphaelPipeline):
         return self._draw(prompt=prompt, image=image, strength=strength, **options)
 
     def _read_images(self, call: CallArguments) -> ImageInputs:
-        return ImageInputs(start=self._encode_images(call))
+        return ImageInputs(start=self._encode_images(call, [to_rgb(image) for image in call.images]))
 
 
 class RaphaelInpaintPipeline(RaphaelPipeline):
@@ -1965,9 +2313,15 @@ class RaphaelInpaintPipeline(RaphaelPipeline):
     def _read_images(self, call: CallArguments) -> ImageInputs:
         if not call.masks:
             raise UserError("mask_image=None must be a PIL image, white where the image is repainted. Pass a mask.")
-        start, copies = self._encode_images(call), call.num_images_per_prompt
-        grey = [to_rgb(mask, "black").convert("L") for mask in call.masks]
-        fitted = [fit(mask, call.size_hw, False, Image.Resampling.NEAREST) for mask in grey]
+        images, masks = [to_rgb(image) for image in call.images], [to_rgb(mask, "black") for mask in call.masks]
+        for image, area in zip(images, masks, strict=False):  # `_encode_images` reports that there are no images
+            if image.size != area.size:
+                raise UserError(
+                    f"mask_image of {area.width} x {area.height} pixels must have the size of the image, which is "
+                    f"{image.width} x {image.height}. Resize the mask."
+                )
+        start, copies = self._encode_images(call, images), call.num_images_per_prompt
+        fitted = [fit(mask.convert("L"), call.size_hw, False, Image.Resampling.NEAREST) for mask in masks]
         drawn_B1HW = torch.from_numpy(np.stack([np.asarray(mask) >= 128 for mask in fitted])).unsqueeze(1).float()
         mask = F.interpolate(drawn_B1HW, start.shape[-2:]).repeat_interleave(copies, dim=0)
         return ImageInputs(start=start, mask=mask.to(start.device))

@@ -1,4 +1,4 @@
-"""Reads and writes LoRA adapters (`model.lora`): in a run that trained them, or as a folder of peft.
+"""Reads and writes LoRA adapters (`model.lora`): in a run that trained them, or as files of peft or diffusers.
 
     adapter_config.json           peft's LoraConfig: rank, alpha, which layers
     adapter_model.safetensors     A [rank, in] and B [out, rank] of each linear layer, float32; of a layer with K experts
@@ -6,8 +6,11 @@
 
 peft wraps a layer with experts once for each adapted parameter. The wrapper of w1, the first, is called `LAYER.base_layer`,
 the wrapper of w2 `LAYER`.
+
+diffusers' pytorch_lora_weights.safetensors has the same tensors; it may have the LoraConfig in its metadata.
 """
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Container, Mapping
@@ -15,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from raphael_dist.checkpoint.progress import START
@@ -29,6 +33,7 @@ from raphael_dist.storage.tensorfile import save_tensors
 from raphael_dist.text import JsonObject, read_json, reason_unreadable
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+DIFFUSERS_WEIGHTS, _METADATA, _UNET = "pytorch_lora_weights.safetensors", "lora_adapter_metadata", "unet."
 _PREFIX = "base_model.model."
 _EXPERTS = tuple(f"{kind}_moe.{name}" for kind in ("time", "space") for name in ("w1", "w2"))
 # Options of peft that are not supported, with the value that turns each off.
@@ -212,55 +217,94 @@ def read_peft_folder(folder: Path, option: str) -> Adapter:
     Raises UserError if they are not plain LoRA, or if the tensors do not match the folder's adapter_config.json.
     `option`: name of the command line option that gave `folder`, for messages.
     """
-    config = _read_config(folder, option)
-    rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for key, tensor in read_tensors(folder / WEIGHTS).items():
-        module, _, factor = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".lora_")
+    config = _read_config(folder / CONFIG, option)
+    return adapter_of_tensors(read_tensors(folder / WEIGHTS), config, folder / WEIGHTS, option)
+
+
+def read_lora_file(file: Path, option: str) -> Adapter:
+    """Read the LoRA adapters in a safetensors file of diffusers' `save_lora_weights`.
+
+    Raises UserError if they are not plain LoRA. `option`: as in `read_peft_folder`.
+    """
+    return adapter_of_tensors(read_tensors(file), _read_config(file, option), file, option)
+
+
+def adapter_of_tensors(tensors: Mapping[str, Tensor], config: JsonObject | None, file: Path, option: str) -> Adapter:
+    """Return the adapters that tensors with the names of peft or diffusers are. Raises UserError if they are not plain LoRA.
+
+    Args:
+        tensors: matrices A and B by name.
+        config: peft's LoraConfig. None: any rank, and alpha is the rank.
+        file: where the tensors come from.
+        option: name of the option that gave them, for messages.
+    """
+    pairs: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        name = key.removeprefix(_UNET).removeprefix(_PREFIX).removesuffix(".weight")
+        name = name.replace(".lora.down", ".lora_A").replace(".lora.up", ".lora_B")  # in diffusers' training scripts
+        module, _, factor = name.rpartition(".lora_")
         if factor not in ("A", "B") or tensor.ndim != 2:
             raise UserError(
-                f"{option}: {key} in {folder / WEIGHTS} must be a LoRA matrix A or B, but it is not (shape "
-                f"{list(tensor.shape)}). Use plain LoRA adapters."
+                f"{option}: {key} in {file} must be a LoRA matrix A or B, but it is not (shape {list(tensor.shape)}). Use "
+                "plain LoRA adapters."
             )
-        tensors[module][factor] = tensor
-    parameters, factors = [str(name) for name in config.get("target_parameters") or ()], {}
-    for module, pair in tensors.items():
-        name = _parameter_of(module, tensors, parameters)
-        if name is None or pair.keys() != {"A", "B"} or len(pair["A"]) != pair["B"].shape[1] or len(pair["A"]) % rank:
+        pairs[module][factor] = tensor
+    parameters, factors = [str(name) for name in (config or {}).get("target_parameters") or ()], {}
+    source = CONFIG if file.name == WEIGHTS else "its metadata"
+    for module, pair in pairs.items():
+        parameter = _parameter_of(module, pairs, parameters)
+        rows = len(pair.get("A", ()))
+        rank = rows if config is None else int(config["r"])
+        if parameter is None or pair.keys() != {"A", "B"} or rows != pair["B"].shape[1] or not rows or rows % rank:
             raise UserError(
-                f"{option}: the adapter of {module} in {folder / WEIGHTS} must match {CONFIG}, but it does not. Use the "
-                f"{CONFIG} and {WEIGHTS} of one training run."
+                f"{option}: the adapter of {module} in {file} must match {source}, but it does not. Use the files of one "
+                "training run."
             )
-        if not stacked(name) and len(pair["A"]) != rank:
+        if not stacked(parameter) and rows != rank:
             raise UserError(
-                f"{option} {folder}: r={rank} in {CONFIG} must be the rank of the tensors, but the rank of {module} is "
-                f"{len(pair['A'])}. Use the {CONFIG} and {WEIGHTS} of one training run."
+                f"{option} {file}: r={rank} in {source} must be the rank of the tensors, but the rank of {module} is "
+                f"{rows}. Use the files of one training run."
             )
-        factors[name] = _unstack(pair["A"], pair["B"], rank) if stacked(name) else (pair["A"], pair["B"])
-    return Adapter(folder, lora_scale(rank, alpha, bool(config.get("use_rslora"))), factors)
+        factors[parameter] = _unstack(pair["A"], pair["B"], rank) if stacked(parameter) else (pair["A"], pair["B"])
+    if config is None:
+        return Adapter(file, 1.0, factors)
+    return Adapter(file, lora_scale(int(config["r"]), float(config["lora_alpha"]), bool(config.get("use_rslora"))), factors)
 
 
-def _read_config(folder: Path, option: str) -> JsonObject:
-    """Return the content of peft's adapter_config.json. UserError: it cannot be read, or is not that of plain LoRA."""
+def _file_config(file: Path) -> JsonObject | None:
+    """Return the LoraConfig of the U-Net's adapters in the metadata of a safetensors file; None if it has none."""
+    with safe_open(file, "pt") as opened:
+        text = (opened.metadata() or {}).get(_METADATA)
+    return {key.removeprefix(_UNET): value for key, value in json.loads(text).items()} if text else None
+
+
+def _read_config(file: Path, option: str) -> JsonObject | None:
+    """Return the LoraConfig in peft's adapter_config.json or in a safetensors file; None if that has none.
+
+    UserError: it cannot be read, or is not that of plain LoRA.
+    """
     try:
-        config: JsonObject = read_json(folder / CONFIG)
+        config = read_json(file) if file.name == CONFIG else _file_config(file)
+        if config is None:
+            return None
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
         if rank < 1 or not math.isfinite(alpha):
             raise ValueError(f"r={rank} must be at least 1, and lora_alpha={alpha} must be finite")
         unsupported = [key for key, value in _PLAIN.items() if config.get(key, value) != value]
         unsupported += [key for key in _EMPTY if config.get(key)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(
-            f"{option}: {folder / CONFIG} cannot be read: {reason_unreadable(error)}. Copy the folder of the adapters again "
+            f"{option}: {file} cannot be read: {reason_unreadable(error)}. Copy the folder of the adapters again "
             "from its source."
         ) from None
     if unsupported:
         key = unsupported[0]
         raise UserError(
-            f"{option} {folder}: {key}={config[key]!r} in {CONFIG} is not supported. Use plain LoRA adapters, which are "
-            f"trained without {key}."
+            f"{option} {file.parent}: {key}={config[key]!r} in {file.name} is not supported. Use plain LoRA adapters, which "
+            f"are trained without {key}."
         )
-    return config
+    checked: JsonObject = config
+    return checked
 
 
 def _parameter_of(module: str, modules: Container[str], parameters: list[str]) -> str | None:

@@ -10,14 +10,13 @@ from raphael_dist.convert.source_checkpoint import is_dense
 from raphael_dist.convert.write_plan import Options, Source
 from raphael_dist.data.features.encoder_files import PACKAGED
 from raphael_dist.storage.versions import versions
-from raphael_dist.text import hide_secrets
+from raphael_dist.text import hide_secrets, read_json
 
 IMAGE = "samples.png"
-_MEASURED = {
-    "train/loss": "training loss",
-    "val/loss": "held-out loss",
-    "val/loss_denoise": "held-out denoising loss",
-}
+_MEASURED = {"train/loss": "training loss", "val/loss": "held-out loss"}
+# Values in results.json of `raphael_dist evaluate`.
+_EVALUATED = {"fid": "FID", "kid": "KID", "precision": "precision", "recall": "recall", "clip": "CLIP score",
+              "text_exact": "texts read exactly", "text_cer": "character error rate"}  # fmt: skip
 
 
 def model_card(source: Source, kind: str, options: Options, pipeline: str, has_image: bool) -> str:
@@ -37,6 +36,7 @@ def model_card(source: Source, kind: str, options: Options, pipeline: str, has_i
         "training": f"{steps.step:,} steps, {steps.samples_seen:,} images",
         "optimizer": f"{config.optim.kind}, learning rate {config.optim.lr:g}",
         **_measured(source.path, steps.step),
+        **_evaluated(source.path, steps.step, kind),
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items() if version),
     }
     tags = ["text-to-image", "diffusers", *([] if is_dense(config) else ["mixture-of-experts", "raphael"])]
@@ -71,19 +71,20 @@ def _usage(config: Config, pipeline: str, text_by_name: bool) -> str:
     own, small = pipeline != "StableDiffusionPipeline", bool(config.upscale.factor)
     prompt = config.sample.prompts[0] if config.sample.prompts else "a red heart"
     load, seed = (", trust_remote_code=True", ", seed=0") if own else ("", "")
+    height, width = (side // (config.upscale.factor or 1) for side in config.image.buckets[0])
     lines = [
         "from diffusers import DiffusionPipeline",
         *(["from PIL import Image"] if small else []),
         "",
-        f'pipeline = DiffusionPipeline.from_pretrained("this folder"{load})',
-        *(['small = Image.open("small.png")'] if small else []),
+        f'pipeline = DiffusionPipeline.from_pretrained("."{load})  # this folder',
+        *([f'small = Image.new("RGB", ({width}, {height}), "red")  # your image of this size'] if small else []),
         f'pipeline({json.dumps(prompt)}{", image=small" if small else ""}{seed}).images[0].save("image.png")',
     ]
     packages = ["torch", "diffusers", "transformers"]
     if text_by_name and config.text.encoder in PACKAGED:
         packages.append(PACKAGED[config.text.encoder].replace("_", "-"))
     code = "\n".join(lines)
-    return f"```python\n{code}\n```\n\nIt requires the packages {', '.join(packages)}.\n"
+    return f"In the folder of this file:\n\n```python\n{code}\n```\n\nIt requires the packages {', '.join(packages)}.\n"
 
 
 def _model_rows(source: Source, kind: str) -> dict[str, str]:
@@ -127,9 +128,8 @@ def samples_image(source: Source) -> bytes | None:
 
 def _measured(path: Path, step: int) -> dict[str, str]:
     """Return the run's last losses up to a step as {name: text}; {} if no folder above the checkpoint has metrics.jsonl."""
-    file = next((f for f in (folder / "metrics.jsonl" for folder in (path, *path.parents[:2])) if f.is_file()), None)
-    losses: dict[str, str] = {}
-    for line in file.read_text(encoding="utf-8").splitlines() if file else []:
+    run, losses = _run_folder(path), dict[str, str]()
+    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines() if run else []:
         try:
             row = json.loads(line)
         except ValueError:  # an incomplete line after a crash
@@ -137,3 +137,33 @@ def _measured(path: Path, step: int) -> dict[str, str]:
         if row.get("step", step + 1) <= step:
             losses |= {name: f"{row[tag]:.4g} at step {row['step']:,}" for tag, name in _MEASURED.items() if tag in row}
     return losses
+
+
+def _evaluated(path: Path, step: int, kind: str) -> dict[str, str]:
+    """Return what `raphael_dist evaluate` measured for these weights in folders of the run, as {name: text}.
+
+    Args:
+        path: the checkpoint.
+        step: its step.
+        kind: which weights: "ema" (moving average) or "master" (fp32 weights).
+    """
+    run, rows = _run_folder(path), dict[str, str]()
+    for file in sorted(run.glob("*/results.json")) if run else []:
+        try:
+            protocol, results = read_json(file.with_name("protocol.json")), read_json(file)
+            # A model with adapters has the path of each after " + ".
+            checkpoint, weights = protocol["checkpoint"], protocol["weights"]
+            if not checkpoint.startswith(f"step {step} of ") or " + " in checkpoint or weights != kind:
+                continue
+            features = f", features {protocol['features']}" if "features" in protocol else ""
+            for row in results:
+                values = [f"{name} {row[key]:.4g}" for key, name in _EVALUATED.items() if key in row]
+                rows[f"{row['images']:,} images at guidance {row['guidance']:g}{features}"] = ", ".join(values)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not written by `evaluate`, or not complete
+            continue
+    return rows
+
+
+def _run_folder(path: Path) -> Path | None:
+    """Return the directory of the run that wrote the checkpoint at `path`: the one with metrics.jsonl; or None."""
+    return next((folder for folder in (path, *path.parents[:2]) if (folder / "metrics.jsonl").is_file()), None)

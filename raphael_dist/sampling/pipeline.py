@@ -32,7 +32,7 @@ from raphael_dist.sampling.pipeline_arguments import (
 )
 from raphael_dist.sampling.pipeline_denoising import Denoiser, ImageInputs, Prompts
 from raphael_dist.sampling.pipeline_lora import LoraLoader
-from raphael_dist.sampling.prompts import fit_image
+from raphael_dist.sampling.prompts import fit_rgb
 from raphael_dist.sampling.sampler import to_pixels, to_tensor
 from raphael_dist.text import JsonObject
 
@@ -91,6 +91,27 @@ class RaphaelPipeline(LoraLoader, Denoiser):
         largest = max(self.config.size)
         return max(1, largest // (self.unet.config.sample_size or largest))
 
+    def enable_vae_slicing(self) -> None:
+        """Encode and decode one image at a time, which takes less memory."""
+        self._vae_for("enable_vae_slicing").enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        """Encode and decode all images at once, as before `enable_vae_slicing`."""
+        self._vae_for("disable_vae_slicing").disable_slicing()
+
+    def enable_vae_tiling(self) -> None:
+        """Encode and decode large images in overlapping tiles, which takes less memory."""
+        self._vae_for("enable_vae_tiling").enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        """Encode and decode images as a whole, as before `enable_vae_tiling`."""
+        self._vae_for("disable_vae_tiling").disable_tiling()
+
+    def _vae_for(self, method: str) -> Model:
+        if self.vae is None:
+            raise UserError(f"{method}() requires a vae, but the pipeline has none. Leave it out.")
+        return self.vae
+
     @torch.no_grad()
     def __call__(
         self,
@@ -143,8 +164,8 @@ class RaphaelPipeline(LoraLoader, Denoiser):
             guidance_rescale: factor phi of arXiv 2305.08891, Sec. 3.4, against overexposure.
             callback_on_step_end: called after each step with (pipeline, step, timestep, tensors); returns the tensors to
                 replace.
-            callback_on_step_end_tensor_inputs: names of the tensors for the callback: latents, prompt_embeds,
-                negative_prompt_embeds.
+            callback_on_step_end_tensor_inputs: names of the tensors for the callback: latents, prompt_embeds (with guidance
+                those of negative prompts and then those of prompts), negative_prompt_embeds.
             seed: fixes the noise as in `raphael_dist.sample`, if neither `generator` nor `latents` is given.
 
         Raises:
@@ -186,7 +207,7 @@ class RaphaelPipeline(LoraLoader, Denoiser):
         self._guidance_scale, self._guidance_rescale = float(call.guidance_scale), call.guidance_rescale
         self._interrupt = False
         noise, inputs = self._noise(call), self._read_images(call)
-        prompts = Prompts(
+        prompts = Prompts.of(
             *self.encode_prompt(
                 call.prompt,
                 None,
@@ -236,7 +257,8 @@ class RaphaelPipeline(LoraLoader, Denoiser):
         Raises:
             UserError: embeddings do not fit the model, or a prompt is passed but the pipeline has no text encoder.
         """
-        check_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        masks = (prompt_attention_mask, negative_prompt_attention_mask)
+        check_texts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, *masks)
         device = self._execution_device if device is None else device
         width = None if self.unet is None else self.unet.config.cross_attention_dim
         if prompt_embeds is None:
@@ -245,6 +267,11 @@ class RaphaelPipeline(LoraLoader, Denoiser):
         if not do_classifier_free_guidance:
             negative_prompt_embeds, negative_prompt_attention_mask = None, None
         elif negative_prompt_embeds is None:
+            if prompt_embeds.shape[1] != self.config.max_tokens:
+                raise UserError(
+                    f"prompt_embeds must have max_tokens={self.config.max_tokens} tokens, as encoded negative prompts have, "
+                    f"but their shape is {list(prompt_embeds.shape)}. Pass negative_prompt_embeds of the same shape."
+                )
             texts = for_each("negative_prompt", negative_prompt or "", len(prompt_embeds))
             negative_prompt_embeds, negative_prompt_attention_mask = self._encode(texts, "negative_prompt", device)
         copies, shape = num_images_per_prompt, prompt_embeds.shape
@@ -276,12 +303,12 @@ class RaphaelPipeline(LoraLoader, Denoiser):
             )
         return ImageInputs()
 
-    def _encode_images(self, call: CallArguments) -> Tensor:
-        """Return the latents of the images in `call.image`, float32 [B, C, h, w]."""
-        if not call.images:
+    def _encode_images(self, call: CallArguments, rgb_images: Sequence[Image.Image]) -> Tensor:
+        """Return the latents of images, float32 [B, C, h, w]. `rgb_images`: those in `call.images`, converted to RGB."""
+        if not rgb_images:
             raise UserError("image=None must be a PIL image, or a list of one for each prompt. Pass an image.")
         device = self._execution_device
-        images = to_tensor(np.stack([fit_image(image, call.size_hw) for image in call.images]))
+        images = to_tensor(np.stack([fit_rgb(image, call.size_hw) for image in rgb_images]))
         if self.vae is not None:
             images, _ = encode_images(self.vae.eval(), images, device)
         return images.to(device).repeat_interleave(call.num_images_per_prompt, dim=0)

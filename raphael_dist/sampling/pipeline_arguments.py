@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, TypeGuard
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from raphael_dist.config.types import INT_LIMIT
-from raphael_dist.data.image import to_rgb
 from raphael_dist.errors import UserError
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -80,9 +80,19 @@ class CallArguments:
             factor: image pixels per latent position, in height and in width; height and width must be multiples of it.
             num_timesteps: number of timesteps of the noise schedule.
         """
-        check_texts(self.prompt, self.negative_prompt, self.prompt_embeds, self.negative_prompt_embeds)
+        check_texts(
+            self.prompt,
+            self.negative_prompt,
+            self.prompt_embeds,
+            self.negative_prompt_embeds,
+            self.prompt_attention_mask,
+            self.negative_prompt_attention_mask,
+        )
         check_whole("num_images_per_prompt", self.num_images_per_prompt, 1)
         check_whole("num_inference_steps", self.num_inference_steps, 1, num_timesteps - 1)
+        for name, values in (("timesteps", self.timesteps), ("sigmas", self.sigmas)):
+            if values is not None:
+                _check_schedule(name, values)
         if self.seed is not None:
             check_whole("seed", self.seed, 0, INT_LIMIT - 1)
         for name, side in (("height", self.height), ("width", self.width)):
@@ -103,16 +113,16 @@ class CallArguments:
         for name, images in (("image", self.images), ("mask_image", self.masks)):
             for image in images:
                 _check_image(name, image)
-        for image, mask in zip(self.images, self.masks, strict=False):  # one of them may be empty
-            upright, upright_mask = to_rgb(image), to_rgb(mask)
-            if upright.size != upright_mask.size:
-                raise UserError(
-                    f"mask_image of {upright_mask.width} x {upright_mask.height} pixels must have the size of the image, "
-                    f"which is {upright.width} x {upright.height}. Resize the mask."
-                )
 
 
-def check_texts(prompt: Texts, negative: Texts, prompt_embeds: Tensor | None, negative_embeds: Tensor | None) -> None:
+def check_texts(
+    prompt: Texts,
+    negative: Texts,
+    prompt_embeds: Tensor | None,
+    negative_embeds: Tensor | None,
+    prompt_mask: Tensor | None = None,
+    negative_mask: Tensor | None = None,
+) -> None:
     """Raise UserError unless the prompts of a call are either strings or embeddings, and its negative prompts as well.
 
     Args:
@@ -120,13 +130,21 @@ def check_texts(prompt: Texts, negative: Texts, prompt_embeds: Tensor | None, ne
         negative: negative prompts: one for all prompts, or one for each. They may be None, also without embeddings.
         prompt_embeds: embeddings of the prompts, [prompts, tokens, width], or None.
         negative_embeds: embeddings of the negative prompts, or None.
+        prompt_mask: mask of `prompt_embeds`, or None.
+        negative_mask: mask of `negative_embeds`, or None.
     """
-    for name, texts, embeds in (
-        ("prompt", prompt, prompt_embeds),
-        ("negative_prompt", negative, negative_embeds),
+    for name, texts, embeds, mask in (
+        ("prompt", prompt, prompt_embeds, prompt_mask),
+        ("negative_prompt", negative, negative_embeds, negative_mask),
     ):
         if texts is not None and embeds is not None:
             raise UserError(f"{name}={texts!r} cannot be combined with {name}_embeds. Pass only one of them.")
+        if mask is not None and embeds is None:
+            raise UserError(
+                f"{name}_attention_mask requires {name}_embeds, but {name}_embeds=None. Pass both, or leave out the mask."
+            )
+        if embeds is not None:
+            _check_floats(f"{name}_embeds", embeds)
     if prompt_embeds is None:
         _check_text_list("prompt", as_list(prompt))
     if negative_embeds is None:
@@ -146,20 +164,16 @@ def check_embeddings(
         width: text width D of the model; None: any.
         shape: the exact shape that is required; None: any.
     """
-    if (
-        embeds.ndim != 3
-        or embeds.shape[2] != (width or embeds.shape[2])
-        or (shape is not None and tuple(embeds.shape) != tuple(shape))
-    ):
+    if embeds.shape[2] != (width or embeds.shape[2]) or (shape is not None and tuple(embeds.shape) != tuple(shape)):
         expected = ["prompts", "tokens", width] if shape is None else list(shape)
         raise UserError(
             f"{name} of shape {list(embeds.shape)} must have shape [{', '.join(map(str, expected))}]. Use encode_prompt() "
             "of a pipeline with this model's text encoder."
         )
-    if mask is not None and mask.shape != embeds.shape[:2]:
+    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != embeds.shape[:2]):
         mask_name = name.replace("embeds", "attention_mask")
         raise UserError(
-            f"{mask_name} of shape {list(mask.shape)} must have shape {list(embeds.shape[:2])}, one value for each token of "
+            f"{mask_name} of {_kind(mask)} must have shape {list(embeds.shape[:2])} as a tensor, a value for each token of "
             f"{name}. Pass the mask that encode_prompt() returns with the embeddings."
         )
 
@@ -187,6 +201,11 @@ def _is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+def _is_real(value: object) -> TypeGuard[float]:
+    """Return whether `value` is a finite number of at least 0."""
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) < math.inf
+
+
 def check_whole(name: str, value: object, low: int, high: int | None = None) -> None:
     """Raise UserError unless `value` is a whole number from `low` to `high`. None: no upper limit.
 
@@ -202,7 +221,7 @@ def check_real(name: str, value: object, high: float) -> None:
 
     `name`: the argument of the pipeline that has this value, for the message.
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= high or math.isinf(value):
+    if not _is_real(value) or value > high:
         limits = "from 0" + ("" if math.isinf(high) else f" to {high}")
         raise UserError(f"{name}={value!r} must be a number {limits}. Use a number within these limits.")
 
@@ -214,6 +233,32 @@ def _check_text_list(name: str, values: Sequence[object]) -> None:
         raise UserError(
             f"{name}={list(values)!r} must be a string or a list of strings, but {why}. Pass e.g. {name}='a red heart', or "
             f"pass {name}_embeds."
+        )
+
+
+def _check_floats(name: str, embeds: object) -> None:
+    """Raise UserError unless text embeddings, the argument `name`, are a tensor of floats [prompts, tokens, width]."""
+    if not isinstance(embeds, Tensor) or not embeds.is_floating_point() or embeds.ndim != 3 or not embeds.numel():
+        raise UserError(
+            f"{name} of {_kind(embeds)} must have shape [prompts, tokens, width], each at least 1, as a tensor of floats. "
+            "Pass what encode_prompt() returns."
+        )
+
+
+def _kind(value: object) -> str:
+    """Return the shape of a tensor, its dtype if that is no float, or the type of another value, for a message."""
+    if not isinstance(value, Tensor):
+        return f"type {type(value).__name__}"
+    return f"shape {list(value.shape)}" if value.is_floating_point() else f"shape {list(value.shape)} and {value.dtype}"
+
+
+def _check_schedule(name: str, values: Any) -> None:
+    """Raise UserError unless `values`, the argument `name`, is a list or array of numbers that is not empty."""
+    numbers = values.tolist() if isinstance(values, np.ndarray | Tensor) else values
+    if not isinstance(numbers, list | tuple) or not numbers or not all(_is_real(value) for value in numbers):
+        raise UserError(
+            f"{name}={values!r} must be a list of numbers from 0, one for each step. Pass at least one number, or leave out "
+            f"{name}."
         )
 
 

@@ -48,15 +48,40 @@ class ImageInputs:
 
 
 class Prompts(NamedTuple):
-    """Text embeddings [B, Y, D] and masks, bool [B, Y], of B prompts and their negative prompts. Y: tokens, D: width.
+    """Text embeddings of B prompts, as diffusers passes them to callbacks. Y: tokens, D: width.
 
-    A mask is False at padding. The fields of negative prompts are None without guidance.
+    Attributes:
+        embeds: [B, Y, D] without guidance; with guidance [2 B, Y, D], those of negative prompts first.
+        mask: mask of `embeds`, bool [B, Y] or [2 B, Y], False at padding.
+        negative_embeds: [B, Y, D], those of negative prompts alone; None without guidance.
     """
 
     embeds: Tensor
     mask: Tensor
     negative_embeds: Tensor | None
-    negative_mask: Tensor | None
+
+    @classmethod
+    def of(cls, embeds: Tensor, mask: Tensor, negative_embeds: Tensor | None, negative_mask: Tensor | None) -> "Prompts":
+        """Return the prompts of a call from what `encode_prompt` returns."""
+        if negative_embeds is None or negative_mask is None:
+            return cls(embeds, mask, None)
+        return cls(torch.cat([negative_embeds, embeds]), torch.cat([negative_mask, mask]), negative_embeds)
+
+    def with_embeds(self, embeds: Tensor, negative_embeds: Tensor | None, batch: int, guided: bool) -> "Prompts":
+        """Return the prompts with the embeddings that a callback returned.
+
+        `batch`: number of images B. `guided`: whether the next step has guidance. Raises UserError for another shape.
+        """
+        if guided and negative_embeds is not None and negative_embeds is not self.negative_embeds:
+            embeds = torch.cat([negative_embeds, embeds[-batch:]])
+        rows = (2 * batch,) if guided else (batch, 2 * batch)
+        if len(embeds) not in rows or embeds.shape[1:] != self.embeds.shape[1:]:
+            raise UserError(
+                f"callback_on_step_end must return prompt_embeds of shape {[rows[0], *self.embeds.shape[1:]]}, but it is "
+                f"{list(embeds.shape)}. Return those of negative prompts and then those of prompts, or set "
+                "pipeline._guidance_scale = 0 and return those of prompts."
+            )
+        return self._replace(embeds=embeds, negative_embeds=negative_embeds)
 
 
 class Denoiser(PipelineFiles):
@@ -123,17 +148,20 @@ class Denoiser(PipelineFiles):
                 scheduler, call.num_inference_steps, self._execution_device, call.timesteps, call.sigmas
             )
         except ValueError as error:
-            settings = f"timesteps={call.timesteps}, sigmas={call.sigmas}"
-            reason = str(error).splitlines()[0]
+            settings, remedy = f"timesteps={call.timesteps}, sigmas={call.sigmas}", "Leave out both"
+            if call.timesteps is None and call.sigmas is None:
+                settings, remedy = f"num_inference_steps={call.num_inference_steps}", "Use another number"
+            reason = str(error).splitlines()[0].rstrip(". ")
             raise UserError(
-                f"{settings} must be supported by {type(scheduler).__name__}, but it reports: {reason.rstrip('.')}. Leave "
-                "out both, or use a scheduler that supports them."
+                f"{settings} must be supported by {type(scheduler).__name__}, but it reports: {reason}. {remedy}, "
+                "or another scheduler."
             ) from None
         if inputs.start is None or (inputs.mask is not None and call.strength == 1):
             if inputs.start is None and (late := late_start_warning(scheduler)):
                 _log.warning("%s", late)
             return noise * scheduler.init_noise_sigma, timesteps
-        skipped = (steps - min(int(steps * call.strength), steps)) * scheduler.order  # as in diffusers
+        kept = min(int(steps * call.strength), steps)  # as in diffusers
+        skipped = (steps - kept) * scheduler.order if kept else len(timesteps)  # PNDM has more timesteps than steps
         timesteps = timesteps[skipped:]
         if not len(timesteps):
             return inputs.start, timesteps
@@ -172,8 +200,11 @@ class Denoiser(PipelineFiles):
         values = (latents, prompts.embeds, prompts.negative_embeds)
         tensors: JsonObject = dict(zip(CALLBACK_INPUTS, values, strict=True))
         tensors |= callback(self, number, t, {name: tensors[name] for name in names})
-        embeds, negative = tensors["prompt_embeds"], tensors["negative_prompt_embeds"]
-        return tensors["latents"], prompts._replace(embeds=embeds, negative_embeds=negative)
+        replaced = (tensors["prompt_embeds"], tensors["negative_prompt_embeds"])
+        return tensors["latents"], prompts.with_embeds(*replaced, len(latents), self._is_guided(prompts))
+
+    def _is_guided(self, prompts: Prompts) -> bool:
+        return self.do_classifier_free_guidance and prompts.negative_embeds is not None
 
     def _step_options(self, call: CallArguments) -> JsonObject:
         """Return those of the options `eta` and `generator` that the method `step` of this scheduler accepts."""
@@ -186,10 +217,10 @@ class Denoiser(PipelineFiles):
     def _predict(self, call: CallArguments, latents: Tensor, t: Tensor, inputs: ImageInputs, prompts: Prompts) -> Tensor:
         """Return the prediction with guidance, eps_null + guidance * (eps_text - eps_null), float32 [B, C, h, w]."""
         x = self.scheduler.scale_model_input(latents, t).to(self.unet.dtype)
-        text, mask, null, null_mask = prompts
-        if not self.do_classifier_free_guidance or null is None or null_mask is None:
-            return self._run_unet(call, x, t, inputs, text, mask)
-        text, mask = torch.cat([text, null]), torch.cat([mask, null_mask])
+        batch, text, mask = len(x), prompts.embeds, prompts.mask
+        if not self._is_guided(prompts):
+            return self._run_unet(call, x, t, inputs, text[-batch:], mask[-batch:])
+        text, mask = text.roll(batch, dims=0), mask.roll(batch, dims=0)  # the order in which `Sampler` computes them
         of_text, of_null = self._run_unet(call, x.repeat(2, 1, 1, 1), t, inputs, text, mask).chunk(2)
         prediction = of_null + self.guidance_scale * (of_text - of_null)
         if self.guidance_rescale > 0:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError, safe_open
 
 from raphael_dist.convert.exported_code import CODE, model_code, pipeline_code
 from raphael_dist.data.features.characters import CHARACTERS
@@ -13,11 +14,13 @@ from raphael_dist.errors import UserError
 from raphael_dist.model.diffusers_model import RaphaelControlNet, RaphaelUNet2D
 from raphael_dist.sampling.own_code import IN_PACKAGE
 from raphael_dist.storage.files import apply_umask
-from raphael_dist.text import read_json
+from raphael_dist.storage.weight_files import DIFFUSERS, TRANSFORMERS, weight_files
+from raphael_dist.text import JsonObject, read_json
 
 _Pipeline: Any = DiffusionPipeline  # the type hints of DiffusionPipeline lack the methods of its mixins
 # Components that are classes of this package. The installed package uses them instead of the code in a folder.
 OWN_COMPONENTS = {kind.__name__: kind for kind in (RaphaelUNet2D, RaphaelControlNet)}
+_STEMS = {"text_encoder": TRANSFORMERS} | dict.fromkeys(("unet", "vae", "controlnet"), DIFFUSERS)  # of weight files
 
 
 class PipelineFiles(_Pipeline):
@@ -27,11 +30,16 @@ class PipelineFiles(_Pipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         """Load a pipeline from a local folder or a model hub, with diffusers' arguments.
 
-        Raises UserError if the local folder does not contain a pipeline.
+        Raises UserError if the local folder does not contain a pipeline, or lacks files.
         """
         folder = Path(pretrained_model_name_or_path)
         if folder.exists() or str(folder).count("/") != 1:  # otherwise it may be the name of a repository
             check_pipeline_folder(folder)
+            if IN_PACKAGE:
+                index = read_json(folder / "model_index.json")
+                default_files = not kwargs.keys() & {"variant", "use_safetensors"}
+                for name in sorted(set(cls._get_signature_keys(cls)[0]) - kwargs.keys()):
+                    check_component(folder, index, name, name not in cls._optional_components, default_files)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
@@ -53,22 +61,26 @@ class PipelineFiles(_Pipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Self:
-        """Return a pipeline of this class that shares components and settings with another. Weights keep their dtype.
+        """Return a pipeline of this class that shares components and settings with another.
 
         Args:
             pipeline: any pipeline with the components that this class requires.
-            kwargs: components and settings to replace or add.
+            kwargs: components and settings to replace or add. `dtype` (or `torch_dtype`): dtype to which the shared
+                weights are cast; None: they keep theirs.
 
         Raises:
             UserError: a component is missing.
         """
+        torch_dtype = kwargs.pop("torch_dtype", None)
+        dtype = kwargs.pop("dtype", None) or torch_dtype
         names, settings = cls._get_signature_keys(cls)
         parts = {name: part for name, part in pipeline.components.items() if name in names} | kwargs
         if missing := sorted(set(names) - parts.keys() - set(cls._optional_components)):
             raise UserError(
                 f"{cls.__name__}.from_pipe requires {missing[0]}. Pass it: from_pipe(pipeline, {missing[0]}=...)."
             )
-        return cls(**{name: pipeline.config[name] for name in settings if name in pipeline.config} | parts)
+        made = cls(**{name: pipeline.config[name] for name in settings if name in pipeline.config} | parts)
+        return made if dtype is None else made.to(dtype=dtype)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Save the pipeline to the folder `save_directory`, with diffusers' arguments.
@@ -106,10 +118,16 @@ class PipelineFiles(_Pipeline):
 
 
 def check_pipeline_folder(folder: Path) -> None:
-    """Raise UserError unless `folder` is that of a saved pipeline: its model_index.json has the key "_class_name"."""
+    """Raise UserError unless `folder` is that of a saved pipeline: its model_index.json names a class as "_class_name".
+
+    This is the name of a class, or the names of a module and of a class in it.
+    """
+    problem = None
     try:
         index = read_json(folder / "model_index.json")
-        problem = None if isinstance(index, dict) and "_class_name" in index else "it lacks the key _class_name"
+        kind = index.get("_class_name") if isinstance(index, dict) else None
+        if not isinstance(kind, str) and not _is_pair(kind):
+            problem = f"_class_name={kind!r} must be the name of a class"
     except (OSError, ValueError) as error:
         problem = getattr(error, "strerror", None) or str(error)
     if problem:
@@ -117,3 +135,45 @@ def check_pipeline_folder(folder: Path) -> None:
             f"{folder} must be the folder of a pipeline, but its model_index.json cannot be used: {problem}. Export a "
             "pipeline with `python -m raphael_dist convert --from auto RUN_DIR --to diffusers FOLDER`."
         )
+
+
+def check_component(folder: Path, index: JsonObject, name: str, required: bool, weights: bool) -> None:
+    """Raise UserError if a component of a saved pipeline cannot be loaded: its class is unknown, or files are missing.
+
+    Args:
+        folder: the pipeline's folder.
+        index: content of its model_index.json.
+        name: name of the component.
+        required: whether the pipeline requires it.
+        weights: whether to look for its weight files, too, and whether they are truncated.
+    """
+    entry, problem = index.get(name) or [None, None], None
+    if entry == [None, None]:
+        problem = f"the component {name} is missing" if required else None
+    elif not _is_pair(entry):
+        problem = f"{name}={entry!r} must be a library and the name of a class"
+    elif not (folder / name).is_dir():
+        problem = f"the folder {name} is missing"
+    elif (folder / name / f"{entry[0]}.py").is_file() and entry[1] not in OWN_COMPONENTS:
+        problem = f"{name}={entry!r} must name one of the classes {', '.join(OWN_COMPONENTS)}"
+    elif weights and name in _STEMS:
+        files = weight_files(folder / name, _STEMS[name])
+        problem = None if files.pickled else next(filter(None, map(_safetensors_error, files.paths)), None)
+    if problem:
+        raise UserError(
+            f"{folder} must be the folder of a complete pipeline, but {problem}. Copy it again from its source, or export "
+            "it again."
+        )
+
+
+def _safetensors_error(path: Path) -> str | None:
+    """Return why a safetensors file is damaged, None if its header is intact and the file has the right size."""
+    try:
+        with safe_open(path, "pt"):
+            return None
+    except (OSError, SafetensorError) as error:
+        return f"{path} cannot be read as a safetensors file ({error})"
+
+
+def _is_pair(entry: object) -> bool:
+    return isinstance(entry, list) and len(entry) == 2 and all(isinstance(name, str) for name in entry)

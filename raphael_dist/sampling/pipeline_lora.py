@@ -5,18 +5,24 @@ sampling takes no longer than without adapters. The original weights of changed 
 subtracting an adapter from a rounded sum would not restore them exactly.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from raphael_dist.convert.lora_files import Adapter, read_adapter, read_peft_folder
+from raphael_dist.convert.lora_files import Adapter, adapter_of_tensors
 from raphael_dist.errors import UserError, did_you_mean
-from raphael_dist.sampling.own_code import IN_PACKAGE
-from raphael_dist.sampling.pipeline_arguments import as_list, check_real
+from raphael_dist.sampling.pipeline_arguments import as_list
+from raphael_dist.sampling.pipeline_lora_files import LoraFiles, read_adapters
+
+_COMPONENTS = ("unet",)  # components that may have adapters
+_NO_EFFECT = ("local_files_only", "low_cpu_mem_usage", "use_safetensors")  # options of diffusers that are always on here
 
 
 @dataclass
@@ -24,19 +30,23 @@ class LoraState:
     """The LoRA adapters of a U-Net, which several pipelines may share.
 
     Attributes:
-        adapters: all loaded adapters, by name.
+        adapters: all loaded adapters that are not fused, by name.
         active: factor by which each active adapter is multiplied, by the adapter's name.
+        enabled: whether the active adapters are added to the weights.
         own: for each parameter that active adapters change, by name, its weights without them, on the CPU.
         fused: for each parameter that `fuse_lora` changed, by name, its weights before that.
+        fused_adapters: adapters that `fuse_lora` added, by name, and the factors that they had.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
     active: dict[str, float] = field(default_factory=dict)
+    enabled: bool = True
     own: dict[str, Tensor] = field(default_factory=dict)
     fused: dict[str, Tensor] = field(default_factory=dict)
+    fused_adapters: dict[str, tuple[Adapter, float]] = field(default_factory=dict)
 
 
-class LoraLoader:
+class LoraLoader(LoraFiles):
     """Base class of pipelines with LoRA: loads adapters and adds them to the weights of `self.unet`."""
 
     unet: Any
@@ -48,65 +58,97 @@ class LoraLoader:
         state: LoraState = self.unet.lora_state
         return state
 
-    def load_lora_weights(self, pretrained_model_name_or_path: str | Path, adapter_name: str | None = None) -> None:
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | Path | Mapping[str, Tensor],
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        *,
+        weight_name: str | None = None,
+        subfolder: str | None = None,
+        **options: Any,
+    ) -> None:
         """Load LoRA adapters and make them the only active ones, with factor 1.
 
         Args:
-            pretrained_model_name_or_path: a folder of peft (adapter_config.json, adapter_model.safetensors). The installed
-                package also reads a run directory with trained adapters.
+            pretrained_model_name_or_path_or_dict: a local folder of peft (adapter_config.json, adapter_model.safetensors) or
+                diffusers (pytorch_lora_weights.safetensors), a safetensors file, or tensors by name. The installed package
+                also reads a run directory with trained adapters.
             adapter_name: name for `set_adapters`; None: default_0, default_1, ...
+            hotswap: whether to replace the loaded adapters `adapter_name`, which keep their factor.
+            weight_name: name of the safetensors file in the folder; None: one of the names above.
+            subfolder: folder with the adapters in the folder that is passed first.
+            options: options of diffusers for downloads, which are refused.
 
         Raises:
             UserError: there are no adapters, they do not fit the U-Net, or the name is in use.
         """
-        name = f"default_{len(self._lora.adapters)}" if adapter_name is None else adapter_name
-        if name in self._lora.adapters:
+        for option, value in options.items():
+            if value and option not in _NO_EFFECT:
+                raise UserError(
+                    f"{option}={value!r} is not supported by load_lora_weights, which reads safetensors files from a local "
+                    f"folder. Leave out {option}."
+                )
+        state, source = self._lora, pretrained_model_name_or_path_or_dict
+        used = state.adapters.keys() | state.fused_adapters
+        name = next(n for i in count() if (n := f"default_{i}") not in used) if adapter_name is None else adapter_name
+        if hotswap and name not in state.adapters:
+            raise UserError(
+                f"hotswap=True requires a loaded adapter of the name adapter_name={adapter_name!r}, but the loaded ones are "
+                f"{list(state.adapters)}. Use one of these, or leave out hotswap."
+            )
+        if name in used and not hotswap:
             raise UserError(
                 f"adapter_name={name!r} must be new, but the pipeline has an adapter of this name. Choose another name, or "
                 f"call delete_adapters({name!r}) first."
             )
-        path, adapter = Path(pretrained_model_name_or_path), None
-        if IN_PACKAGE:  # the installed package also reads a run that trained adapters
-            adapter = read_adapter(path, option="load_lora_weights")
-        if adapter is None:
-            adapter = read_peft_folder(path, "load_lora_weights")
+        if isinstance(source, Mapping):
+            adapter = adapter_of_tensors(source, None, Path("the tensors"), "load_lora_weights")
+        else:
+            adapter = read_adapters(Path(source) / (subfolder or ""), weight_name)
         shapes = {name: tuple(p.shape) for name, p in self.unet.named_parameters()}
         adapter.check(shapes, "load_lora_weights")
-        self._lora.adapters[name] = adapter
-        self.set_adapters(name)
+        state.adapters[name] = adapter
+        if hotswap:
+            self._merge(state.active, state.enabled)
+        else:
+            self.set_adapters(name)
 
     def set_adapters(
-        self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
+        self, adapter_names: str | Sequence[str], adapter_weights: float | dict[str, float] | Sequence[Any] | None = None
     ) -> None:
         """Make these loaded LoRA adapters the only ones that are added to the U-Net's weights.
 
         Args:
             adapter_names: one name or several.
-            adapter_weights: factor by which an adapter is multiplied: one number for all, or one for each. None: 1.
+            adapter_weights: factor by which an adapter is multiplied: one number for all, or one for each. None: 1. A number
+                may be written as {"unet": number}.
 
         Raises:
             UserError: no adapter of this name is loaded, or the number of factors is wrong.
         """
         names = as_list(adapter_names)
-        weights = as_list(1.0 if adapter_weights is None else adapter_weights)
+        weights = [_factor("adapter_weights", weight) for weight in as_list(adapter_weights)]
         weights = weights * len(names) if len(weights) == 1 else weights
         if len(weights) != len(names):
             raise UserError(
                 f"adapter_weights={weights} must be one number, or one for each of the {len(names)} adapters, but it has "
                 f"{len(weights)} numbers. Pass one number, or a list of length {len(names)}."
             )
-        for name, weight in zip(names, weights, strict=True):
+        self._check_loaded(names)
+        self._merge(dict(zip(names, weights, strict=True)))
+
+    def _check_loaded(self, names: Sequence[str]) -> None:
+        for name in names:
             if name not in self._lora.adapters:
                 known = list(self._lora.adapters)
                 raise UserError(
                     f"adapter_names={name!r} must be a loaded adapter, but the loaded ones are {known}"
                     f"{did_you_mean(str(name), known)}. Use one of these, or load the adapter with load_lora_weights()."
                 )
-            check_real("adapter_weights", weight, float("inf"))
-        self._merge(dict(zip(names, weights, strict=True)))
 
     def get_active_adapters(self) -> list[str]:
-        """Return the names of the LoRA adapters that currently change the weights."""
+        """Return the names of the active LoRA adapters. `disable_lora` does not change them."""
         return list(self._lora.active)
 
     def get_list_adapters(self) -> dict[str, list[str]]:
@@ -114,55 +156,125 @@ class LoraLoader:
         return {"unet": list(self._lora.adapters)} if self._lora.adapters else {}
 
     def disable_lora(self) -> None:
-        """Deactivate all LoRA adapters, and restore the weights without them. `set_adapters` activates adapters again.
+        """Restore the weights without the active LoRA adapters, until `enable_lora` or `set_adapters`.
 
         Fused adapters (`fuse_lora`) stay in the weights.
         """
-        self._merge({})
+        self._merge(self._lora.active, enabled=False)
 
-    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
-        """Remove the LoRA adapters of these names from memory and from the weights. Unknown names are ignored."""
-        names = as_list(adapter_names)
-        self._merge({name: weight for name, weight in self._lora.active.items() if name not in names})
-        for name in names:
-            self._lora.adapters.pop(name, None)
-
-    def fuse_lora(self, lora_scale: float = 1.0) -> None:
-        """Make the active LoRA adapters, multiplied by `lora_scale`, part of the U-Net's weights, until `unfuse_lora`.
-
-        `save_pretrained` then writes the sum. Afterwards no adapter is loaded.
-        """
-        check_real("lora_scale", lora_scale, float("inf"))
-        self._merge({name: lora_scale * weight for name, weight in self._lora.active.items()})
-        # If adapters were fused before, `fused` has the older weights, which take precedence.
-        self.unet.lora_state = LoraState(fused=self._lora.own | self._lora.fused)
-
-    def unfuse_lora(self) -> None:
-        """Restore the U-Net's weights from before the first `fuse_lora`, bit for bit.
-
-        LoRA adapters that were loaded after it and are active stay active.
-        """
-        self._lora.own |= self._lora.fused
-        self._lora.fused = {}
+    def enable_lora(self) -> None:
+        """Add the active LoRA adapters to the weights again, after `disable_lora`."""
         self._merge(self._lora.active)
 
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        """Remove the LoRA adapters of these names from memory, and from the weights unless they are fused.
+
+        Unknown names are ignored.
+        """
+        state, names = self._lora, as_list(adapter_names)
+        self._merge({name: weight for name, weight in state.active.items() if name not in names}, state.enabled)
+        for name in names:
+            state.adapters.pop(name, None)
+            state.fused_adapters.pop(name, None)
+
+    def fuse_lora(
+        self,
+        components: str | Sequence[str] = _COMPONENTS,
+        lora_scale: float = 1.0,
+        safe_fusing: bool = False,
+        adapter_names: str | Sequence[str] | None = None,
+    ) -> None:
+        """Make LoRA adapters, multiplied by `lora_scale`, part of the U-Net's weights, until `unfuse_lora`.
+
+        `save_pretrained` then writes the sum. Other active adapters stay active.
+
+        Args:
+            components: only ["unet"], since no other component has adapters.
+            lora_scale: factor in addition to that of `set_adapters`.
+            safe_fusing: whether to refuse adapters whose values are not finite.
+            adapter_names: the adapters; None: all active ones.
+
+        Raises:
+            UserError: a value is not allowed.
+        """
+        _check_components(components)
+        scale, state = _factor("lora_scale", lora_scale), self._lora
+        names = list(state.active) if adapter_names is None else as_list(adapter_names)
+        self._check_loaded(names)
+        for name in names if safe_fusing else ():
+            if not all(matrix.isfinite().all() for pair in state.adapters[name].factors.values() for matrix in pair):
+                raise UserError(
+                    f"safe_fusing=True requires finite adapters, but {name!r} contains NaN or infinity. Train it again."
+                )
+        factors = {name: state.active.get(name, 1.0) for name in names}
+        others = {name: weight for name, weight in state.active.items() if name not in names}
+        enabled = state.enabled
+        self._merge({name: scale * factor for name, factor in factors.items()})
+        state.fused = state.own | state.fused  # if adapters were fused before, `fused` has the older weights
+        state.own = {}
+        state.fused_adapters |= {name: (state.adapters.pop(name), factor) for name, factor in factors.items()}
+        self._merge(others, enabled)
+
+    def unfuse_lora(self, components: str | Sequence[str] = _COMPONENTS) -> None:
+        """Restore the U-Net's weights from before the first `fuse_lora`, bit for bit.
+
+        Fused LoRA adapters that were not unloaded are active again, with the factors of `set_adapters`, as in diffusers.
+        Adapters that were loaded afterwards and are active stay active. `components`: only ["unet"].
+        """
+        _check_components(components)
+        state = self._lora
+        state.own |= state.fused
+        again = {name: factor for name, (_, factor) in state.fused_adapters.items()}
+        state.adapters |= {name: adapter for name, (adapter, _) in state.fused_adapters.items()}
+        state.fused, state.fused_adapters = {}, {}
+        self._merge(again | state.active, state.enabled)
+
     def unload_lora_weights(self) -> None:
-        """Remove all LoRA adapters that are not fused, and restore the weights without them, bit for bit."""
+        """Remove all LoRA adapters, and restore the weights without them, bit for bit.
+
+        Fused adapters stay in the weights.
+        """
         self._merge({})
         self._lora.adapters.clear()
+        self._lora.fused_adapters.clear()
 
     @torch.no_grad()
-    def _merge(self, active: dict[str, float]) -> None:
-        """Set the U-Net's weights to those without active adapters plus the adapters `active` ({name: factor})."""
+    def _merge(self, active: dict[str, float], enabled: bool = True) -> None:
+        """Set the U-Net's weights to those without active adapters plus, if enabled, the adapters `active` ({name: factor}).
+
+        Raises UserError if the weights have been moved by sequential offload.
+        """
         parameters, state = dict(self.unet.named_parameters()), self._lora
-        names = {name for adapter in active for name in state.adapters[adapter].factors}
+        added = active if enabled else {}
+        names = {name for adapter in added for name in state.adapters[adapter].factors}
         if any(parameters[name].is_meta for name in names | state.own.keys()):
             raise UserError(
                 "adapters must be loaded before enable_sequential_cpu_offload(), which moves the weights. Load them first."
             )
         for name, value in state.own.items():
             parameters[name].copy_(value)
-        state.active, state.own = active, {name: parameters[name].to("cpu", copy=True) for name in names}
-        for key, weight in active.items():
+        state.active, state.enabled = active, enabled
+        state.own = {name: parameters[name].to("cpu", copy=True) for name in names}
+        for key, weight in added.items():
             for name in state.adapters[key].factors:
                 parameters[name] += (weight * state.adapters[key].delta(name)).to(parameters[name])
+
+
+def _factor(name: str, value: Any) -> float:
+    """Return the factor of an adapter: `value`, which may be {"unet": number}; None: 1.
+
+    Raises UserError, which names the argument `name`, if it is no finite number.
+    """
+    number = value.get("unet") if isinstance(value, dict) and value.keys() <= {"unet"} else value
+    if number is None:
+        return 1.0
+    if isinstance(number, bool) or not isinstance(number, Real) or not math.isfinite(number):
+        raise UserError(f"{name}={value!r} must be a finite number. Use e.g. {name}=1.0.")
+    return float(number)
+
+
+def _check_components(components: str | Sequence[str]) -> None:
+    if as_list(components) != list(_COMPONENTS):
+        raise UserError(
+            f"components={components!r} must be {list(_COMPONENTS)}, the only component with adapters. Leave out components."
+        )

@@ -55,7 +55,7 @@ class RaphaelImg2ImgPipeline(RaphaelPipeline):
         return self._draw(prompt=prompt, image=image, strength=strength, **options)
 
     def _read_images(self, call: CallArguments) -> ImageInputs:
-        return ImageInputs(start=self._encode_images(call))
+        return ImageInputs(start=self._encode_images(call, [to_rgb(image) for image in call.images]))
 
 
 class RaphaelInpaintPipeline(RaphaelPipeline):
@@ -86,9 +86,15 @@ class RaphaelInpaintPipeline(RaphaelPipeline):
     def _read_images(self, call: CallArguments) -> ImageInputs:
         if not call.masks:
             raise UserError("mask_image=None must be a PIL image, white where the image is repainted. Pass a mask.")
-        start, copies = self._encode_images(call), call.num_images_per_prompt
-        grey = [to_rgb(mask, "black").convert("L") for mask in call.masks]
-        fitted = [fit(mask, call.size_hw, False, Image.Resampling.NEAREST) for mask in grey]
+        images, masks = [to_rgb(image) for image in call.images], [to_rgb(mask, "black") for mask in call.masks]
+        for image, area in zip(images, masks, strict=False):  # `_encode_images` reports that there are no images
+            if image.size != area.size:
+                raise UserError(
+                    f"mask_image of {area.width} x {area.height} pixels must have the size of the image, which is "
+                    f"{image.width} x {image.height}. Resize the mask."
+                )
+        start, copies = self._encode_images(call, images), call.num_images_per_prompt
+        fitted = [fit(mask.convert("L"), call.size_hw, False, Image.Resampling.NEAREST) for mask in masks]
         drawn_B1HW = torch.from_numpy(np.stack([np.asarray(mask) >= 128 for mask in fitted])).unsqueeze(1).float()
         mask = F.interpolate(drawn_B1HW, start.shape[-2:]).repeat_interleave(copies, dim=0)
         return ImageInputs(start=start, mask=mask.to(start.device))

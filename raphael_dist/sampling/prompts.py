@@ -186,7 +186,12 @@ def read_small(
 
 def fit_image(image: Image.Image, size_hw: tuple[int, int]) -> np.ndarray:
     """Convert a PIL image to RGB, uint8 [H, W, 3], resized and cropped to `size_hw` (height, width)."""
-    return resize_and_crop(to_rgb(image), size_hw, flip=False).transpose(1, 2, 0).copy()
+    return fit_rgb(to_rgb(image), size_hw)
+
+
+def fit_rgb(image: Image.Image, size_hw: tuple[int, int]) -> np.ndarray:
+    """Resize and crop an RGB image to `size_hw` (height, width); return it as uint8 [H, W, 3]."""
+    return resize_and_crop(image, size_hw, flip=False).transpose(1, 2, 0).copy()
 
 
 def batches(requests: Sequence[Request], numbers: Sequence[int], size: int) -> list[list[int]]:

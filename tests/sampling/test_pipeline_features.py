@@ -1,9 +1,7 @@
 """Properties that users of diffusers expect of its pipelines."""
 
-import copy
 import inspect
 import io
-import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,65 +10,26 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler
+from diffusers import EulerDiscreteScheduler
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPTextModel
 
 from raphael_dist.convert.layouts.diffusers import expert_json
-from raphael_dist.convert.lora_files import Adapter
+from raphael_dist.data.image import to_rgb
 from raphael_dist.errors import UserError
-from raphael_dist.model.diffusion import make_scheduler
-from raphael_dist.model.routing import Gate
 from raphael_dist.pipeline import (
     RaphaelControlNet,
     RaphaelControlNetPipeline,
     RaphaelImg2ImgPipeline,
     RaphaelInpaintPipeline,
     RaphaelPipeline,
-    RaphaelUNet2D,
     RaphaelUpscalePipeline,
 )
+from raphael_dist.sampling import pipeline_arguments, pipeline_variants, prompts
 from raphael_dist.sampling.pipeline_arguments import CallArguments
-from tests.lib.parts import save_text
+from tests.sampling.small_pipeline import PROMPTS, build, copy_of, draw, picture
 from tests.sampling.test_pipeline import emoji
-
-PROMPTS = ["a cat", "dog"]
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory) -> dict[str, Any]:
-    folder = save_text(tmp_path_factory.mktemp("text"), "CLIP L")
-    config = emoji(text_width=32)
-    torch.manual_seed(0)
-    return {
-        "unet": RaphaelUNet2D.from_config({**expert_json(config, RaphaelUNet2D), "sample_size": 8}),
-        "vae": AutoencoderKL.from_pretrained("data/vae-emoji"),
-        "text_encoder": CLIPTextModel.from_pretrained(folder / "text_encoder"),
-        "tokenizer": AutoTokenizer.from_pretrained(folder / "tokenizer"),
-        "scheduler": make_scheduler(config.diffusion, "ddim"),
-    }
-
-
-def build(parts: dict[str, Any], kind: Any = RaphaelPipeline, **other: Any) -> Any:
-    pipeline = kind(**parts | other, max_tokens=12, steps=3, guidance=3.0, size=[32, 32])
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-@pytest.fixture
-def pipeline(parts: dict[str, Any]) -> Any:
-    return build(parts)
-
-
-def draw(pipeline: Any, prompt: Any = "a cat", **arguments: Any) -> np.ndarray:
-    return pipeline(prompt, **{"seed": 1, "output_type": "np", **arguments}).images
-
-
-def picture(seed: int = 0, side: int = 32) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (side, side, 3), np.uint8))
-
 
 # ---- prompts -----------------------------------------------------------------------------------------------------------
 
@@ -102,7 +61,42 @@ def test_images_do_not_depend_on_their_batch(pipeline: Any) -> None:
             {"prompt_embeds": torch.zeros(1, 12, 7)},
             r"prompt_embeds of shape \[1, 12, 7\] must have shape \[prompts, tokens, 32\]",
         ),
-        ({"prompt_embeds": torch.zeros(12, 32)}, r"prompt_embeds of shape \[12, 32\] must have"),
+        (
+            {"prompt_embeds": torch.zeros(12, 32)},
+            r"prompt_embeds of shape \[12, 32\] must have shape \[prompts, tokens, width\]",
+        ),
+        ({"prompt_embeds": torch.tensor(1.0)}, r"prompt_embeds of shape \[\] must have"),
+        ({"prompt_embeds": torch.zeros(0, 12, 32)}, r"prompt_embeds of shape \[0, 12, 32\] must have .* at least 1"),
+        (
+            {"prompt_embeds": torch.zeros(1, 12, 32).long()},
+            r"prompt_embeds of shape \[1, 12, 32\] and torch.int64 must .*floats",
+        ),
+        ({"prompt_embeds": np.zeros((1, 12, 32))}, "prompt_embeds of type ndarray must have .*as a tensor of floats"),
+        ({"prompt_embeds": [[[0.0] * 32] * 12]}, "prompt_embeds of type list must have .*as a tensor of floats"),
+        (
+            {"prompt": "a", "negative_prompt_embeds": np.zeros((1, 12, 32))},
+            "negative_prompt_embeds of type ndarray must have .*as a tensor of floats",
+        ),
+        (
+            {"prompt_embeds": torch.zeros(1, 5, 32)},
+            r"^prompt_embeds must have max_tokens=12 tokens.* but their shape is \[1, 5, 32\]. Pass negative_prompt_embeds",
+        ),
+        (
+            {"prompt": "a", "prompt_attention_mask": torch.ones(1, 12)},
+            "prompt_attention_mask requires prompt_embeds, but prompt_embeds=None",
+        ),
+        (
+            {"prompt": "a", "negative_prompt_attention_mask": torch.ones(1, 12)},
+            "negative_prompt_attention_mask requires negative_prompt_embeds",
+        ),
+        (
+            {"prompt_embeds": torch.zeros(1, 12, 32), "prompt_attention_mask": [[1] * 12]},
+            r"prompt_attention_mask of type list must have shape \[1, 12\]",
+        ),
+        ({"prompt": "a", "timesteps": []}, r"timesteps=\[\] must be a list of numbers.*at least one"),
+        ({"prompt": "a", "sigmas": []}, r"sigmas=\[\] must be a list of numbers.*at least one"),
+        ({"prompt": "a", "timesteps": 900}, "timesteps=900 must be a list of numbers"),
+        ({"prompt": "a", "sigmas": [1.0, float("nan")]}, "sigmas=.*nan.* must be a list of numbers"),
         (
             {"prompt_embeds": torch.zeros(1, 12, 32), "prompt_attention_mask": torch.ones(1, 11)},
             r"prompt_attention_mask of shape \[1, 11\] must have shape \[1, 12\]",
@@ -127,6 +121,12 @@ def test_wrong_argument_is_reported_in_one_line(pipeline: Any, arguments: dict[s
     with pytest.raises(UserError, match=message) as error:
         pipeline(**arguments)
     assert "\n" not in str(error.value)
+
+
+def test_embeddings_of_any_length_are_accepted_without_encoded_negative_prompts(pipeline: Any) -> None:
+    embeds = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
+    assert draw(pipeline, None, prompt_embeds=embeds, guidance_scale=1.0).shape == (1, 32, 32, 3)
+    assert draw(pipeline, None, prompt_embeds=embeds, negative_prompt_embeds=embeds.double()).shape == (1, 32, 32, 3)
 
 
 def test_left_out_component_is_named_when_a_call_needs_it(parts: dict[str, Any]) -> None:
@@ -193,7 +193,7 @@ def test_callback_reads_and_replaces_tensors_and_interrupts(pipeline: Any) -> No
 
     def watch(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         assert set(tensors) == set(RaphaelPipeline._callback_tensor_inputs)
-        assert tensors["prompt_embeds"].shape == (1, 12, 32)
+        assert tensors["prompt_embeds"].shape == (2, 12, 32)  # with guidance, as in diffusers
         seen.append(step)
         pipe._interrupt = step == 1
         return {"prompt_embeds": torch.zeros_like(tensors["prompt_embeds"])}
@@ -205,104 +205,71 @@ def test_callback_reads_and_replaces_tensors_and_interrupts(pipeline: Any) -> No
     assert not np.array_equal(changed, draw(pipeline, num_inference_steps=4))
     assert not pipeline.interrupt
 
-    def turn_off_guidance(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        pipe._guidance_scale = 0.0  # as in diffusers' guide to callbacks
-        return {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[-1]}
 
-    draw(pipeline, callback_on_step_end=turn_off_guidance, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+def stop_guidance(share: float, halve: bool = True) -> dict[str, Any]:
+    """Return the arguments of a call with the callback in diffusers' guide, which turns guidance off."""
+
+    def callback(pipe: Any, step: int, timestep: Tensor, callback_kwargs: dict[str, Tensor]) -> dict[str, Tensor]:
+        if step == int(pipe.num_timesteps * share):
+            pipe._guidance_scale = 0.0
+            if halve:
+                callback_kwargs["prompt_embeds"] = callback_kwargs["prompt_embeds"].chunk(2)[-1]
+        return callback_kwargs
+
+    return {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS])
+def test_guidance_is_turned_off_as_in_the_guide_of_diffusers(pipeline: Any, prompts: list[str]) -> None:
+    seen: list[Tensor] = []
+
+    def latents_after(share: float, **arguments: Any) -> Tensor:
+        return pipeline(
+            prompts, seed=1, output_type="latent", num_images_per_prompt=2, **stop_guidance(share), **arguments
+        ).images
+
+    def keep(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        seen.append(tensors["latents"])
+        return {}
+
+    half = latents_after(0.4, num_inference_steps=4)
     assert (pipeline.guidance_scale, pipeline.do_classifier_free_guidance) == (0.0, False)
-    draw(pipeline, guidance_scale=2.5)
-    assert (pipeline.guidance_scale, pipeline.do_classifier_free_guidance, pipeline.num_timesteps) == (2.5, True, 3)
+    # Two steps with guidance, then two without.
+    pipeline(prompts, seed=1, num_inference_steps=4, num_images_per_prompt=2, callback_on_step_end=keep)
+    assert (pipeline.guidance_scale, pipeline.do_classifier_free_guidance, pipeline.num_timesteps) == (3.0, True, 4)
+    latents, scheduler = seen[1], pipeline.scheduler
+    text, mask, _, _ = pipeline.encode_prompt(prompts, None, 2, False)
+    for t in scheduler.timesteps[2:]:
+        with torch.no_grad():
+            prediction = pipeline.unet(latents, t, encoder_hidden_states=text, encoder_attention_mask=mask).sample
+        latents = scheduler.step(prediction, t, latents).prev_sample
+    torch.testing.assert_close(half, latents, atol=1e-4, rtol=1e-4)
+    assert torch.equal(half, pipeline(prompts, seed=1, output_type="latent", num_images_per_prompt=2, num_inference_steps=4,
+                                      **stop_guidance(0.4, halve=False)).images)  # fmt: skip
 
 
-# ---- files and memory --------------------------------------------------------------------------------------------------
+def test_callback_replaces_negative_embeddings_and_reports_a_wrong_shape(pipeline: Any) -> None:
+    names = RaphaelPipeline._callback_tensor_inputs
 
+    def drawn(change: Any) -> np.ndarray:
+        def callback(pipe: Any, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return change(tensors) if step == 0 else {}
 
-def test_saved_pipeline_comes_back_in_every_form(parts: dict[str, Any], pipeline: Any, tmp_path: Path) -> None:
-    expected = draw(pipeline)
-    pipeline.save_pretrained(tmp_path / "sharded", max_shard_size="200KB")
-    assert len(list((tmp_path / "sharded" / "unet").glob("*.safetensors"))) > 1
-    assert np.array_equal(draw(build_from(tmp_path / "sharded")), expected)
+        return draw(pipeline, PROMPTS, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=names)
 
-    without = build(parts, text_encoder=None, tokenizer=None)
-    without.save_pretrained(tmp_path / "without")
-    loaded = build_from(tmp_path / "without")
-    assert loaded.text_encoder is None
-    assert loaded.config.size == [32, 32]
-    assert build_from(tmp_path / "sharded", text_encoder=None, tokenizer=None).text_encoder is None
+    def erase(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        tensors["prompt_embeds"].zero_()
+        return {}
 
-    half = build_from(tmp_path / "sharded", torch_dtype=torch.float16)
-    assert {half.unet.dtype, half.vae.dtype} == {torch.float16}
-    np.testing.assert_allclose(draw(half), expected, atol=0.05)
-    half.save_pretrained(tmp_path / "half", variant="fp16")
-    assert (tmp_path / "half" / "unet" / "diffusion_pytorch_model.fp16.safetensors").is_file()
-    again = build_from(tmp_path / "half", variant="fp16", torch_dtype=torch.float16)
-    assert np.array_equal(draw(again), draw(half))
-
-
-def build_from(folder: Path, **options: Any) -> Any:
-    pipeline = RaphaelPipeline.from_pretrained(folder, **options)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def test_offload_and_slicing_change_no_image(parts: dict[str, Any], tmp_path: Path) -> None:
-    build(parts).save_pretrained(tmp_path / "saved")
-    expected = draw(build_from(tmp_path / "saved"), PROMPTS)
-    pipeline = build_from(tmp_path / "saved")
-    pipeline.enable_model_cpu_offload(device="cpu")
-    np.testing.assert_allclose(draw(pipeline, PROMPTS), expected, atol=1e-5)
-    pipeline.remove_all_hooks()
-    pipeline.vae.enable_slicing()
-    np.testing.assert_allclose(draw(pipeline, PROMPTS), expected, atol=1e-5)
-    pipeline.vae.enable_tiling()
-    assert draw(pipeline, height=128, width=128).shape == (1, 128, 128, 3)
-    # Sequential offload gives a module its weights only during its own forward pass, so every gate must run its own.
-    gates = [module for module in pipeline.unet.modules() if isinstance(module, Gate)]
-    runs: list[Gate] = []
-    for gate in gates:
-        gate.net[0]._hf_hook = None
-        gate.register_forward_pre_hook(lambda module, _: runs.append(module))
-    np.testing.assert_allclose(draw(pipeline, PROMPTS), expected, atol=1e-3)
-    assert set(runs) == set(gates)
-    pipeline.unet.to("meta")
-    pipeline._lora.adapters["x"] = adapter(pipeline.unet)
-    with pytest.raises(UserError, match="before enable_sequential_cpu_offload"):
-        pipeline.set_adapters("x")
-
-
-def test_group_offload_to_disk_changes_no_image(pipeline: Any, tmp_path: Path) -> None:
-    expected, other = draw(pipeline), build_from_parts(pipeline)
-    with pytest.raises(ValueError, match="offload_type='block_level' must be 'leaf_level'"):
-        other.unet.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
-    other.unet.enable_group_offload(torch.device("cpu"), offload_to_disk_path=str(tmp_path))
-    assert list(tmp_path.iterdir())
-    assert np.array_equal(draw(other), expected)
-
-
-def test_layerwise_casting_keeps_the_image(pipeline: Any) -> None:
-    expected, other = draw(pipeline), build_from_parts(pipeline)
-    other.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
-    assert other.unet.down_blocks[0].resnets[0].conv1.weight.dtype == torch.float8_e4m3fn
-    assert np.abs(draw(other) - expected).mean() < 0.05
-
-
-def build_from_parts(pipeline: Any) -> Any:
-    """Return the same pipeline with a copy of its U-Net."""
-    other = RaphaelPipeline.from_pipe(pipeline, unet=copy.deepcopy(pipeline.unet))
-    other.set_progress_bar_config(disable=True)
-    return other
-
-
-def test_folder_that_is_no_pipeline_is_reported_in_one_line(tmp_path: Path) -> None:
-    for content in (None, "{", "[]", json.dumps({"unet": ["a", "b"]})):
-        if content is not None:
-            (tmp_path / "model_index.json").write_text(content)
-        with pytest.raises(UserError, match=r"must be the folder of a pipeline.*model_index.json cannot be used") as error:
-            RaphaelPipeline.from_pretrained(tmp_path)
-        assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match=r"must be the folder of a pipeline.*No such file"):
-        RaphaelPipeline.from_pretrained(tmp_path / "missing")
+    other = pipeline.encode_prompt(["bird"] * 2, do_classifier_free_guidance=False)[0]
+    by_name = drawn(lambda tensors: {"negative_prompt_embeds": other})
+    by_half = drawn(lambda tensors: {"prompt_embeds": torch.cat([other, tensors["prompt_embeds"][2:]])})
+    assert np.array_equal(by_name, by_half)
+    assert not np.array_equal(by_name, draw(pipeline, PROMPTS))
+    assert not np.array_equal(drawn(erase), draw(pipeline, PROMPTS))
+    with pytest.raises(UserError, match=r"prompt_embeds of shape \[4, 12, 32\], but it is \[2, 12, 32\]") as error:
+        drawn(lambda tensors: {"prompt_embeds": tensors["prompt_embeds"][2:]})
+    assert "\n" not in str(error.value)
 
 
 # ---- pipelines with shared parts ---------------------------------------------------------------------------------------
@@ -314,6 +281,10 @@ def test_from_pipe_shares_parts_and_settings(parts: dict[str, Any], pipeline: An
         assert other.components == pipeline.components
         back = RaphaelPipeline.from_pipe(other)
         assert {k: v for k, v in back.config.items() if k != "_class_name"} == dict(pipeline.config)
+    small = RaphaelImg2ImgPipeline.from_pipe(copy_of(pipeline), vae=None, torch_dtype=torch.float16)
+    assert small.unet.dtype == torch.float16
+    assert RaphaelPipeline.from_pipe(small).unet.dtype == torch.float16
+    assert RaphaelPipeline.from_pipe(small, dtype=torch.float32, text_encoder=None).unet.dtype == torch.float32
     with pytest.raises(UserError, match=r"RaphaelControlNetPipeline.from_pipe requires controlnet"):
         RaphaelControlNetPipeline.from_pipe(pipeline)
     with pytest.raises(UserError, match="requires a super-resolution model"):
@@ -353,6 +324,36 @@ def test_inpainting_keeps_what_the_mask_excludes(parts: dict[str, Any], pipeline
             filled(wrong)
     with pytest.raises(UserError, match="image=None must be a PIL image"):
         inpaint("a cat", mask_image=left)
+
+
+@pytest.mark.parametrize("name", [s.name for s in KarrasDiffusionSchedulers])
+def test_inpainting_with_every_karras_scheduler_keeps_the_rest(parts: dict[str, Any], name: str) -> None:
+    if name == "DPMSolverSDEScheduler":
+        pytest.importorskip("torchsde")
+    scheduler = getattr(diffusers, name).from_config(parts["scheduler"].config)
+    inpaint, image = build(parts, RaphaelInpaintPipeline, scheduler=scheduler), picture()
+    left = Image.fromarray(np.repeat([[255] * 16 + [0] * 16], 32, axis=0).astype(np.uint8))
+    options = {"image": image, "num_inference_steps": 6, "seed": 1, "output_type": "latent"}
+    same = RaphaelImg2ImgPipeline.from_pipe(inpaint)("a", strength=0.0, **options).images
+    for strength in (0.5, 1.0):
+        filled = inpaint("a cat", mask_image=left, strength=strength, **options).images
+        assert torch.equal(filled[..., 4:], same[..., 4:])
+        assert filled.isfinite().all()
+        assert not torch.isclose(filled[..., :4], same[..., :4], atol=1e-3).all()
+
+
+def test_inpainting_converts_image_and_mask_once(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    converted: list[Image.Image] = []
+
+    def convert(image: Image.Image, *rest: str) -> Image.Image:
+        converted.append(image)
+        return to_rgb(image, *rest)
+
+    for module in (pipeline_arguments, pipeline_variants, prompts):
+        monkeypatch.setattr(module, "to_rgb", convert, raising=False)
+    inpaint, image, mask = RaphaelInpaintPipeline.from_pipe(pipeline), picture(), Image.new("L", (32, 32), 255)
+    inpaint("a cat", image=image, mask_image=mask, num_inference_steps=1, output_type="latent")
+    assert converted == [image, mask]
 
 
 def test_masks_are_read_as_other_images(pipeline: Any) -> None:
@@ -401,54 +402,3 @@ def test_control_of_scale_zero_changes_nothing(parts: dict[str, Any], pipeline: 
     controlled.save_pretrained(tmp_path / "saved")
     loaded = RaphaelControlNetPipeline.from_pretrained(tmp_path / "saved")
     assert np.array_equal(draw(loaded, image=edges), followed)
-
-
-# ---- adapters ----------------------------------------------------------------------------------------------------------
-
-
-def adapter(unet: Any, seed: int = 0) -> Adapter:
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {name: p.shape for name, p in unet.named_parameters() if name.endswith(("attn1.to_q.weight", "space_moe.w1"))}
-    factors = {
-        name: tuple(torch.randn(*s, generator=generator) for s in ((*shape[:-2], 2, shape[-1]), (*shape[:-1], 2)))
-        for name, shape in shapes.items()
-    }
-    return Adapter(Path("blue"), 0.5, factors)
-
-
-def test_adapters_are_combined_fused_and_removed_exactly(parts: dict[str, Any], tmp_path: Path) -> None:
-    build(parts).save_pretrained(tmp_path / "saved")
-    pipeline = build_from(tmp_path / "saved")
-    own = {name: p.detach().clone() for name, p in pipeline.unet.named_parameters()}
-    a, b = adapter(pipeline.unet), adapter(pipeline.unet, 1)
-    pipeline._lora.adapters |= {"a": a, "b": b}
-
-    def expected(weights: dict[str, float]) -> dict[str, Tensor]:
-        sums = {name: value.clone() for name, value in own.items()}
-        for key, weight in weights.items():
-            for name in a.factors:
-                sums[name] += weight * {"a": a, "b": b}[key].delta(name)
-        return sums
-
-    def assert_weights(weights: dict[str, Tensor]) -> None:
-        for name, p in pipeline.unet.named_parameters():
-            assert torch.equal(p, weights[name]), name
-
-    pipeline.set_adapters(["a", "b"], [0.3, 0.7])
-    assert pipeline.get_active_adapters() == ["a", "b"]
-    assert_weights(expected({"a": 0.3, "b": 0.7}))
-    assert RaphaelImg2ImgPipeline.from_pipe(pipeline).get_active_adapters() == ["a", "b"]
-    pipeline.set_adapters("b")
-    assert_weights(expected({"b": 1.0}))
-    pipeline.delete_adapters("a")
-    assert pipeline.get_list_adapters() == {"unet": ["b"]}
-    pipeline.fuse_lora(lora_scale=0.5)
-    assert_weights(expected({"b": 0.5}))
-    pipeline.unload_lora_weights()  # fused weights stay
-    assert_weights(expected({"b": 0.5}))
-    pipeline.unfuse_lora()
-    assert_weights(own)
-    with pytest.raises(UserError, match="adapter_names='c' must be a loaded adapter"):
-        pipeline.set_adapters("c")
-    with pytest.raises(UserError, match="load_lora_weights"):
-        pipeline.load_lora_weights(tmp_path)

@@ -68,10 +68,10 @@ class BlockRouting:
             has the counts of other ranks on the host (`expert_dispatch.GroupSamples`).
         time_factor_B: float32, factor on the output of the time expert, through which the time gate gets its gradient
             (`choose`).
-        space_weight_BYK: float32, for each of Y text tokens and K space experts: the factor of `choose`, divided by the
-            number of text tokens that take part, at the token's expert; 0 elsewhere. The text gate gets its gradient
-            through it. None without a Space-MoE.
-        balance_B: float32, load-balance loss of the gates for each sample; None if its weight is 0 or without gradients.
+        space_weight_BYK: float32, weight of each of K space experts for each of Y text tokens: at the token's expert the
+            factor that `choose` returned, divided by the number of text tokens (without padding if `model.mask_padding`);
+            0 at other experts. The text gate gets its gradient through it. None without a Space-MoE.
+        balance_B: float32, load-balance loss of the gates for each sample; None if it is off or gradients are disabled.
     """
 
     time_expert_B: Tensor | None
@@ -121,7 +121,10 @@ def band_of_timestep_B(timestep_B: Tensor, num_experts: int, num_timesteps: int)
 
 
 def _mean_weight_BY(taking_part_BY: Tensor) -> Tensor:
-    """Return weights, float32, with which a sum over text tokens is the mean over those that take part."""
+    """Return 1 / (number of text tokens of the sample that take part), or 0 for tokens that do not; float32 [B, Y].
+
+    With these weights, a sum over the text tokens is a mean. `taking_part_BY`: bool.
+    """
     share_BY = taking_part_BY.float()
     return share_BY / share_BY.sum(dim=-1, keepdim=True).clamp(min=1)
 
@@ -133,7 +136,8 @@ def space_weights_BYK(chosen_BY: Tensor, factor_BY: Tensor, num_experts: int, ta
 
     Args:
         chosen_BY: expert of each text token, int64; further axes can come first, such as blocks.
-        factor_BY: float32, by which the weights are multiplied, so that the gate gets a gradient (`choose`).
+        factor_BY: float32, the factor that `choose` returned. The weights are multiplied by it, so that the gate gets a
+            gradient.
         num_experts: K.
         taking_part_BY: bool, False for tokens that are left out; their weights are 0. None: all tokens count.
 
@@ -298,10 +302,10 @@ class Experts(nn.Module):
     def apply_sorted(self, x_RD: Tensor, counts_K: Tensor, bias: bool = True) -> Tensor:
         """Apply each expert to its rows (token vectors of width D); return their outputs [R, D], in the same order.
 
-        Every expert takes part, with zero rows if it has none, so that every parameter gets a gradient on every rank.
-        (Otherwise ZeRO would add gradients of different experts to each other.) On a GPU a grouped matrix product reads the
-        counts on the device. On a CPU, for float32, and for widths that are not multiples of 8, a loop over experts runs
-        instead. It reads the counts on the host, so the host waits for a GPU.
+        Experts without rows are run on an empty tensor, so that every parameter gets a gradient on every rank. (Otherwise
+        ZeRO would add gradients of different experts to each other.) On a GPU a grouped matrix product reads the counts on
+        the device. On a CPU, for float32, and for widths that are not multiples of 8, a loop over experts runs instead. It
+        reads the counts on the host, so with tensors on a GPU the host waits.
 
         Args:
             x_RD: the rows of all experts, sorted by expert.
@@ -356,8 +360,8 @@ class Experts(nn.Module):
         """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)` for each row r, [R, D]: the weighted outputs without the last bias.
 
         Here e_k is expert k, b2_k the bias of its second layer, and `w_RK` its weight for each row (token). Every expert
-        processes every row, so shapes are static. The weights multiply the experts' outputs, which are narrower than their
-        hidden units.
+        processes every row, so shapes are static. The weights are multiplied with the experts' outputs and not with their
+        hidden units, because the outputs are narrower.
         """
         fused_RKF = torch.unflatten(F.linear(x_RD, self.w1.flatten(0, 1), self.b1.flatten()), 1, self.b1.shape)
         fused_KRF = fused_RKF.transpose(0, 1)
@@ -370,16 +374,17 @@ class Experts(nn.Module):
 
 
 class _Context(FunctionCtx):
-    """What the forward pass keeps for the backward pass."""
+    """The autograd context, with the tensors that the forward pass saves for the backward pass."""
 
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
 
 
 class _GeluProduct(torch.autograd.Function):
-    """`gelu(a_k) w_k^T` of every expert. It saves only `a`, and applies GELU again in the backward pass.
+    """Computes `gelu(a_k) w_k^T` for every expert k, [K, R, D], from `a` [K, R, F] and the weights w [K, D, F].
 
-    Autograd would also save gelu(a), and a copy of weights that are flattened to one matrix.
+    It saves `a` and w, and computes gelu(a) again in the backward pass. Autograd would also save gelu(a), and a copy of w if
+    the weights of all experts were flattened to one matrix.
     """
 
     @staticmethod
@@ -418,15 +423,19 @@ def add_bias(y_RF: Tensor, onehot_RK: Tensor, bias_KF: Tensor) -> Tensor:
     """Add to each row of y [R, F] the bias of the row's expert; return the sum [R, F].
 
     `onehot_RK` is the expert of each row, one-hot in the dtype of y. `bias_KF` has the biases of K experts. The bias is
-    looked up by a product with this matrix, so that its gradient is also a matrix product, which sums in float32 on every
-    device. The gradient of the indexing `bias[expert]` would be summed in its own dtype (bfloat16: 7 to 24% wrong for 4 to 8
-    thousand rows).
+    looked up by the product `onehot_RK @ bias_KF`. Its gradient is then also a matrix product, which sums in float32 on
+    every device. The gradient of the indexing `bias[expert]` would be summed in its own dtype (bfloat16: 7 to 24% wrong for
+    4 to 8 thousand rows).
     """
     return torch.addmm(y_RF, onehot_RK, bias_KF)
 
 
 def _torch_product(counts_K: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return `(x, w) -> x w_k^T` for rows sorted by expert, w [K, out, in], by torch's grouped product."""
+    """Return a function (x, w) that multiplies each row of x with the matrix of its expert k, `x w_k^T`, [R, out].
+
+    x is [R, in] with rows sorted by expert, w is [K, out, in]. `counts_K`: number of rows of each expert. The function runs
+    torch's grouped matrix product.
+    """
     ends_K = counts_K.cumsum(0).to(torch.int32)
     return lambda x, w: F.grouped_mm(x, _aligned(w).transpose(1, 2), offs=ends_K)
 
@@ -511,12 +520,12 @@ class SpaceMoE(Experts):
     """The Space-MoE layer: each image token goes through the experts of the text tokens whose regions contain it.
 
     A text token's region is the set of image tokens that attend to it most (`routing.region_mask_BNY`). The paper's formula
-    is `out = 1/n_y sum_i e_{route(y_i)}(h o Mhat_i)` over the n_y text tokens (Sec. 3.1). With w_k[j] the weight of expert k
-    at image token j and c_k its total weight, this equals `out[j] = sum_k w_k[j] (e_k(h[j]) - e_k(0)) + sum_k c_k e_k(0)`
-    (docs/architecture.md).
+    is `out = 1/n_y sum_i e_{route(y_i)}(h o Mhat_i)`, with image tokens h, n_y text tokens y_i, experts e_k, and the region
+    of y_i as a mask Mhat_i of 0 and 1 (Sec. 3.1). With w_k[j] the weight of expert k at image token j and c_k its total
+    weight, this equals `out[j] = sum_k w_k[j] (e_k(h[j]) - e_k(0)) + sum_k c_k e_k(0)` (docs/architecture.md).
 
-    A shared expert (not in the paper; arXiv 2512.01252) processes every image token and is added to the sum. Every rank has
-    all of it. The constructor's argument `shared` is its hidden width; 0: none.
+    A shared expert (not in the paper; arXiv 2512.01252) processes every image token; its output is added. With expert
+    parallelism every rank has a whole copy of it. The constructor's argument `shared` is its hidden width; 0: none.
     """
 
     shared: nn.Sequential | None
@@ -779,8 +788,8 @@ class TransformerBlock(nn.Module):
 def image_positions_ND(height: int, width: int, token_size: int, like: Tensor) -> Tensor:
     """Return a sinusoidal position encoding of N image tokens, [N, D], with the device, dtype and D of `like`.
 
-    A quarter of the D values encodes the row, the others the column. Positions are measured in latent positions from the
-    middle of the image, so they mean the same on every level and in images of every size.
+    A quarter of the D values encodes the row, the others the column. Rows and columns are counted from the middle of the
+    image, in units of a position of the latents, so they mean the same on every level and in images of every size.
 
     Args:
         height: height of the feature map in image tokens.
@@ -798,7 +807,7 @@ def image_positions_ND(height: int, width: int, token_size: int, like: Tensor) -
 
 
 def _sines(place_P: Tensor, features: int) -> Tensor:
-    """Return sines and cosines of positions with periods from the shortest to the longest, [P, features]."""
+    """Return sines and cosines of positions, [P, features], with geometrically growing periods (`_POSITION_PERIODS`)."""
     count = (features + 1) // 2
     shortest, longest = _POSITION_PERIODS
     steps = torch.arange(count, device=place_P.device) / max(count - 1, 1)
@@ -809,7 +818,8 @@ def _sines(place_P: Tensor, features: int) -> Tensor:
 class SpatialTransformer(nn.Module):
     """A transformer block, with the layers that convert a feature map to its tokens and back.
 
-    Parameter names are those of diffusers' Transformer2DModel. `RaphaelUNet` calls the parts one by one.
+    Parameter names are those of diffusers' Transformer2DModel. The class has no `forward`: `RaphaelUNet` calls `to_tokens`,
+    the block, and `to_feature_map`.
     """
 
     def __init__(self, spec: BlockSpec, norm_groups: int) -> None:
@@ -831,7 +841,7 @@ class SpatialTransformer(nn.Module):
     def to_feature_map(self, h_BND: Tensor, x_BCHW: Tensor) -> Tensor:
         """Convert image tokens [B, h * w, C] to a feature map [B, C, h, w], add the feature map `x_BCHW`; return the sum.
 
-        `x_BCHW` is the input of the transformer (its residual). The result has its memory format.
+        `x_BCHW` is the input of the transformer (its residual). The result has the memory format of `x_BCHW`.
         """
         # A sum has the memory format of its first term. The tokens are channels last, which is slow on a CPU.
         out_BND: Tensor = self.proj_out(h_BND)
@@ -900,7 +910,7 @@ class GateNoise(NamedTuple):
 
     Attributes:
         time_BLK: for the time gates of L transformer blocks, which select one of K experts for each of B samples.
-        space_BLYK: for their text gates, which select one of K experts for each of a sample's Y text tokens.
+        space_BLYK: for the text gates of the blocks, which select one of K experts for each of a sample's Y text tokens.
     """
 
     time_BLK: Tensor
@@ -938,7 +948,7 @@ class UNetOutput(NamedTuple):
         edge_logits: for each transformer block with an edge module, logits of the predicted edges, float32 [B, h, w].
         space_used: for each block, share of image tokens (0..1) that each of K space experts processes, [B, K].
         time_expert: for each block, the time expert of each sample, int64 [B].
-        balance: for each block, load-balance loss of the gates, float32 [B]; empty if its weight is 0 or without gradients.
+        balance: for each block, load-balance loss of the gates, float32 [B]; empty if it is off or gradients are disabled.
     """
 
     prediction: Tensor
@@ -961,7 +971,7 @@ class ForwardState(NamedTuple):
     """State of one forward pass: inputs of all blocks, the experts of blocks that have not run yet, and collected outputs.
 
     `embedding_BE`: timestep embeddings. `text_BYD`: text tokens. `end_B`: index of the end-of-text token. Each transformer
-    block appends one entry to both lists (`BlockOutput`).
+    block takes one item from `routings`, and appends one to `edge_logits` and to `space_used` (fields of `BlockOutput`).
     """
 
     embedding_BE: Tensor
@@ -1144,7 +1154,7 @@ class RaphaelUNet(nn.Module):
         return self._residual(self.mid_block, 1, x, state.embedding_BE), skips
 
     def decode(self, state: ForwardState, x: Tensor, skips: list[Tensor]) -> Tensor:
-        """Run the decoder on `x` and `skips` from `encode`; return the input of the last normalisation and convolution."""
+        """Run the decoder on `x` and `skips` from `encode`; return the feature map before the last norm and convolution."""
         skips = list(skips)
         for level in cast(list[UNetLevel], self.up_blocks):
             for i in range(len(level.resnets)):
@@ -1227,7 +1237,7 @@ class RaphaelUNet(nn.Module):
         return transformer.to_feature_map(h_BND, x_BCHW), edge_logits, used_BK
 
     def _run(self, recompute: bool, part: Callable[..., Any], *tensors: Tensor | None) -> Any:
-        """Run a part of the model. With `recompute` it saves no activations and runs again in the backward pass."""
+        """Run a part of the model. With `recompute`, it saves no activations and is run again in the backward pass."""
         return part(*tensors)
 
 # ---- model.diffusers_model -------------------------------------------------------------------------------------------
@@ -1283,7 +1293,7 @@ _HOOKS = ("_hf_hook", "_diffusers_hook")
 
 
 class _Wrapper(ModelMixin, ConfigMixin):
-    """The base class of this package's networks as models of diffusers, with its loading, saving and offloading."""
+    """Base class that wraps a network of this package as a model of diffusers, which can load, save and offload it."""
 
     # Layers whose dtype is read outside of their own forward pass.
     _skip_layerwise_casting_patterns = ["norm", "gates", "conv_in", "edge"]  # noqa: RUF012 (diffusers' name and type)
@@ -1336,14 +1346,16 @@ class _Wrapper(ModelMixin, ConfigMixin):
             num_space_experts: experts of each Space-MoE; 0: no Space-MoE.
             num_time_experts: experts of each Time-MoE; 0: a dense feed-forward layer.
             expert_width: hidden width of an expert on each level.
-            shared_expert: width of an expert for all image tokens, in units of `expert_width`; 0: no such expert.
+            shared_expert: hidden width of an additional expert of each Space-MoE, which processes all image tokens, as a
+                multiple of `expert_width`; 0: no such expert.
             time_routing: how a timestep selects its expert: "learned" (by gates) or "boundaries" (by equal ranges of
                 timesteps).
             time_activation: activation of the time experts, "gelu" or "geglu".
             gate_width: hidden width of the gates, the networks that select experts.
             gate_gradient: factor on the output of the selected expert: "straight_through" and "none" are 1, "scaled" is its
                 probability.
-            mask_threshold: a text token's region is where its attention is at least this share of its maximum.
+            mask_threshold: share (0..1). The expert of a text token processes the image tokens whose attention to the text
+                token is at least this share of the largest one.
             mask_padding: leave padding tokens out of the Space-MoE.
             image_positions: add a sinusoidal position encoding to the image tokens.
             edge_channels: width of the modules that predict edges, which are used in training only; 0: no such modules.
