@@ -12,13 +12,16 @@ import yaml
 from raphael_dist.errors import UserError
 from raphael_dist.reporting.plan_comparison import plan_lines
 from raphael_dist.reporting.run_facts import Examined
+from raphael_dist.reporting.run_files import paths_in
 from raphael_dist.storage.files import atomic_path
 from raphael_dist.text import HIDDEN, hide_secrets_in_text, open_regular, redact
 
 LOG_BYTES = 1 << 20  # the end of each log
 METRIC_BYTES = 8 << 20  # the end of metrics.jsonl
-LOGS = ("train.log", "logs/rank-*.log", "logs/stacks-rank-*.txt", "logs/heartbeats/rank-*")
+# The folder and the pattern of each kind of log.
+LOGS = (("", "train.log"), ("logs", "rank-*.log"), ("logs", "stacks-rank-*.txt"), ("logs/heartbeats", "rank-*"))
 MAX_LOGS = 64  # of each kind
+MAX_LISTED = 20_000  # files
 _NAME = r"[\w.-]*(?:api[_-]?key|access_?key|account_?key|token|secret|passw(?:or)?d|\bpwd|credentials?|cookie)[\w.-]*"
 # name=value, name: value, "name": "value", --name value, Authorization: Bearer value, and keys known by their beginning.
 _ASSIGNED = re.compile(rf"(?i)(\b{_NAME}[\"']?\s*[=:]\s*|--{_NAME}\s+(?!-))(\"[^\"\n]*\"|'[^'\n]*'|[^\s\"';]+)")
@@ -83,14 +86,16 @@ def _members(examined: Examined, report: str, folder: Path) -> Iterator[tuple[st
         yield "config.yaml", yaml.safe_dump(redact(examined.run.config), sort_keys=False)
     if examined.run.versions:
         yield "versions.txt", "".join(f"{name} {version}\n" for name, version in examined.run.versions.items())
-    for pattern, limit in (*((pattern, LOG_BYTES) for pattern in LOGS), ("metrics.jsonl", METRIC_BYTES)):
-        for path in sorted(folder.glob(pattern))[:MAX_LOGS]:
+    for parent, pattern, limit in (*((*kind, LOG_BYTES) for kind in LOGS), ("", "metrics.jsonl", METRIC_BYTES)):
+        paths = paths_in(folder / parent, pattern)
+        for path in paths[:MAX_LOGS]:
             name = str(path.relative_to(folder))
             try:
                 yield name, _tail(path, limit)
             except OSError as error:
                 left_out.append(f"{name}: {error.strerror or error}")
-    yield "files.txt", "".join(f"{line}\n" for line in _listing(folder))
+        left_out += [f"{path.relative_to(folder)}: only {MAX_LOGS} such files are included" for path in paths[MAX_LOGS:]]
+    yield "files.txt", "".join(f"{line}\n" for line in _listing(folder, left_out))
     yield "not-included.txt", "".join(f"{line}\n" for line in left_out)
 
 
@@ -103,9 +108,25 @@ def _tail(path: Path, limit: int) -> str:
     return (data.partition(b"\n")[2] if start else data).decode(errors="replace")
 
 
-def _listing(folder: Path) -> Iterator[str]:
-    for path in sorted(folder.rglob("*")):
-        try:
-            yield f"{path.stat().st_size:>14,} {path.relative_to(folder)}"
-        except OSError:
-            yield f"{'vanished':>14} {path.relative_to(folder)}"
+def _listing(folder: Path, left_out: list[str]) -> Iterator[str]:
+    """Yield a line with size and name for each file and folder. Files of a run in progress may vanish meanwhile.
+
+    `left_out`: gets a line for each folder whose files cannot be listed.
+    """
+    errors: list[OSError] = []
+    count = 0
+    for parent, folders, files in os.walk(folder, onerror=errors.append):
+        folders.sort()
+        for name in sorted(folders + files):
+            count += 1
+            if count > MAX_LISTED:
+                left_out.append(f"files.txt has only the first {MAX_LISTED:,} files")
+                return
+            path = Path(parent, name)
+            try:
+                yield f"{path.stat().st_size:>14,} {path.relative_to(folder)}"
+            except OSError:
+                yield f"{'vanished':>14} {path.relative_to(folder)}"
+    for error in errors:
+        where = Path(error.filename).relative_to(folder)
+        left_out.append(f"{where}/: its files are not in files.txt: {error.strerror or error}")

@@ -25,8 +25,8 @@ KINDS = {
 FAULTS = tuple(KINDS)[5:]
 UNCLEAN = "killed or crashed"  # a process whose log does not state how it ended
 _PATTERNS = {kind: re.compile(pattern) for kind, pattern in KINDS.items()}
-_PROGRESS = re.compile(r"step (\d+)/\d+ ")
-_STEP = re.compile(r"step[ -]0*(\d+)")
+_PROGRESS = re.compile(r"step (\d{1,15})/\d+ ")
+_STEP = re.compile(r"step[ -]0*(\d{1,15})(?!\d)")
 
 
 @dataclass(frozen=True)
@@ -111,5 +111,5 @@ def ending(run: RunFiles, history: History, now: datetime) -> str:
         return f"stopped at step {run.step:,} by a signal or the time limit; the same command continues"
     if not run.log:
         return f"at step {run.step:,}; no log says whether it is complete"
-    minutes = (now - run.log[-1].time).total_seconds() / 60
+    minutes = max(0.0, (now - run.log[-1].time).total_seconds() / 60)
     return f"at step {run.step:,}, not complete; the last log line is {minutes:,.0f} minutes old"

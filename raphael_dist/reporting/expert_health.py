@@ -8,7 +8,7 @@ from raphael_dist.reporting.run_files import RunFiles
 
 OVERLOADED = 0.9  # as a share of a block's load
 MIN_SAMPLES = 20.0  # per expert between two log lines, if the load were even; with fewer, loads are not judged
-_LAYER = re.compile(r"moe/(space|time)/L(\d+)/load_(min|max)")
+LAYER = re.compile(r"moe/(space|time)/L(\d{1,6})/load_(min|max)")  # a metric of one transformer block
 
 
 def dead_blocks(run: RunFiles) -> dict[str, list[int]]:
@@ -30,13 +30,13 @@ def overloaded_blocks(run: RunFiles) -> dict[str, list[int]]:
     return _blocks(run, "max", lambda load, experts: load > OVERLOADED * experts)
 
 
-def _blocks(run: RunFiles, end: str, is_bad: Callable[[float, int], bool]) -> dict[str, list[int]]:
+def _blocks(run: RunFiles, end: str, is_bad: Callable[[float, float], bool]) -> dict[str, list[int]]:
     blocks_by_kind: dict[str, list[int]] = {}
     for tag, series in run.series.items():
-        match = _LAYER.fullmatch(tag)
+        match = LAYER.fullmatch(tag)
         if match is None or match[3] != end or len(series) < 3:
             continue
-        experts = run.option(f"model.{match[1]}_experts") or 1
+        experts = run.number(f"model.{match[1]}_experts") or 1
         recent = series[-max(3, len(series) // 5) :]
         if experts_are_judged(run, match[1]) and all(is_bad(load, experts) for _, load in recent):
             blocks_by_kind.setdefault(match[1], []).append(int(match[2]))
@@ -49,6 +49,6 @@ def experts_are_judged(run: RunFiles, kind: str) -> bool:
     At least 20 samples per expert (MIN_SAMPLES) are enough. With fewer, an expert may get no work by chance. Returns False
     for a run that has logged no loads of experts of this kind. `kind`: kind of experts, "space" or "time".
     """
-    experts = run.option(f"model.{kind}_experts") or 1
-    samples = (run.option("train.log_every") or 1) * (run.option("train.global_batch_size") or 1)
+    experts = run.number(f"model.{kind}_experts") or 1
+    samples = (run.number("train.log_every") or 1) * (run.number("train.global_batch_size") or 1)
     return f"moe/{kind}/load_min" in run.series and experts > 1 and samples >= experts * MIN_SAMPLES

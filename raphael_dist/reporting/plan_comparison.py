@@ -28,7 +28,7 @@ class PlanRow:
 
 def measured_rows(run: RunFiles) -> list[PlanRow]:
     """Return speed, memory and utilisation of a run as its metrics report them. Predictions are None in the result."""
-    rate, images = run.last("throughput/samples_per_s", share=0.5), run.option("train.global_batch_size")
+    rate, images = run.last("throughput/samples_per_s", share=0.5), run.number("train.global_batch_size")
     peak = max(run.values("memory/peak_gib"), default=None)
     return [
         PlanRow("images per second", rate, None),

@@ -6,25 +6,19 @@ has no data about it.
 
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import datetime
 from itertools import pairwise
 from statistics import fmean, median
-from typing import TYPE_CHECKING
 
 from raphael_dist.analysis.experts import DEAD_SHARE
 from raphael_dist.config.lr_schedules import ENDLESS
-from raphael_dist.reporting.events import History, ending
+from raphael_dist.reporting.events import ending
+from raphael_dist.reporting.evidence import MIN_LINES, Finding, Rule, RunEvidence
 from raphael_dist.reporting.expert_health import OVERLOADED, dead_blocks, experts_are_judged, overloaded_blocks
+from raphael_dist.reporting.loss_rules import loss_not_falling, loss_not_finite, loss_rising
 from raphael_dist.reporting.run_files import RunFiles
 from raphael_dist.training.data_timer import KINDS, REMEDIES
 from raphael_dist.training.stragglers import SLOW_RATIO
 
-if TYPE_CHECKING:
-    from raphael_dist.reporting.data_sample import DataSample
-
-MIN_LINES = 8  # of metrics; fewer show no trend
 DATA_BOUND = 0.1  # share of the time that waits for data
 CLIPPED = 0.8  # share of the log lines with clipped gradients
 TRUNCATED = 0.05  # share of the captions
@@ -34,67 +28,7 @@ DUPLICATES = 0.1  # share of the images
 SKIPPED = 0.01  # share of the steps
 DISK_SAVES = 2  # checkpoints that must still fit
 _BALANCE = "set model.balance_weight=0.01 or raise it, or raise model.gate_noise or model.gate_noise_steps"
-_TRUNCATED = re.compile(r"text\.max_tokens=(\d+): longer captions are truncated \((\d+) of (\d+)\)")
-
-
-@dataclass(frozen=True)
-class RunEvidence:
-    """What is known about a run, for the rules that look for problems.
-
-    Attributes:
-        run: its files.
-        history: events from its logs.
-        now: the current time.
-        free_bytes: free disk space for the run directory, in bytes; None: unknown.
-        checkpoint_bytes: size of the newest checkpoint in bytes; 0: there is none.
-        data: result of checking some samples of its data; None: they were not read.
-    """
-
-    run: RunFiles
-    history: History
-    now: datetime
-    free_bytes: int | None = None
-    checkpoint_bytes: int = 0
-    data: "DataSample | None" = None
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A problem of a run, with numbers from the run, and its remedy: what to do about it."""
-
-    problem: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"{self.problem[:1].upper()}{self.problem[1:]}. What to do: {self.remedy}."
-
-
-Rule = Callable[[RunEvidence], Finding | None]
-
-
-def loss_not_finite(evidence: RunEvidence) -> Finding | None:
-    """Return a finding (problem and remedy) if a logged training loss is infinite or NaN, else None."""
-    bad = [step for step, loss in evidence.run.series.get("train/loss", []) if not math.isfinite(loss)]
-    if not bad:
-        return None
-    return Finding(f"the loss was not finite at {len(bad)} logged steps, first at step {bad[0]}", "lower optim.lr")
-
-
-def loss_not_falling(evidence: RunEvidence) -> Finding | None:
-    """Return a finding (problem and remedy) if the training loss is not lower at the end than at the start, else None.
-
-    It is not lower if the mean of the last quarter of the log lines is at least 95% of the mean of the first tenth.
-    """
-    losses = [loss for loss in evidence.run.values("train/loss") if math.isfinite(loss)]
-    if len(losses) < MIN_LINES:
-        return None
-    begin, end = fmean(losses[: max(2, len(losses) // 10)]), fmean(losses[-(len(losses) // 4) :])
-    if end < 0.95 * begin:
-        return None
-    return Finding(
-        f"the training loss does not fall: {begin:.3g} at the start, {end:.3g} in the last quarter",
-        "check optim.lr (too high or too low), the captions and images (python -m raphael_dist prepare), and run.init_from",
-    )
+_TRUNCATED = re.compile(r"text\.max_tokens=(\d{1,9}): longer captions are truncated \((\d{1,15}) of (\d{1,15})\)")
 
 
 def dead_experts(evidence: RunEvidence) -> Finding | None:
@@ -135,8 +69,8 @@ def always_clipped(evidence: RunEvidence) -> Finding | None:
 
     Only the last half of the logged steps counts.
     """
-    limit, norms = evidence.run.option("optim.max_grad_norm"), evidence.run.values("optim/grad_norm", share=0.5)
-    share = fmean(norm > limit for norm in norms) if limit and norms else 0.0
+    limit, norms = evidence.run.number("optim.max_grad_norm"), evidence.run.values("optim/grad_norm", share=0.5)
+    share = fmean(norm > limit for norm in norms) if limit > 0 and norms else 0.0
     if len(norms) < MIN_LINES // 2 or share < CLIPPED:
         return None
     return Finding(
@@ -178,22 +112,25 @@ def wrong_schedule(evidence: RunEvidence) -> Finding | None:
 
     This is so in each of these cases:
 
+    - The learning rate is 0 in all log lines.
     - The warm-up of the learning rate takes half of the steps or more.
     - The gate noise lasts longer than the run.
     - The learning rate is below 0.1% of its peak in more than a tenth of the log lines.
     - The run is complete, and the learning rate is still above half of its peak.
     """
-    run, steps = evidence.run, evidence.run.option("train.max_steps") or 0
-    warmup, noise = run.option("optim.warmup_steps") or 0, run.option("model.gate_noise_steps") or 0
+    run, steps = evidence.run, evidence.run.number("train.max_steps")
+    warmup, noise = run.number("optim.warmup_steps"), run.number("model.gate_noise_steps")
     if steps and warmup >= steps / 2:
         return Finding(f"optim.warmup_steps={warmup} is half of train.max_steps={steps} or more", "lower optim.warmup_steps")
-    if steps and run.option("model.gate_noise") and noise > steps:
+    if steps and run.number("model.gate_noise") and noise > steps:
         return Finding(
             f"model.gate_noise_steps={noise} is longer than train.max_steps={steps}: the noise never falls to 0",
             "lower model.gate_noise_steps",
         )
-    rates = run.series.get("optim/lr", [])
+    rates = [(step, rate) for step, rate in run.series.get("optim/lr", []) if math.isfinite(rate)]
     peak = max((rate for _, rate in rates), default=0.0)
+    if len(rates) >= MIN_LINES and peak <= 0:
+        return Finding("the learning rate is 0 in all log lines: the weights do not change", "set optim.lr above 0")
     idle = [step for step, rate in rates if rate < 0.001 * peak and step > warmup]
     if len(rates) >= MIN_LINES and len(idle) > 0.1 * len(rates):
         return Finding(
@@ -201,7 +138,7 @@ def wrong_schedule(evidence: RunEvidence) -> Finding | None:
             "lower train.max_steps, or lengthen the schedule (optim.lr_schedule_args)",
         )
     complete = bool(evidence.history.of("complete"))
-    decays = run.option("optim.lr_schedule", "constant") not in ENDLESS
+    decays = str(run.option("optim.lr_schedule", "constant")) not in ENDLESS
     if complete and decays and len(rates) >= MIN_LINES and rates[-1][1] > 0.5 * peak:
         return Finding(
             f"the run is complete, but its learning rate ended at {rates[-1][1] / peak:.0%} of its peak",
@@ -226,16 +163,28 @@ def disk_nearly_full(evidence: RunEvidence) -> Finding | None:
 
 
 def truncated_captions(evidence: RunEvidence) -> Finding | None:
-    """Return a finding (problem and remedy) if at least 5% of the captions are longer than the encoder reads, else None."""
-    counts = [match for line in evidence.run.log if (match := _TRUNCATED.match(line.text))]
-    if not counts:
+    """Return a finding (problem and remedy) if at least 5% of the captions are longer than the encoder reads, else None.
+
+    If samples of the data were checked, their captions count. Otherwise those count that the run's processes had encoded
+    when each of them logged its only warning about them: all captions of the shards if data.features=cached, the first
+    ones if data.features=online.
+    """
+    remedy = "shorten the captions, or raise text.max_tokens in a new run if the encoder allows more"
+    data = evidence.data
+    if data is not None and data.truncated is not None and data.captions:
+        if data.truncated < TRUNCATED * data.captions:
+            return None
+        share, limit = data.truncated / data.captions, f"text.max_tokens={evidence.run.number('text.max_tokens')}"
+        counts = f"{data.truncated} of {data.captions} in the checked samples"
+        return Finding(f"{share:.0%} of the captions ({counts}) are longer than {limit}", remedy)
+    lines = [match for line in evidence.run.log if (match := _TRUNCATED.match(line.text))]
+    truncated, total = (sum(int(match[group]) for match in lines) for group in (2, 3))
+    # A process counts until it has truncated a caption, so that this last one says nothing about the share (Haldane 1945).
+    if truncated == len(lines) or truncated - len(lines) < TRUNCATED * (total - len(lines)):
         return None
-    limit, truncated, total = map(int, counts[-1].groups())
-    if truncated < TRUNCATED * total:
-        return None
+    counts = f"{truncated} of {total} that were encoded before the warnings in the logs"
     return Finding(
-        f"{truncated / total:.0%} of the captions ({truncated} of {total}) are longer than text.max_tokens={limit}",
-        "shorten the captions, or raise text.max_tokens in a new run if the encoder allows more",
+        f"{truncated / total:.0%} of the captions ({counts}) are longer than text.max_tokens={lines[-1][1]}", remedy
     )
 
 
@@ -244,7 +193,7 @@ def empty_edge_maps(evidence: RunEvidence) -> Finding | None:
 
     They are many if more than 20% of the checked maps have none, or if the edge loss has fallen to 0.001 or less.
     """
-    if not evidence.run.option("edge.weight"):
+    if not evidence.run.number("edge.weight"):
         return None
     remedy = "make them again (python -m raphael_dist prepare with --edges), or set edge.weight=0 in a new run"
     if evidence.data is not None and evidence.data.edges and evidence.data.empty_edges > EMPTY * evidence.data.edges:
@@ -298,6 +247,7 @@ def stalled(evidence: RunEvidence) -> Finding | None:
 RULES: dict[Rule, tuple[str, str]] = {
     loss_not_finite: ("whether the loss is finite", "train/loss"),
     loss_not_falling: ("whether the loss falls", "train/loss"),
+    loss_rising: ("whether the loss rises again", "train/loss"),
     dead_experts: ("dead experts", "expert_samples"),
     overloaded_experts: ("overloaded experts", "expert_samples"),
     data_bound: ("waiting for data", "time/data_wait_frac"),
@@ -307,7 +257,7 @@ RULES: dict[Rule, tuple[str, str]] = {
     wrong_schedule: ("length of the schedules", "optim/lr"),
     checkpoints_fail: ("failed and damaged checkpoints", "checkpoint/failed log"),
     disk_nearly_full: ("free disk space", "free_bytes"),
-    truncated_captions: ("truncated captions", "log"),
+    truncated_captions: ("truncated captions", "log data"),
     empty_edge_maps: ("empty edge maps", "train/loss_edge data"),
     duplicates: ("duplicate images", "data"),
     stalled: ("how recent the log is", "log"),

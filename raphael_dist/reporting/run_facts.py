@@ -4,15 +4,20 @@ import contextlib
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from raphael_dist.checkpoint.folders import step_of
 from raphael_dist.config.schema import Config, load_config
-from raphael_dist.errors import UserError
+from raphael_dist.errors import UserError, describe_error
 from raphael_dist.reporting.events import History, read_history
+from raphael_dist.reporting.evidence import Finding, RunEvidence
 from raphael_dist.reporting.plan_comparison import PlanRow, compare, measured_rows
-from raphael_dist.reporting.rules import Finding, RunEvidence, coverage, diagnose
-from raphael_dist.reporting.run_files import RunFiles, read_run
+from raphael_dist.reporting.rules import coverage, diagnose
+from raphael_dist.reporting.run_files import RunFiles, paths_in, read_run
 from raphael_dist.storage.files import free_bytes
+
+if TYPE_CHECKING:
+    from raphael_dist.reporting.data_sample import DataSample
 
 NO_PLAN = "none"  # value of --cluster
 
@@ -58,15 +63,10 @@ def examine(folder: Path, cluster: str = "auto", *, with_data: bool = True) -> E
     run = read_run(folder)
     history, notes, now = read_history(run), list(run.missing), datetime.now()
     config, why = _config_of(run)
-    data = None
-    if config is not None and with_data:
-        from raphael_dist.reporting.data_sample import sample_data
-
-        try:
-            data = sample_data(config)
-        except (UserError, OSError) as error:
-            notes.append(f"Edge maps and duplicates in the data were not checked: {error}.")
-    evidence = RunEvidence(run, history, now, free_bytes(folder), _newest_bytes(folder), data)
+    if config is None and run.config:
+        notes.append(f"{why[:1].upper()}{why[1:].rstrip('.')}.")
+    data = _check_data(config, notes) if config is not None and with_data else None
+    evidence = RunEvidence(run, history, now, _free_bytes(folder), _newest_bytes(folder), data)
     plan, plan_note = measured_rows(run), why
     if cluster == NO_PLAN:
         plan_note = "--cluster none: no prediction was made"
@@ -75,6 +75,8 @@ def examine(folder: Path, cluster: str = "auto", *, with_data: bool = True) -> E
             plan = compare(run, config, cluster)
         except UserError as error:
             plan_note = str(error)
+        except Exception as error:  # the rest of the report does not depend on the planner
+            plan_note = f"the planner failed with {describe_error(error)}"
     return Examined(run, history, diagnose(evidence), *coverage(evidence), notes, plan, plan_note, now)
 
 
@@ -85,12 +87,35 @@ def _config_of(run: RunFiles) -> tuple[Config | None, str]:
     try:
         return load_config(str(run.folder / "config.yaml")), ""
     except UserError as error:
-        return None, f"this version does not accept the run's configuration: {error}"
+        first, *others = error.args
+        more = f" (and {len(others)} more mistakes)" if others else ""
+        return None, f"this version does not accept the run's configuration: {first}{more}"
+
+
+def _check_data(config: Config, notes: list[str]) -> "DataSample | None":
+    """Return the result of checking some samples of the data; None if it fails. What was not checked is added to `notes`."""
+    from raphael_dist.reporting.data_sample import sample_data  # imports torch, which takes seconds
+
+    try:
+        data = sample_data(config)
+    except Exception as error:  # whatever is wrong with the data, the rest of the run can be checked
+        reason = str(error) if isinstance(error, UserError) else describe_error(error)
+        notes.append(f"Edge maps, duplicates and captions in the data were not checked: {reason.rstrip('.')}.")
+        return None
+    notes += data.notes
+    return data
+
+
+def _free_bytes(folder: Path) -> int | None:
+    try:
+        return free_bytes(folder)
+    except OSError:
+        return None
 
 
 def _newest_bytes(folder: Path) -> int:
     """Return the size of the run's newest checkpoint in bytes; 0 if there is none."""
-    checkpoints = [path for path in folder.glob("checkpoints/step-*") if step_of(path) is not None]
+    checkpoints = [path for path in paths_in(folder / "checkpoints", "step-*") if step_of(path) is not None]
     if not checkpoints:
         return 0
     with contextlib.suppress(OSError):

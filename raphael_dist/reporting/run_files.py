@@ -1,10 +1,13 @@
 """Reads the files in a run directory: metrics, logs, configuration, versions, sample grids, routes, checkpoints."""
 
 import json
+import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
+from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
@@ -12,16 +15,25 @@ from typing import Any, TypeVar
 import yaml
 
 from raphael_dist.checkpoint.folders import step_of
-from raphael_dist.config.load import UNREADABLE
+from raphael_dist.config.load import UNREADABLE, check_size
+from raphael_dist.config.validation_errors import value_text
 from raphael_dist.errors import UserError
-from raphael_dist.text import JsonObject, read_json, read_text
-from raphael_dist.training.metrics_files import read_metrics
+from raphael_dist.reporting.route_values import checked_routes
+from raphael_dist.text import JsonObject, hide_secrets_in_text, open_regular, read_json, read_text
+from raphael_dist.training.metrics_files import LARGEST, Series, read_series
 
 T = TypeVar("T")
-Series = list[tuple[int, float]]  # (step, value)
 _LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d+ ([A-Z]+) [\w.]+: (.*)")
-_START = re.compile(r"(from scratch|new, from|resumed at step (\d+)).*?(\d+) ranks on (\w+), ZeRO-(\d)")
+_START = re.compile(r"(from scratch|new, from|resumed at step (\d+)).*?\b([1-9]\d{0,8}) ranks on (\w+), ZeRO-([0-3])")
 MARKS = ("config.yaml", "metrics.jsonl", "train.log")  # a folder with one of them is a run directory
+MAX_LINE = 1000  # characters of a log line
+MAX_KEYS, MAX_DEPTH = 1000, 20  # of a configuration, which has about 150 keys
+# The settings that the rules and the report compute with.
+NUMBERS = (
+    "edge.weight", "model.gate_noise", "model.gate_noise_steps", "model.space_experts", "model.time_experts",
+    "optim.max_grad_norm", "optim.warmup_steps", "text.max_tokens", "train.global_batch_size", "train.log_every",
+    "train.max_steps",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,8 @@ class RunFiles:
         routes: by step, the JSON file with the experts that process the words of the first sample.
         checkpoints: steps of the checkpoints.
         damaged: names of the folders of damaged checkpoints.
-        missing: a sentence about each file that could not be read.
+        missing: a sentence about each file, or part of a file, that could not be read.
+        label: what reports call the run; "": the name of its folder.
     """
 
     folder: Path
@@ -83,10 +96,11 @@ class RunFiles:
     checkpoints: list[int] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    label: str = ""
 
     @property
     def name(self) -> str:
-        return self.folder.resolve().name
+        return self.label or self.folder.resolve().name
 
     def option(self, key: str, default: Any = None) -> Any:
         """Return the value of a setting in config.yaml, such as "train.max_steps"; `default` if it is not in the file."""
@@ -94,17 +108,23 @@ class RunFiles:
         values = self.config.get(section)
         return values.get(name, default) if isinstance(values, dict) else default
 
+    def number(self, key: str) -> float:
+        """Return the number that a setting in NUMBERS has, such as "train.max_steps"; 0 if it is missing or not a number."""
+        assert key in NUMBERS, key
+        value = self.option(key)
+        return value if _is_number(value) else 0
+
     def values(self, tag: str, share: float = 1.0) -> list[float]:
-        """Return the last logged values of a metric, in order of steps. [] if it has no values.
+        """Return the last logged values of a metric that are finite, in order of steps. [] if there is none.
 
         `tag`: name of the metric, such as "train/loss". `share`: which part of all its values is returned: 0.2 means the
         last fifth, but at least one value.
         """
         series = self.series.get(tag, [])
-        return [value for _, value in series[-max(1, round(share * len(series))) :]] if series else []
+        return [value for _, value in series[-max(1, round(share * len(series))) :] if math.isfinite(value)]
 
     def last(self, tag: str, share: float = 0.2) -> float | None:
-        """Return the mean of the last logged values of a metric; None if it has no values.
+        """Return the mean of the last logged values of a metric that are finite; None if there is none.
 
         `tag`: name of the metric, such as "train/loss". `share`: which part of its values is used: 0.2 means the last fifth.
         """
@@ -139,19 +159,38 @@ def read_run(folder: Path) -> RunFiles:
         )
     missing: list[str] = []
     checkpoints = folder / "checkpoints"
-    steps = [step_of(path) for path in checkpoints.glob("step-*")]
-    return RunFiles(
+    steps = [step_of(path) for path in paths_in(checkpoints, "step-*")]
+    run = RunFiles(
         folder,
-        _read(missing, folder / "metrics.jsonl", _metrics, {}),
+        _read(missing, folder / "metrics.jsonl", lambda path: _metrics(path, missing), {}),
         _read_logs(folder, missing),
         _read(missing, folder / "config.yaml", _config, {}),
         _read(missing, folder / "versions.json", _versions, {}),
         _by_step(folder / "samples", ".png"),
         _by_step(folder / "samples", ".routes.json"),
         sorted(step for step in steps if step is not None),
-        sorted(path.name for path in checkpoints.glob("damaged-*")),
+        [path.name for path in paths_in(checkpoints, "damaged-*")],
         missing,
     )
+    for key in NUMBERS:
+        if not _is_number(value := run.option(key, 0)) and value is not None:
+            missing.append(f"config.yaml: {key}={value_text(value)} is not a number; what depends on it is left out.")
+    return run
+
+
+def paths_in(folder: Path, pattern: str) -> list[Path]:
+    """Return the paths in a folder, sorted by name; [] if the folder is missing, cannot be read, or vanishes meanwhile.
+
+    `pattern`: pattern of their names, such as "rank-*.log".
+    """
+    try:
+        return sorted(path for path in folder.iterdir() if fnmatchcase(path.name, pattern))
+    except OSError:
+        return []
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def _read(missing: list[str], path: Path, read: Callable[[Path], T], default: T) -> T:
@@ -159,16 +198,16 @@ def _read(missing: list[str], path: Path, read: Callable[[Path], T], default: T)
         return read(path)
     except FileNotFoundError:
         missing.append(f"{path.name} is not in the run directory.")
-    except (OSError, ValueError, AttributeError, KeyError, TypeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError, yaml.YAMLError) as error:
         known = isinstance(error, OSError | ValueError | yaml.YAMLError)
         why = " ".join(str(error).split())[:200] if known else "it does not have the form in which the trainer writes it"
         missing.append(f"{path.name} cannot be read: {why}.")
     return default
 
 
-def _metrics(path: Path) -> dict[str, Series]:
-    series = {tag: [(s, float(v)) for s, v in pairs if v is not None] for tag, pairs in read_metrics(path).items()}
-    series = {tag: values for tag, values in series.items() if values}
+def _metrics(path: Path, missing: list[str]) -> dict[str, Series]:
+    series, left_out = read_series(path)
+    missing += left_out
     if not series:
         raise ValueError("it contains no metrics")
     return series
@@ -177,33 +216,54 @@ def _metrics(path: Path) -> dict[str, Series]:
 def _config(path: Path) -> JsonObject:
     try:
         tree = yaml.safe_load(read_text(path))
+        check_size(tree)
+        json.dumps(tree, default=str, ensure_ascii=False).encode()  # what cannot be written here cannot be shown either
     except UNREADABLE as error:
         raise ValueError(error) from None
     if not isinstance(tree, dict):
         raise ValueError("it is not a mapping of sections")
+    count = sum(len(section) if isinstance(section, dict) else 1 for section in tree.values())
+    if count > MAX_KEYS or _depth(tree) > MAX_DEPTH:
+        raise ValueError(f"it has over {MAX_KEYS:,} keys, or values that are nested over {MAX_DEPTH} times")
     return tree
 
 
+def _depth(tree: JsonObject) -> int:
+    """Return how many times the values of a tree of dicts and lists are nested."""
+    depth, level = 0, list[object]([tree])
+    while level:
+        depth += 1
+        dicts = [value.values() for value in level if isinstance(value, dict)]
+        level = [inner for values in (*dicts, *(value for value in level if isinstance(value, list))) for inner in values]
+    return depth
+
+
 def _versions(path: Path) -> dict[str, str]:
-    return {str(name): str(version) for name, version in read_json(path).items()}
+    return {str(name): str(version)[:MAX_LINE] for name, version in read_json(path).items()}
 
 
 def _read_logs(folder: Path, missing: list[str]) -> list[LogLine]:
     lines: list[LogLine] = _read(missing, folder / "train.log", lambda path: _parse(path, 0), [])
-    for path in sorted(folder.glob("logs/rank-*.log")):
+    for path in paths_in(folder / "logs", "rank-*.log"):
         lines += _read(missing, path, lambda path: _parse(path, int(path.stem.rpartition("-")[2])), [])
     return sorted(lines, key=lambda line: line.time)
 
 
 def _parse(path: Path, rank: int) -> list[LogLine]:
-    with open(path, encoding="utf-8", errors="replace") as file:
-        matches = (_LINE.match(line) for line in file)
-        return [LogLine(datetime.fromisoformat(m[1]), m[2], m[3].rstrip(), rank) for m in matches if m]
+    lines = []
+    with os.fdopen(open_regular(path), encoding="utf-8", errors="replace") as file:
+        for match in filter(None, map(_LINE.match, file)):
+            try:
+                time = datetime.fromisoformat(match[1])
+            except ValueError:  # such as the 99th of a month
+                continue
+            lines.append(LogLine(time, match[2], hide_secrets_in_text(match[3].rstrip())[:MAX_LINE], rank))
+    return lines
 
 
 def _by_step(folder: Path, suffix: str) -> dict[int, Path]:
-    paths = {re.fullmatch(rf"step-(\d+){re.escape(suffix)}", path.name): path for path in folder.glob("step-*")}
-    return {int(match[1]): path for match, path in sorted(paths.items(), key=lambda item: item[1].name) if match}
+    paths = {re.fullmatch(rf"step-(\d{{1,18}}){re.escape(suffix)}", path.name): path for path in paths_in(folder, "step-*")}
+    return {int(match[1]): path for match, path in paths.items() if match}
 
 
 def read_routes(path: Path) -> JsonObject:
@@ -214,7 +274,4 @@ def read_routes(path: Path) -> JsonObject:
 
     Raises OSError if the file cannot be read, ValueError if it contains no routes.
     """
-    routes = json.loads(read_text(path))
-    if not isinstance(routes, dict) or not {"words", "space", "regions", "time", "timesteps"} <= set(routes):
-        raise ValueError(f"{path.name} contains no routes")
-    return routes
+    return checked_routes(read_json(path))

@@ -1,5 +1,6 @@
 """The charts of the HTML report: which metrics each shows, and their values, thinned out for a page."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NotRequired, TypedDict
@@ -8,6 +9,8 @@ from raphael_dist.reporting.events import History
 from raphael_dist.reporting.run_files import RunFiles, Series
 
 BUCKETS = 250  # number of intervals of a curve; each has two points
+MIN_BUCKETS = 8
+POINTS = 60_000  # of all curves of a page, which take about 1 MB
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,11 @@ CHARTS = (
         "Entropy of the experts' loads (1: even)",
         {"moe/space/load_entropy": "space", "moe/time/load_entropy": "time"},
     ),
+    Chart(
+        "experts",
+        "Entropy of the gates' probabilities (1: undecided, 0: certain)",
+        {"moe/space/gate_entropy": "space", "moe/time/gate_entropy": "time"},
+    ),
     Chart("experts", "Space experts: load over an even share", {f"moe/space/load_{e}": f"{e}imum" for e in ("max", "min")}),
     Chart("experts", "Time experts: load over an even share", {f"moe/time/load_{e}": f"{e}imum" for e in ("max", "min")}),
     Chart("experts", "Dead experts", {"moe/dead_experts": "experts"}),
@@ -65,27 +73,33 @@ CHARTS = (
 )
 
 
-def chart_data(chart: Chart, runs: list[RunFiles]) -> list[Curve]:
+def buckets_for(runs: Sequence[RunFiles]) -> int:
+    """Return the number of intervals of a curve with which the curves of these runs have at most POINTS points together."""
+    curves = sum(tag in run.series for chart in CHARTS for tag in chart.tags for run in runs)
+    return min(BUCKETS, max(MIN_BUCKETS, POINTS // (2 * max(1, curves))))
+
+
+def chart_data(chart: Chart, runs: Sequence[RunFiles], buckets: int = BUCKETS) -> list[Curve]:
     """Return the curves of a chart, one for each run and metric. x are steps, y are values of the metric.
 
-    Long curves are thinned out. [] if no run has values for the chart.
+    Long curves are thinned out to `buckets` intervals of two points. [] if no run has values for the chart.
     """
     curves: list[Curve] = []
     for run in runs:
         for tag, label in chart.tags.items():
             if series := run.series.get(tag):
-                steps, values = zip(*thinned(series), strict=True)
+                steps, values = zip(*thinned(series, buckets), strict=True)
                 name = f"{run.name}: {label}" if len(runs) > 1 else label
                 curves.append({"label": name, "x": steps, "y": [round_(value) for value in values]})
     return curves
 
 
-def timeline_data(histories: list[tuple[str, History]]) -> list[Curve]:
+def timeline_data(histories: list[tuple[str, History]], buckets: int = BUCKETS) -> list[Curve]:
     """Return curves that show the progress of runs: y are steps, x are minutes since the run's first log line.
 
     There are up to three curves per run, whose "kind" is "step", "restart" or "fault". Restarts and faults are points.
 
-    `histories`: (name, events and progress) of each run.
+    `histories`: (name, events and progress) of each run. `buckets`: half of the largest number of points of a curve.
     """
     curves: list[Curve] = []
     for name, history in histories:
@@ -99,23 +113,25 @@ def timeline_data(histories: list[tuple[str, History]]) -> list[Curve]:
             if begin is None or not points:
                 continue
             minutes = {round((time - begin).total_seconds() / 60, 3): step for time, step in points}
-            thin = sorted(minutes.items())[:: max(1, len(minutes) // (2 * BUCKETS))]
+            thin = sorted(minutes.items())[:: -(-len(minutes) // (2 * buckets))]
             label = f"{name}: {kind}" if len(histories) > 1 else kind
             curves.append({"label": label, "x": [x for x, _ in thin], "y": [y for _, y in thin], "kind": kind})
     return curves
 
 
-def thinned(series: Series) -> Series:
-    """Return the points (step, value) of a series with the smallest and the largest value in each of 250 intervals.
+def thinned(series: Series, buckets: int = BUCKETS) -> Series:
+    """Return the points (step, value) of a series with the smallest and the largest value in each of `buckets` intervals.
 
-    So spikes stay visible. A series of at most 500 points is returned unchanged.
+    So spikes stay visible. A series of at most twice as many points is returned unchanged. Values that are not finite are
+    left out of an interval that also has finite ones.
     """
-    size = -(-len(series) // BUCKETS)
+    size = -(-len(series) // buckets)
     if size <= 2:
         return series
     points: list[tuple[int, float]] = []
     for start in range(0, len(series), size):
         part = series[start : start + size]
+        part = [point for point in part if math.isfinite(point[1])] or part[:1]
         points += sorted({min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])})
     return points
 

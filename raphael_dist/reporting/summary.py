@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from statistics import fmean, variance
 
 from raphael_dist.reporting.events import FAULTS, UNCLEAN, ending
+from raphael_dist.reporting.evidence import MIN_LINES
 from raphael_dist.reporting.expert_health import MIN_SAMPLES, dead_blocks, experts_are_judged
-from raphael_dist.reporting.rules import DATA_BOUND, MIN_LINES, longest_wait
+from raphael_dist.reporting.loss_rules import FALLEN, find_rise
+from raphael_dist.reporting.rules import DATA_BOUND, longest_wait
 from raphael_dist.reporting.run_facts import Examined
 from raphael_dist.reporting.run_files import RunFiles
 from raphael_dist.text import JsonObject
@@ -20,28 +22,33 @@ PLACES = ("run.dir", "data.cache_dir")  # keys of folders, which differ between 
 
 def convergence(run: RunFiles) -> str:
     """Return sentences that state whether a run's training loss has fallen and whether it has levelled off."""
-    losses = [loss for loss in run.values("train/loss") if math.isfinite(loss)]
+    losses = run.values("train/loss")
     if len(losses) < MIN_LINES:
         return f"Unknown: {len(losses)} log lines have a finite loss, at least {MIN_LINES} are needed."
     eighth = max(3, len(losses) // 8)
     before, end = losses[-2 * eighth : -eighth], losses[-eighth:]
     change, noise = fmean(end) - fmean(before), math.sqrt((variance(before) + variance(end)) / eighth)
-    if fmean(end) > 0.95 * losses[0]:
+    rise = find_rise(run)
+    if rise is not None:
+        verdict = f"No, it fell to {rise.lowest:.3g} up to step {rise.step:,} and rises again"
+    elif fmean(end) > FALLEN * losses[0]:
         verdict = "No, it did not fall"
-    elif abs(change) <= LEVEL * fmean(before):
+    elif abs(change) <= LEVEL * abs(fmean(before)):
         verdict = "It has levelled off"
     elif abs(change) <= 2 * noise:
         verdict = "Unclear, the loss varies more between log lines than it changes"
     else:
         verdict = "Not yet, it is still falling" if change < 0 else "No, it rises again"
+    compared = f", {change / fmean(before):+.1%} compared with the eighth before it" if fmean(before) else ""
     text = (
         f"{verdict}: the training loss went from {losses[0]:.3g} to {fmean(end):.3g} (mean of the last eighth of the log "
-        f"lines, {change / fmean(before):+.1%} compared with the eighth before it)."
+        f"lines{compared})."
     )
     if rates := run.values("optim/lr"):
-        limit = run.option("train.max_steps")
+        limit, peak = run.number("train.max_steps"), max(rates)
         place = f"step {run.step:,} of {limit:,}" if limit else f"step {run.step:,}"
-        text += f" At {place} the learning rate is at {rates[-1] / max(rates):.0%} of its peak."
+        text += f" At {place} the learning rate is "
+        text += f"at {rates[-1] / peak:.0%} of its peak." if peak > 0 else "0, as in all log lines."
     held_out = [(loss, step) for step, loss in run.series.get("val/loss", []) if math.isfinite(loss)]
     if held_out:
         loss, step = min(held_out)
@@ -75,7 +82,9 @@ def speed(examined: Examined) -> str:
     if rate is None:
         return "Unknown: no throughput was logged."
     wait, ratio = (run.last(f"time/{name}", share=0.5) or 0.0 for name in ("data_wait_frac", "slowest_rank_ratio"))
-    stall = sum(run.values("checkpoint/stall_s")) / max(1e-9, run.step * (run.option("train.global_batch_size") or 1) / rate)
+    if rate <= 0:
+        return "Unknown: the logged throughput is 0."
+    stall = sum(run.values("checkpoint/stall_s")) / max(1e-9, run.step * (run.number("train.global_batch_size") or 1) / rate)
     if wait >= DATA_BOUND:
         bound = f"Waiting for data, most of it for {longest_wait(run)}"
     elif ratio > SLOW_RATIO:

@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +14,11 @@ import numpy as np
 from PIL import Image
 
 from raphael_dist.storage.files import no_links, replace_bytes, write_all
+from raphael_dist.text import json_type, open_regular, parse_json, shorten
+
+Series = list[tuple[int, float]]  # (step, value)
+LARGEST = 1e30  # larger values count as infinite: float64 can hold the variance of all values up to this
+LAST_STEP = 10**15  # larger integers are not exact in the JavaScript of a report
 
 _log = logging.getLogger(__name__)
 
@@ -166,20 +171,55 @@ def _without_tensorboard_errors(hook: _Hook) -> _Hook:
     return filtered
 
 
-def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
+def read_metrics(path: Path) -> dict[str, Series]:
     """Read a metrics.jsonl file; return the (step, value) pairs of each metric by its name, in order of steps.
 
+    What `read_series` leaves out is ignored.
+    """
+    return read_series(path)[0]
+
+
+def read_series(path: Path) -> tuple[dict[str, Series], list[str]]:
+    """Read a metrics.jsonl file.
+
     If a metric has two values for one step, the later line counts. An incomplete line, caused by a kill or a full disk, is
-    skipped.
+    skipped, and so is a value that is null.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The (step, value) pairs of each metric by its name, in order of steps; and a sentence for each kind of lines and
+        values that were left out because they have another form than those of the trainer.
+
+    Raises:
+        OSError: the file cannot be read, or it is not a regular file.
     """
     series: dict[str, dict[int, float]] = defaultdict(dict)
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        step = row.pop("step")
-        row.pop("samples_seen", None)
-        for tag, value in row.items():
-            series[tag][step] = value
-    return {tag: sorted(values.items()) for tag, values in series.items()}
+    odd: Counter[str] = Counter()
+    with os.fdopen(open_regular(path), encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = parse_json(line)
+            except ValueError:  # incomplete
+                continue
+            step = row.get("step") if isinstance(row, dict) else None
+            if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step <= LAST_STEP:
+                odd["without a step"] += 1
+                continue
+            for tag, value in row.items():
+                if tag in ("step", "samples_seen") or value is None:
+                    continue
+                if isinstance(value, bool) or not isinstance(value, int | float):
+                    odd[f"where {shorten(tag)} is {json_type(value)}"] += 1
+                else:
+                    series[tag][step] = _bounded(value)
+    left_out = [f"{path.name} has lines {kind}, which are left out (number: {count})." for kind, count in odd.most_common(5)]
+    return {tag: sorted(values.items()) for tag, values in series.items()}, left_out
+
+
+def _bounded(value: float) -> float:
+    """Return a value as a float; plus or minus infinity if it is larger than LARGEST."""
+    if abs(value) > LARGEST:  # also integers that have no float
+        return float("inf") if value > 0 else -float("inf")
+    return float(value)

@@ -1,11 +1,16 @@
 """The debug bundle: its members, no secrets, files that vanish, and nothing half written."""
 
+import os
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from raphael_dist.cli import doctor
+from raphael_dist.config.schema import load_config
+from raphael_dist.planning import search
 from raphael_dist.reporting import bundle
 from raphael_dist.reporting.bundle import scrub
 from raphael_dist.text import HIDDEN
@@ -100,6 +105,73 @@ def test_file_that_vanishes_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "bundle/train.log" not in members
     lines = members["bundle/not-included.txt"].splitlines()
     assert lines == [f"{name}: No such file or directory" for name in ("train.log", "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("name", ["samples", "logs", "checkpoints/step-00000400"])
+def test_folder_that_vanishes_during_the_listing_is_named(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, out, scan = plant(tmp_path / "run"), tmp_path / "bundle.tar.gz", os.scandir
+
+    def vanishing(path: str = ".") -> Any:
+        if Path(path) == run / name and Path(path).is_dir():
+            Path(path).rename(tmp_path / "gone")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", vanishing)
+    assert doctor.main([str(run), "--bundle", str(out), "--cluster", "none", "--no-data"]) == 0
+    members = text_of(out)
+    assert f"{name}/: its files are not in files.txt: No such file or directory" in members["bundle/not-included.txt"]
+    assert " train.log\n" in members["bundle/files.txt"]
+    assert f" {name}/" not in members["bundle/files.txt"]
+    assert "complete: 400 steps" in members["bundle/train.log"]
+
+
+def test_logs_and_files_over_the_limits_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, out = plant(tmp_path / "run"), tmp_path / "bundle.tar.gz"
+    for rank in range(1, 4):
+        (run / "logs" / f"rank-{rank:05d}.log").write_text("")
+    monkeypatch.setattr(bundle, "MAX_LOGS", 2)
+    monkeypatch.setattr(bundle, "MAX_LISTED", 5)
+    doctor.main([str(run), "--bundle", str(out), "--cluster", "none", "--no-data"])
+    members = text_of(out)
+    assert "bundle/logs/rank-00002.log" in members
+    assert members["bundle/files.txt"].count("\n") == 5
+    assert members["bundle/not-included.txt"].splitlines() == [
+        "logs/rank-00003.log: only 2 such files are included",
+        "files.txt has only the first 5 files",
+    ]
+
+
+def test_bundle_has_the_plan_next_to_the_measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    class Planner:
+        def __init__(self, *arguments: Any) -> None:
+            asked.extend(arguments)
+
+        def evaluate(self, choice: search.Choice) -> Any:
+            asked.append(choice)
+            step = SimpleNamespace(images_per_s=80.0, seconds=0.2, mfu=lambda peak: 0.25)
+            return SimpleNamespace(step=step, memory=SimpleNamespace(total=3 << 30))
+
+    monkeypatch.setattr(search, "Search", Planner)
+    run, out = plant(tmp_path / "run"), tmp_path / "bundle.tar.gz"
+    assert doctor.main([str(run), "--bundle", str(out), "--no-data"]) == 0
+    _, cluster, world, choice = asked
+    assert (cluster.name, world) == ("cpu", 2)
+    assert (choice.stage, choice.micro_batch_size) == (2, load_config("emoji-tiny").train.micro_batch_size)
+    assert text_of(out)["bundle/plan.txt"].splitlines() == [
+        "images per second: measured 40, planned 80",
+        "seconds per step: measured 0.4, planned 0.2",
+        "peak memory of a rank, GiB: measured 1.5, planned 3",
+        "share of the device's peak FLOP/s (MFU): measured unknown, planned 0.25",
+        "",
+    ]
+    doctor.main([str(run), "--bundle", str(out), "--no-data", "--cluster", "none"])
+    lines = text_of(out)["bundle/plan.txt"].splitlines()
+    assert lines[0] == "images per second: measured 40, planned unknown"
+    assert lines[-1] == "--cluster none: no prediction was made"
 
 
 @pytest.mark.parametrize("name", ["taken/bundle.tar.gz", "bundle.zip"])

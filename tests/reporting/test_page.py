@@ -15,7 +15,7 @@ from PIL import Image
 
 from raphael_dist.cli import report
 from raphael_dist.reporting import summary
-from raphael_dist.reporting.page import MAX_BYTES, SECTIONS
+from raphael_dist.reporting.page import MAX_BYTES, SECTIONS, build_page
 from raphael_dist.reporting.plan_comparison import PlanRow
 from raphael_dist.reporting.run_facts import examine
 from raphael_dist.reporting.series import BUCKETS, thinned
@@ -92,11 +92,11 @@ def test_noise_is_not_taken_for_an_answer(tmp_path: Path) -> None:
 
 def test_page_is_small_and_asks_no_server(tmp_path: Path) -> None:
     run = plant(tmp_path / "run", grids=0)
-    rng = np.random.default_rng(0)
-    for step in range(1, 61):  # noise: the images that compress worst
-        pixels = rng.integers(0, 255, (1400, 1400, 3), np.uint8) if step == 1 else pixels  # noqa: F821
-        Image.fromarray(pixels).save(run / "samples" / f"step-{step:08d}.png", compress_level=0)
-        big = routes() | {"regions": [[[32, 32, "01" * 512]] * 16] * 40}
+    noise = np.random.default_rng(0).integers(0, 255, (1400, 1400, 3), np.uint8)  # the images that compress worst
+    Image.fromarray(noise).save(tmp_path / "noise.png", compress_level=0)
+    for step in range(1, 61):
+        (run / "samples" / f"step-{step:08d}.png").symlink_to(tmp_path / "noise.png")
+        big = routes() | {"words": ["a"] * 40, "space": [[0] * 4] * 40, "regions": [[[32, 32, "01" * 512]] * 4] * 40}
         (run / "samples" / f"step-{step:08d}.routes.json").write_text(json.dumps(big))
     page = page_of(tmp_path / "r.html", run)
     assert 1_000_000 < len(page.encode()) < MAX_BYTES
@@ -119,6 +119,35 @@ def test_text_of_others_cannot_become_markup(tmp_path: Path) -> None:
 def test_secrets_of_addresses_are_hidden(tmp_path: Path) -> None:
     run = plant(tmp_path / "run", options={"data.shards": ["https://me:hunter2@host/a.tar"]})
     assert "hunter2" not in page_of(tmp_path / "r.html", run)
+
+
+def test_options_that_differ_are_marked(two_runs: list[Path], tmp_path: Path) -> None:
+    page = page_of(tmp_path / "r.html", *two_runs)
+    marked = re.findall(r'<tr class="bad"><td>([a-z_]+\.[a-z_]+)</td><td class=n>(.*?)</td><td class=n>(.*?)</td>', page)
+    assert marked == [("optim.lr", "0.002", "0.004")] * 2  # among the options that differ, and among all
+    assert "1 options differ (marked)." in text_of(page)
+    assert "No option differs." in text_of(page_of(tmp_path / "same.html", two_runs[0], two_runs[0]))
+    assert "differ (marked)" not in page_of(tmp_path / "one.html", two_runs[0])
+
+
+def test_plan_is_compared_with_the_run(two_runs: list[Path], tmp_path: Path) -> None:
+    examined = examine(two_runs[0], "none", with_data=False)
+    assert "There is no plan: --cluster none" in text_of(build_page([examined]))
+    rows = [PlanRow("images per second", 40.0, 80.0), PlanRow("peak memory of a rank, GiB", 1.5, None)]
+    text = text_of(build_page([replace(examined, plan=rows, plan_note="")]))
+    assert "quantity measured planned measured / planned images per second 40 80 0.50" in text
+    assert "peak memory of a rank, GiB 1.5 unknown unknown" in text
+    assert "There is no plan" not in text
+
+
+def test_entropies_of_loads_and_of_gates_are_named_apart(tmp_path: Path) -> None:
+    run = plant(tmp_path / "run", {"moe/space/gate_entropy": lambda i: 0.5})
+    page = page_of(tmp_path / "r.html", run)
+    titles = re.findall(r"<figcaption>(Entropy .*?)</figcaption>", page)
+    assert titles == [
+        "Entropy of the experts&#x27; loads (1: even)",
+        "Entropy of the gates&#x27; probabilities (1: undecided, 0: certain)",
+    ]
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "versions.json", "train.log", "samples"])

@@ -9,12 +9,12 @@ import pytest
 
 from raphael_dist.cli import doctor
 from raphael_dist.data.features.tokens import truncation_line
-from raphael_dist.reporting import rules
+from raphael_dist.reporting import rules, summary
 from raphael_dist.reporting.data_sample import DataSample
 from raphael_dist.reporting.events import KINDS, UNCLEAN, read_history
 from raphael_dist.reporting.rules import RULES, RunEvidence, diagnose
 from raphael_dist.reporting.run_files import read_run
-from tests.lib.planted_run import BEGIN, LINES, log_line, plant
+from tests.lib.planted_run import BEGIN, LINES, Tag, log_line, plant
 
 ROOT = Path(__file__).parents[2]
 START = (
@@ -24,6 +24,10 @@ START = (
 PLANTED: dict[rules.Rule, tuple[dict, str]] = {
     rules.loss_not_finite: ({"tags": {"train/loss": lambda i: float("nan") if i == 20 else 0.3 + 0.7 * 0.8**i}}, "step 210"),
     rules.loss_not_falling: ({"tags": {"train/loss": lambda i: 1.0 + 0.01 * (i % 3)}}, "does not fall: 1.01 at the start"),
+    rules.loss_rising: (
+        {"tags": {"train/loss": lambda i: 0.3 + 0.7 * 0.8**i + 0.03 * max(0, i - 30) + 0.005 * (-1) ** i}},
+        "rises again: 0.298 up to step 300, 0.505 in the last eighth",
+    ),
     rules.dead_experts: ({"tags": {"moe/space/L02/load_min": lambda i: 0.001}}, "space blocks 2"),
     rules.overloaded_experts: ({"tags": {"moe/time/L01/load_max": lambda i: 3.9}}, "time blocks 1"),
     rules.data_bound: ({"tags": {"time/data_wait_frac": lambda i: 0.6}}, "waits for data 60% of the time"),
@@ -49,7 +53,7 @@ PLANTED: dict[rules.Rule, tuple[dict, str]] = {
     ),
     rules.truncated_captions: (
         {"log": [(0.1, "WARNING", truncation_line("captions", 30, 87, 28))]},
-        "34% of the captions (30 of 87)",
+        "34% of the captions (30 of 87 that were encoded before the warnings in the logs)",
     ),
     rules.empty_edge_maps: ({"tags": {"train/loss_edge": lambda i: 1e-6}}, "edge maps seem to be empty"),
     rules.stalled: ({"complete": False}, "logged nothing for"),
@@ -80,6 +84,27 @@ def test_planted_problem_is_found_by_its_rule_alone(rule: rules.Rule, tmp_path: 
     assert diagnose(evidence) == [finding]
 
 
+@pytest.mark.parametrize(
+    ("loss", "options", "rule"),
+    [
+        (lambda i: 0.3 + 0.7 * 0.8**i + 2.0 * max(0, i - 34), {}, rules.loss_rising),  # ends above its start
+        (lambda i: 0.3 + 0.7 * 0.8**i + 2.0 * (i == 39), {}, None),  # a single spike at the end
+        (lambda i: 0.3 + 0.7 * 0.8**i + 0.08 * (i * 7 % 5 - 2), {}, None),  # noise
+        (lambda i: 0.3 + 0.7 * 0.8**i + 0.03 * (i > 30), {}, None),  # by a tenth only
+        (lambda i: 0.5 + 0.05 * i, {}, rules.loss_not_falling),  # never fell
+        (lambda i: (0.3 if i < 20 else 0.4) + 0.3 * 0.5 ** (i % 20), {}, rules.loss_rising),
+        (lambda i: (0.3 if i < 20 else 0.4) + 0.3 * 0.5 ** (i % 20), {"train.stages": [{"until": 200, "set": {}}]}, None),
+    ],
+)
+def test_loss_that_rises_again_is_told_from_noise_and_stages(
+    loss: Tag, options: dict, rule: rules.Rule | None, tmp_path: Path
+) -> None:
+    evidence = evidence_of(plant(tmp_path / "run", {"train/loss": loss}, options=options))
+    assert diagnose(evidence) == ([rule(evidence)] if rule else [])
+    answer = summary.convergence(evidence.run)
+    assert ("and rises again: the training loss went" in answer) == (rule is rules.loss_rising)
+
+
 def test_rules_about_disk_and_data_find_what_is_planted(tmp_path: Path) -> None:
     folder = plant(tmp_path / "run")
     full = evidence_of(folder, free_bytes=3 << 30, checkpoint_bytes=2 << 30)
@@ -87,6 +112,30 @@ def test_rules_about_disk_and_data_find_what_is_planted(tmp_path: Path) -> None:
     data = DataSample(samples=200, edges=200, empty_edges=90, duplicates=50)
     problems = [finding.problem for finding in diagnose(evidence_of(folder, data=data))]
     assert problems == ["90 of 200 edge maps are empty", "50 of 200 images look like another image"]
+    data = DataSample(samples=200, edges=0, empty_edges=0, duplicates=0, captions=800, truncated=200)
+    assert [finding.problem for finding in diagnose(evidence_of(folder, data=data))] == [
+        "25% of the captions (200 of 800 in the checked samples) are longer than text.max_tokens=28"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("counts", "part"),
+    [
+        ([(1, 8)], ""),  # the first batch had one: this says little about the others
+        ([(8, 8)], "100% of the captions (8 of 8 "),
+        ([(1, 8), (1, 300)], ""),
+        ([(1, 8), (40, 192)], "20% of the captions (41 of 200 "),  # of all processes
+    ],
+)
+def test_truncated_captions_of_the_logs_are_no_share_of_the_data(
+    counts: list[tuple[int, int]], part: str, tmp_path: Path
+) -> None:
+    log = [(0.1 + i, "WARNING", truncation_line("captions", *count, 28)) for i, count in enumerate(counts)]
+    folder = plant(tmp_path / "run", log=log)
+    findings = diagnose(evidence_of(folder))
+    assert [part in finding.problem for finding in findings] == ([True] if part else [])
+    data = DataSample(samples=200, edges=0, empty_edges=0, duplicates=0, captions=200, truncated=0)
+    assert diagnose(evidence_of(folder, data=data)) == []  # a sample of all data is a better measure
 
 
 def test_damaged_checkpoint_is_named(tmp_path: Path) -> None:
