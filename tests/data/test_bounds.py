@@ -4,8 +4,10 @@ import io
 import resource
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from raphael_dist.data.shards import tar_scan
@@ -41,6 +43,25 @@ def test_repeated_parquet_string_is_in_memory_once() -> None:
     assert columns["score"][:2].tolist() == [0.5, 0.5]
     assert columns["style"][:2].tolist() == [word_code("oil")] * 2
     assert "url" not in columns
+
+
+def test_parquet_columns_of_other_writers_are_read() -> None:
+    words, kinds = ["oil", "ink", None], [pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()]
+    for kind in [*kinds, pyarrow.dictionary(pyarrow.int32(), pyarrow.string())]:  # pandas 3, polars, categories
+        columns = {
+            "key": pyarrow.array(["a", "b", "c"]).cast(kind),
+            "style": pyarrow.array(words).cast(kind),
+            "url": pyarrow.array(["x" * 100, None, "x"]).cast(kind),
+            "score": pyarrow.array([Decimal("0.5"), None, Decimal("2.25")]),
+        }
+        read = parquet_columns(parquet_of(**columns), ["c", "a", "b"])
+        assert np.array_equal(read["style"], [np.nan, word_code("oil"), word_code("ink")], equal_nan=True), kind
+        assert np.array_equal(read["score"], [2.25, 0.5, np.nan], equal_nan=True)
+        assert np.array_equal(read["url"], [word_code("x"), np.nan, np.nan], equal_nan=True)
+    assert parquet_columns(parquet_of(key=[7], score=[1.5]), ["7"])["score"].tolist() == [1.5]
+    for key, kind in [([1.5], "double"), ([b"a"], "binary"), ([["a"]], "list<element: string>")]:
+        with pytest.raises(ValueError, match=rf"its column 'key' must have the type string or integer, but it has {kind}"):
+            parquet_columns(parquet_of(key=key), ["a"])
 
 
 def test_parquet_beyond_limits_is_rejected_before_reading(tmp_path: Path) -> None:

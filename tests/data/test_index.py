@@ -19,6 +19,7 @@ from raphael_dist.data.fetch.shard_cache import ShardStore
 from raphael_dist.data.mixture import BLOCK, MixedOrder, apportion
 from raphael_dist.data.order import SampleOrder
 from raphael_dist.data.shards.build_index import MAX_BYTES_IN_RUN, build_index, check_index_in_run, open_index
+from raphael_dist.data.shards.columns import word_code
 from raphael_dist.data.shards.dataset_index import DatasetIndex, open_table
 from raphael_dist.data.shards.decode_sample import ImageDataset
 from raphael_dist.data.shards.open_index import check_damage
@@ -119,6 +120,32 @@ def test_records_are_written_once_and_again_for_changed_shards(tmp_path: Path, m
     reports.clear()
     assert build_index(paths, cache, lambda text, done=None, total=None: reports.append(text)).num_samples == 27
     assert "shard 1 of 1" in reports
+
+
+def test_parquet_that_is_changed_added_or_removed_is_read_again(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = laion_shard(tmp_path / "00000.tar", 0, 2)
+
+    def scores() -> list[float]:
+        index = build_index([path], tmp_path / "cache", columns=["pwatermark"])
+        return np.asarray(index.arrays["column.pwatermark"]).tolist() if "pwatermark" in index.known_columns else []
+
+    assert scores() == []
+    for values in ([0.5, 0.25], [0.75, 1.0]):
+        table = pyarrow.table({"key": ["000000000", "000000001"], "pwatermark": values})
+        parquet.write_table(table, tmp_path / "00000.parquet")
+        assert scores() == values
+    (tmp_path / "00000.parquet").unlink()
+    assert scores() == []
+
+
+def test_short_json_field_with_lone_surrogate_is_a_word(tmp_path: Path) -> None:
+    meta = json.dumps({"caption": "b", "lang": "\ud800"}).encode()
+    path = write_shard(tmp_path / "a.tar", [("a", {"png": png(), "json": meta})])
+    index = build_index([path], columns=["lang"])
+    assert np.asarray(index.arrays["column.lang"]).tolist() == [word_code("\ud800")]
 
 
 def test_filters_use_columns_of_json_and_parquet_and_count(tmp_path: Path) -> None:

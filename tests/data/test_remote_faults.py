@@ -19,6 +19,7 @@ from raphael_dist.data.order import SampleOrder
 from raphael_dist.data.shards import decode_sample
 from raphael_dist.data.shards.build_index import build_index, unindexed
 from raphael_dist.data.shards.decode_sample import ImageDataset
+from raphael_dist.data.shards.shard_names import expand_shards
 from raphael_dist.data.stream import TrainStream
 from raphael_dist.errors import UserError
 from tests.data.test_remote import BUCKETS, QUICK, cached_names, local, store_in  # noqa: F401
@@ -61,6 +62,23 @@ def test_short_failure_is_retried_after_retry_after(local: list[Path], tmp_path:
         assert build_index(names(address), store=store_in(tmp_path)).num_samples == 15
     assert time.monotonic() - began >= 2.0
     assert faults.injected == 2
+
+
+@pytest.mark.parametrize("status", ["403", "503"])
+def test_parquet_that_cannot_be_read_is_not_taken_for_missing(local: list[Path], tmp_path: Path, status: str) -> None:  # noqa: F811
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    keys = [f"{n:09d}" for n in range(5)]
+    parquet.write_table(pyarrow.table({"key": keys, "pwatermark": [0.5] * 5}), local[0].with_suffix(".parquet"))
+    faults = Faults(of={"00000.parquet": [status] * 99}, heads={"00000.parquet": [status] * 99})
+    retry = RetryPolicy(retries=1, timeout_s=1.0, pause_s=0.01)
+    with http_files(local[0].parent, faults) as address:
+        with pytest.raises(UserError, match=r"00000.tar cannot be used: its parquet file .*00000.parquet: (access|status)"):
+            build_index(names(address), store=store_in(tmp_path, retry=retry))
+        faults.of, faults.heads = {}, {}
+        index = build_index(names(address), store=store_in(tmp_path), columns=["pwatermark"])
+        assert index.arrays["column.pwatermark"][:5].tolist() == [0.5] * 5
 
 
 def test_missing_shard_is_left_out_and_tried_at_next_start(local: list[Path], tmp_path: Path) -> None:  # noqa: F811
@@ -128,6 +146,27 @@ def test_server_without_ranges_sends_shard_once(
     with http_files(local[0].parent, faults, knows_ranges=False) as address:
         assert b"".join(remote.pieces(f"{address}/00000.tar", len(data), QUICK)) == data
     assert faults.asked == ["00000.tar"] * 2, "and once more after the fault"
+
+
+def test_folder_whose_listing_fails_is_not_taken_for_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    import boto3
+
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # of botocore, which would repeat the request itself
+    pattern, faults = "s3://laion/d/*/t-*.tar", Faults()
+    with s3_bucket([], faults=faults) as environment:
+        client = boto3.client("s3", endpoint_url=environment["AWS_ENDPOINT_URL"])
+        for key in ("a/t-0.tar", "b/t-1.tar", "b/x.tar", "b/c/t-2.tar", "t-3.tar", ".trash/t-4.tar", "a/t-.json"):
+            client.put_object(Bucket="laion", Key=f"d/{key}", Body=b"")
+        faults.of = {"laion": ["", "503", "", "503"]}  # the folder d can be listed
+        assert expand_shards([pattern], QUICK) == ["s3://laion/d/a/t-0.tar", "s3://laion/d/b/t-1.tar"]
+        assert faults.injected >= 2
+        faults.of = {"laion": ["", *["503"] * 99]}
+        with pytest.raises(UserError, match=r"d/\*/t-\*\.tar' cannot be listed: .*attempts"):
+            expand_shards([pattern], RetryPolicy(1, 5.0, 0.01))
+        faults.of = {}
+        assert [name.rpartition("-")[2] for name in expand_shards(["s3://laion/d/**/t-*.tar"], QUICK)] == [
+            "0.tar", "2.tar", "1.tar", "3.tar",
+        ]  # fmt: skip
 
 
 @contextmanager

@@ -74,6 +74,18 @@ def test_patterns_expand_to_sorted_unique_files(tmp_path, monkeypatch):
         assert [Path(name).name for name in expand_shards(patterns)] == names
 
 
+def test_wildcards_pass_over_hidden_and_system_files(tmp_path, caplog):
+    folder = tmp_path / ".mine"  # the user names this folder
+    for name in ("a.tar", "._a.tar", ".Trash-1000/files/old.tar", "@eaDir/b.tar", "sub/c.tar"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    assert expand_shards([f"{folder}/*.tar"]) == [f"{folder}/a.tar"]
+    assert "skipped: 1 x hidden file or folder of the system, the first '._a.tar'" in caplog.text
+    assert expand_shards([f"{folder}/**/*.tar"]) == [f"{folder}/a.tar", f"{folder}/sub/c.tar"]
+    assert "skipped: 3 x hidden" in caplog.text
+    assert expand_shards([f"{folder}/._a.tar"]) == [f"{folder}/._a.tar"]
+
+
 def test_pattern_without_local_file_is_rejected_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     missing = ("a-{0..3}.tar", "*.tar", "{x}")

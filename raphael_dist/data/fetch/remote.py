@@ -18,6 +18,7 @@ import fsspec
 
 from raphael_dist.data.fetch.byte_range import IgnoredRangeError, read_range
 from raphael_dist.data.fetch.http import HttpError, HttpFile
+from raphael_dist.data.fetch.listing import find_files, split_pattern
 from raphael_dist.errors import UserError
 from raphael_dist.text import HIDDEN, hide_secrets
 
@@ -123,12 +124,16 @@ def pieces(url: str, size: int, retry: RetryPolicy, until: int | None = None) ->
         file.close()
 
 
-def matches(pattern: str, retry: RetryPolicy) -> list[str]:
-    """Return the URLs of the remote files that match `pattern`, a URL with wildcards (*, ?, [...]), sorted.
+def matches(pattern: str, retry: RetryPolicy) -> list[tuple[str, str]]:
+    """Find the remote files that match `pattern`, a URL with wildcards (*, ?, [...]), sorted.
 
-    `retry`: how failed requests are repeated. Raises RemoteError if the files cannot be listed.
+    Returns (URL, the part of its path from the first part with a wildcard on) of each. `retry`: how failed requests are
+    repeated. Raises RemoteError if one of the folders cannot be listed.
     """
-    return sorted(_with_retries(pattern, retry, _LibraryFile(pattern, retry.timeout_s).matches))
+    listing = _LibraryFile(pattern, retry.timeout_s)
+    folder, parts = _with_retries(pattern, retry, listing.split)
+    files = find_files(lambda path: _with_retries(pattern, retry, partial(listing.entries, path)), folder, parts)
+    return sorted({(listing.url_of(path), relative) for path, relative in files})
 
 
 class _LibraryFile:
@@ -155,9 +160,21 @@ class _LibraryFile:
             raise HttpError(f"received {len(data)} of {end - start} requested bytes")
         return data
 
-    def matches(self) -> list[str]:
-        fs, path, options = self._resolve()
-        return [fs.unstrip_protocol(match) for match in fs.glob(path, **options)]
+    def split(self) -> tuple[str, list[str]]:
+        fs, path, _ = self._resolve()
+        fs.invalidate_cache()
+        return split_pattern(path)
+
+    def entries(self, folder: str) -> list[dict[str, object]]:
+        """Return the entries of a folder; [] if it does not exist."""
+        fs, _, options = self._resolve()
+        try:
+            return list(fs.ls(folder, detail=True, **options))
+        except FileNotFoundError:
+            return []
+
+    def url_of(self, path: str) -> str:
+        return str(self._resolve()[0].unstrip_protocol(path))
 
     def close(self) -> None:
         """Do nothing: no connection stays open."""

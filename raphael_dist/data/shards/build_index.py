@@ -18,6 +18,7 @@ from raphael_dist.data.shards.shard_record import (
     UNREACHED,
     ShardRecord,
     load_record,
+    parquet_stamp,
     save_record,
     scan_shard,
     unreached_record,
@@ -59,16 +60,18 @@ def open_index(names: Sequence[str], store: ShardStore, columns: Sequence[str] =
     if not set(columns) <= set(index.columns):
         return None
     with ThreadPoolExecutor(_STAT_THREADS) as pool:
-        current = list(pool.map(lambda name: _local_stamp(store, name), index.about["names"]))
-    indexed = [Stamp(*stamp) for stamp in index.about["stamps"]]
-    if UNREACHED in indexed:
+        current = list(pool.map(lambda name: _local_stamps(store, name), index.about["names"]))
+    stamps = [Stamp(*stamp) for stamp in index.about["stamps"]]
+    if UNREACHED in stamps:
         return None
+    indexed = list(zip(stamps, (stamp and Stamp(*stamp) for stamp in index.about["parquets"]), strict=True))
     return index if all(new in (None, old) for new, old in zip(current, indexed, strict=True)) else None
 
 
 def unindexed(names: Sequence[str], store: ShardStore, report: Reporter = no_report) -> list[tuple[str, int]]:
     """Return (name, size in bytes) of each shard that was never indexed, has changed since then, or cannot be reached.
 
+    A shard has also changed if the parquet file next to it has changed, or is new or missing.
     `names`: paths and URLs of the shards (tar files). `store`: provides the shards; its folder contains the index.
     `report`: called with lines of progress. The size of a shard that cannot be reached is 0.
     """
@@ -77,10 +80,11 @@ def unindexed(names: Sequence[str], store: ShardStore, report: Reporter = no_rep
         record = None if store.folder is None else load_record(store.folder, name)
         try:
             stamp = store.stamp(name)
+            is_current = record is not None and (record.stamp, record.parquet) == (stamp, parquet_stamp(store, name))
         except ShardError:
             return (name, 0)
         report(f"checking {hide_secrets(name)}")
-        return None if record is not None and record.stamp == stamp else (name, stamp.num_bytes)
+        return None if is_current else (name, stamp.num_bytes)
 
     with ThreadPoolExecutor(_STAT_THREADS) as pool:
         return [entry for entry in pool.map(check, names) if entry is not None]
@@ -147,7 +151,7 @@ def join_records(
     num_samples = 0
     first_damage = first_bad = ""
     for record in records():
-        digest.update(f"{record.name} {record.stamp} {record.content}".encode())
+        digest.update(f"{record.name} {record.stamp} {record.parquet} {record.content}".encode())
         num_samples += record.num_samples
         if record.bad and not first_bad:
             first_bad = str(BadSample(record.name, *record.bad[0]))
@@ -247,14 +251,14 @@ def _pointer_path(folder: Path, names: Sequence[str]) -> Path:
     return folder / "tables" / f"{hashlib.sha256(json.dumps([VERSION, full_names]).encode()).hexdigest()[:32]}.json"
 
 
-def _local_stamp(store: ShardStore, name: str) -> Stamp | None:
-    """Return the present stamp (version) of a local shard, or the stamp UNREACHED if the file cannot be read.
+def _local_stamps(store: ShardStore, name: str) -> tuple[Stamp, Stamp | None] | None:
+    """Return the present stamps (versions) of a local shard and its parquet file; UNREACHED if they cannot be read.
 
     None: the shard is remote. Its version is checked when it is fetched.
     """
     if remote.is_remote(name):
         return None
     try:
-        return store.stamp(name)
+        return store.stamp(name), parquet_stamp(store, name)
     except ShardError:
-        return UNREACHED
+        return UNREACHED, None

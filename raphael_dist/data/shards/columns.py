@@ -8,6 +8,7 @@ import re
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,7 @@ def word_code(word: str) -> float:
 
     It is an integer of -2 or less that contains a 23-bit hash of the string, so it is exact in float32.
     """
-    return -2.0 - (zlib.crc32(word.encode("utf-8", "surrogateescape")) & 0x7FFFFF)
+    return -2.0 - (zlib.crc32(word.encode("utf-8", "surrogatepass")) & 0x7FFFFF)
 
 
 def parquet_columns(data: bytes, keys: Sequence[str]) -> dict[str, np.ndarray]:
@@ -92,7 +93,8 @@ def parquet_columns(data: bytes, keys: Sequence[str]) -> dict[str, np.ndarray]:
         column `key`.
 
     Raises:
-        ValueError: The file is not a parquet file, or is too large when unpacked.
+        ValueError: The file is not a parquet file, is too large when unpacked, or its column `key` has another type than
+            string or integer.
         UserError: The package pyarrow is not installed.
     """
     try:
@@ -112,10 +114,12 @@ def parquet_columns(data: bytes, keys: Sequence[str]) -> dict[str, np.ndarray]:
             raise ValueError(
                 f"the file has {file.metadata.num_rows} rows for {len(keys)} samples, but at most {limit} are allowed"
             )
-        kinds = {field.name: field.type for field in file.schema_arrow}
+        kinds = {field.name: _value_type(pyarrow.types, field.type) for field in file.schema_arrow}
+        if not (_is_string(pyarrow.types, kinds[_KEY]) or pyarrow.types.is_integer(kinds[_KEY])):
+            raise ValueError(f"its column '{_KEY}' must have the type string or integer, but it has {kinds[_KEY]}")
         used = [name for name, kind in kinds.items() if _is_scalar(pyarrow.types, kind)]
         # Read as dictionaries, each distinct string is in memory once.
-        strings = [name for name in used if pyarrow.types.is_string(kinds[name])]
+        strings = [name for name in used if _is_string(pyarrow.types, kinds[name])]
         file = pyarrow.parquet.ParquetFile(io.BytesIO(data), read_dictionary=strings)
         row_of = _rows_of(file.iter_batches(batch_size=_BATCH_ROWS, columns=used), keys)
     except (pyarrow.ArrowException, OSError) as error:
@@ -162,10 +166,20 @@ def _base(key: str) -> str:
 def _values(column: Arrow, max_chars: int) -> list[object]:
     """Return a column's values as a list, with None in place of strings of more than `max_chars` characters."""
     if not hasattr(column, "dictionary"):
-        return list(column.to_pylist())
-    words = [word if word is None or len(word) <= max_chars else None for word in column.dictionary.to_pylist()]
+        return [float(value) if isinstance(value, Decimal) else value for value in column.to_pylist()]
+    words = _values(column.dictionary, max_chars)
+    words = [None if isinstance(word, str) and len(word) > max_chars else word for word in words]
     return [None if number is None else words[number] for number in column.indices.to_pylist()]
 
 
+def _value_type(types: Arrow, kind: Arrow) -> Arrow:
+    return kind.value_type if types.is_dictionary(kind) else kind
+
+
+def _is_string(types: Arrow, kind: Arrow) -> bool:
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
+
+
 def _is_scalar(types: Arrow, kind: Arrow) -> bool:
-    return bool(types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind) or types.is_string(kind))
+    is_number = types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind) or types.is_boolean(kind)
+    return bool(is_number or _is_string(types, kind))

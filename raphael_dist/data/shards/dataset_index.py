@@ -36,7 +36,7 @@ from raphael_dist.data.shards.skipped import SkipCounts
 from raphael_dist.errors import UserError
 from raphael_dist.text import JsonObject, hide_secrets
 
-VERSION = 3
+VERSION = 4
 SAMPLES, KEYS, BAD, NUM_BAD, BYTES = range(5)  # columns of shards.npy
 DIGESTS = ("fingerprint", "content", "text_digest")
 _SHARDS_IN_MEMORY = 20

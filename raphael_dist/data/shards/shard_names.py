@@ -1,8 +1,9 @@
 """Expands the patterns of data.shards (braces, globs, URLs) to the paths and URLs of shards."""
 
+import logging
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from raphael_dist.config.load import shorten
 from raphael_dist.data.fetch import remote
 from raphael_dist.data.fetch.remote import DEFAULT_RETRY, RemoteError, RetryPolicy
 from raphael_dist.data.fetch.shard_cache import ShardError
+from raphael_dist.data.shards.skipped import HIDDEN, SkipCounts, is_hidden
 from raphael_dist.errors import UserError
 from raphael_dist.text import hide_secrets
 
+_log = logging.getLogger(__name__)
 _MAX_SHARDS = 1_000_000
 _MAX_DEPTH = 16  # of nested braces
 _END = r"(-?\d+|[A-Za-z])"
@@ -152,12 +155,28 @@ def _expand_url(url: str, retry: RetryPolicy) -> list[str]:
     try:
         if "*" not in address and _exists_remotely(url, retry):
             return [url]
-        matches = remote.matches(url, retry)
+        matches = _without_hidden(url, remote.matches(url, retry))
     except RemoteError as error:
         raise UserError(f"data.shards={address!r} cannot be listed: {error}. Check the name and your access.") from error
     if not matches:
         raise UserError(f"data.shards={address!r} matches no file. Check the name.")
     return matches
+
+
+def _without_hidden(pattern: str, matches: Iterable[tuple[str, str]]) -> list[str]:
+    """Return the names among `matches` that are not hidden files, and log how many are. The user may name a hidden folder.
+
+    `matches`: (path or URL, its part from the first wildcard of `pattern` on) of each file.
+    """
+    names, skipped = [], SkipCounts()
+    for name, relative in matches:
+        if is_hidden(relative):
+            skipped.add(HIDDEN, relative)
+        else:
+            names.append(name)
+    for line in skipped.lines():
+        _log.warning("data.shards=%s: skipped: %s", shorten(hide_secrets(pattern)), line)
+    return names
 
 
 def _exists_remotely(url: str, retry: RetryPolicy) -> bool:
@@ -200,15 +219,16 @@ def _expand_path(folder: Path, name: str, pattern: str) -> list[Path]:
     path = folder / rest
     if any(char in rest for char in "*?["):
         try:
-            paths = [match for match in folder.glob(rest) if match.is_file()]
+            files = [match for match in folder.glob(rest) if match.is_file()]
         except ValueError as error:
             raise UserError(
                 f"data.shards={pattern!r} must be a valid pattern, but it is not ({error}). Use ** only as a whole folder "
                 "name."
             ) from None
-        if not paths:
+        names = _without_hidden(pattern, ((str(file), str(file.relative_to(folder))) for file in files))
+        if not names:
             raise UserError(f"data.shards={pattern!r} matches no file in {Path.cwd()}. Check the path.")
-        return paths
+        return [Path(name) for name in names]
     if path.is_dir():
         raise UserError(
             f"data.shards={str(path)!r} must name files, but it is a folder. Name its tar files, '{path}/*.tar', or make "

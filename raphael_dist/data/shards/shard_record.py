@@ -6,7 +6,7 @@ The shard is read once to make the record. The index of a data set joins the rec
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from raphael_dist.errors import UserError
 from raphael_dist.storage.checksummed import read_sealed, write_sealed
 from raphael_dist.text import hide_secrets, parse_json
 
-_VERSION = 5
+_VERSION = 6
 BLOCK = 512
 UNREACHED = Stamp(0, "")
 MAX_PARQUET_BYTES = 256 << 20
@@ -50,6 +50,7 @@ class ShardRecord:
         text_digest: SHA-256 of all txt and json files in the shard.
         columns: From the name of a column to its values for data.filters, float32 [num_samples] each (see columns.py).
         skipped: Files in the tar that belong to no sample: from the reason to (how many, name of the first one).
+        parquet: Version of the parquet file next to the shard when it was read; None if there was none.
     """
 
     name: str
@@ -65,6 +66,7 @@ class ShardRecord:
     text_digest: str
     columns: dict[str, np.ndarray] = field(default_factory=dict)
     skipped: dict[str, tuple[int, str]] = field(default_factory=dict)
+    parquet: Stamp | None = None
 
     @property
     def num_samples(self) -> int:
@@ -90,7 +92,8 @@ def load_record(folder: Path, name: str) -> ShardRecord | None:
         arrays = load(read_sealed(record_path(folder, name)))
         about = parse_json(arrays.pop("about").tobytes().decode())
         columns = {array.removeprefix("column."): values for array, values in arrays.items() if array.startswith("column.")}
-        stamp = Stamp(**about.pop("stamp"))
+        stamp, parquet = Stamp(**about.pop("stamp")), about.pop("parquet")
+        about["parquet"] = parquet and Stamp(**parquet)
         keys, bad = unpack_keys(arrays["keys"].tobytes()), [(key, why) for key, why in about.pop("bad")]
         places, sizes = arrays["places"], arrays["sizes"]
         if not len(keys) == len(places) == len(sizes):
@@ -105,7 +108,8 @@ def save_record(folder: Path, record: ShardRecord) -> None:
 
     Several processes may write the record of the same shard at once.
     """
-    about = {"stamp": asdict(record.stamp), **{key: getattr(record, key) for key in _ABOUT}}
+    about = {"stamp": asdict(record.stamp), "parquet": record.parquet and asdict(record.parquet)}
+    about |= {key: getattr(record, key) for key in _ABOUT}
     arrays = {
         "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
         "places": record.places,
@@ -123,8 +127,9 @@ def scan_shard(store: ShardStore, name: str) -> ShardRecord:
     end, `damage` of the record states the reason.
 
     Raises:
-        ShardError: The shard does not exist or cannot be reached.
-        UserError: The shard is remote or gzipped, and there is no folder to store it or no library to download it.
+        ShardError: The shard does not exist or cannot be reached, or the parquet file next to it cannot be reached.
+        UserError: The parquet file cannot be used; or the shard is remote or gzipped, and there is no folder to store it or
+            no library to download it.
     """
     stamp, num_bytes, rows = store.stamp(name), 0, _Rows()
     try:
@@ -138,8 +143,10 @@ def scan_shard(store: ShardStore, name: str) -> ShardRecord:
     except OSError as error:
         raise ShardError(base_name(name), f"{error.filename or name}: {error.strerror or error}") from error
     record = rows.record(name, stamp, num_bytes)
-    record.columns.update(_read_parquet(store, name, record.keys))
-    return record
+    parquet = parquet_stamp(store, name)
+    if parquet is not None and record.keys:
+        record.columns.update(_read_parquet(store, name, parquet, record.keys))
+    return replace(record, parquet=parquet)
 
 
 def unreached_record(name: str, reason: str) -> ShardRecord:
@@ -223,22 +230,43 @@ def _content(fingerprint: str, texts: str, sizes: np.ndarray, members: list[dict
     return digest.hexdigest()
 
 
-def _read_parquet(store: ShardStore, name: str, keys: Sequence[str]) -> dict[str, np.ndarray]:
-    """Return the columns in the parquet file that img2dataset writes next to a shard, by name; {} without such a file."""
-    parquet = name[: len(name) - len(base_name(name))] + plain_name(name).removesuffix(".tar") + ".parquet"
-    is_remote = remote.is_remote(name)
-    if not keys or not name.endswith(base_name(name)) or not (is_remote or Path(parquet).is_file()):
-        return {}
+def parquet_stamp(store: ShardStore, name: str) -> Stamp | None:
+    """Return the present version of the parquet file that img2dataset writes next to a shard; None if there is none.
+
+    `store`: provides the shard. `name`: path or URL of the shard. A URL with a query has no parquet file. Raises ShardError
+    if it is unknown whether there is one, for example since access is denied.
+    """
+    if not name.endswith(base_name(name)):
+        return None
+    parquet = _parquet_name(name)
     try:
-        size = remote.stat(parquet, store.retry)[0] if is_remote else Path(parquet).stat().st_size
-        if size > MAX_PARQUET_BYTES:
-            raise ValueError(f"the file has {size} bytes, but at most {MAX_PARQUET_BYTES} are allowed")
-        data = b"".join(remote.pieces(parquet, size, store.retry)) if is_remote else Path(parquet).read_bytes()
+        stamp = store.stamp(parquet)
+    except ShardError as error:
+        if error.absent:
+            return None
+        raise ShardError(base_name(name), f"its parquet file {error.reason}") from error
+    return None if not remote.is_remote(parquet) and Path(parquet).is_dir() else stamp
+
+
+def _parquet_name(name: str) -> str:
+    return name[: len(name) - len(base_name(name))] + plain_name(name).removesuffix(".tar") + ".parquet"
+
+
+def _read_parquet(store: ShardStore, name: str, stamp: Stamp, keys: Sequence[str]) -> dict[str, np.ndarray]:
+    """Return the columns in the parquet file next to a shard, by name. `stamp`: the version of this file."""
+    parquet = _parquet_name(name)
+    try:
+        if stamp.num_bytes > MAX_PARQUET_BYTES:
+            raise ValueError(f"the file has {stamp.num_bytes} bytes, but at most {MAX_PARQUET_BYTES} are allowed")
+        if remote.is_remote(name):
+            data = b"".join(remote.pieces(parquet, stamp.num_bytes, store.retry))
+        else:
+            data = Path(parquet).read_bytes()
         return parquet_columns(data, keys)
     except RemoteError as error:
-        if error.final:  # missing, or access is denied
-            return {}
-        raise ShardError(base_name(name), str(error)) from error
+        raise ShardError(base_name(name), f"its parquet file {error}") from error
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(
             f"data.shards: {hide_secrets(parquet)}, the parquet file of a shard, cannot be read: {error}. Write or "

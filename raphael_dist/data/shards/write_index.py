@@ -27,7 +27,7 @@ class _Writer:
     def __init__(self, columns: Sequence[str], folder: Path | None) -> None:
         self.columns, self.folder = columns, folder
         self.rows: list[tuple[int, ...]] = [(0, 0, 0, 0, 0)]
-        self.about: JsonObject = {"version": VERSION, "names": [], "stamps": [], "damage": {}}
+        self.about: JsonObject = {"version": VERSION, "names": [], "stamps": [], "parquets": [], "damage": {}}
         self.about |= {digest: [] for digest in DIGESTS}
         self.known: set[str] = set()
         self._skipped = SkipCounts()
@@ -60,6 +60,7 @@ class _Writer:
             self.about["damage"][len(self.about["names"])] = record.damage
         self.about["names"].append(record.name)
         self.about["stamps"].append([record.stamp.num_bytes, record.stamp.mark])
+        self.about["parquets"].append(record.parquet and [record.parquet.num_bytes, record.parquet.mark])
         for digest in DIGESTS:
             self.about[digest].append(getattr(record, digest))
         last = self.rows[-1]

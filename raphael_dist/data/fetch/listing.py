@@ -1,0 +1,48 @@
+"""Finds the remote files that match a pattern, by listing one folder after another.
+
+The method `glob` of fsspec is not used: it treats a folder whose listing fails as an empty folder.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+_WILDCARDS = frozenset("*?[")
+_ANY_FOLDERS = "**"
+
+
+def split_pattern(path: str) -> tuple[str, list[str]]:
+    """Split a path with wildcards into (the folder in front of the first part with a wildcard, that part and the others)."""
+    parts = path.split("/")
+    first = next((n for n, part in enumerate(parts) if _WILDCARDS.intersection(part)), len(parts))
+    return "/".join(parts[:first]), parts[first:]
+
+
+def find_files(
+    list_folder: Callable[[str], Sequence[Mapping[str, Any]]], folder: str, parts: Sequence[str]
+) -> Iterator[tuple[str, str]]:
+    """Yield (path, path relative to `folder`) of the files below a folder that match a pattern. A file may come twice.
+
+    Args:
+        list_folder: Returns the entries of a folder, as `ls` of fsspec does.
+        folder: Path of the folder.
+        parts: The parts of the pattern, with wildcards (*, ?, [...]). The part ** matches any number of folders.
+    """
+    for entry in list_folder(folder):
+        path = str(entry["name"]).rstrip("/")
+        name = path.rpartition("/")[2]
+        if path == folder:  # an empty object that stands for the folder
+            continue
+        for below in _parts_below(name, parts):
+            if not below and entry["type"] != "directory":
+                yield str(entry["name"]), name
+            elif below and entry["type"] == "directory":
+                yield from ((found, f"{name}/{inner}") for found, inner in find_files(list_folder, path, below))
+
+
+def _parts_below(name: str, parts: Sequence[str]) -> list[Sequence[str]]:
+    """Return what an entry with this name leaves of a pattern: [] if it does not match, [[]] for the whole pattern."""
+    if parts[0] == _ANY_FOLDERS:
+        # As the last part, ** matches files of all depths.
+        return [parts, *_parts_below(name, parts[1:] or ["*"])]
+    return [parts[1:]] if fnmatchcase(name, parts[0]) else []
