@@ -2236,6 +2236,8 @@ def _orientation(image: Image.Image) -> int:
         # A PNG's own `getexif` would decode its pixels first.
         value = Image.Image.getexif(image).get(_ORIENTATION, 1)
         return int(value) if value in _TURNS else 1
+    except MemoryError:
+        raise
     except Exception:  # Pillow raises nearly anything on damaged EXIF
         return 1
 

@@ -143,6 +143,8 @@ def _open(data: bytes, formats: tuple[str, ...]) -> Image.Image:
         if data.startswith(_JPEG):  # not by Image.open, which treats further images of an MPO as part of it
             return JpegImageFile(io.BytesIO(data))
         return Image.open(io.BytesIO(_without_damaged_chunks(data)), formats=formats)
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's parsers raise nearly anything on hostile headers
         if not data:
             raise ValueError("image file is empty") from None
@@ -159,6 +161,8 @@ def _orientation(image: Image.Image) -> int:
         # A PNG's own `getexif` would decode its pixels first.
         value = Image.Image.getexif(image).get(_ORIENTATION, 1)
         return int(value) if value in _TURNS else 1
+    except MemoryError:
+        raise
     except Exception:  # Pillow raises nearly anything on damaged EXIF
         return 1
 
@@ -188,14 +192,12 @@ def _without_damaged_chunks(data: bytes) -> bytes:
     """Remove chunks of a PNG that its pixels do not need and whose checksum is wrong: EXIF, texts, profiles."""
     if not data.startswith(_PNG):
         return data
-    damaged = [
-        (start, end)
-        for kind, start, end in _png_chunks(data)
-        if kind[:1].islower() and zlib.crc32(data[start + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big")
-    ]
-    for start, end in reversed(damaged):
-        data = data[:start] + data[end:]
-    return data
+    kept, kept_end = [], 0
+    for kind, start, end in _png_chunks(data):
+        if kind[:1].islower() and zlib.crc32(data[start + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
+            kept.append(data[kept_end:start])
+            kept_end = end
+    return b"".join([*kept, data[kept_end:]]) if kept else data
 
 
 def _has_late_metadata(data: bytes) -> bool:

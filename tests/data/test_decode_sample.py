@@ -1,6 +1,8 @@
 """Sample decoding: limits, equal geometry of image and edge map, thread safety."""
 
+import errno
 import io
+import os
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,6 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from raphael_dist.data.fetch.shard_cache import ShardError
+from raphael_dist.data.image import decode_image, upright_size
+from raphael_dist.data.shards import decode_sample
 from raphael_dist.data.shards.build_index import build_index
 from raphael_dist.data.shards.decode_sample import BadSampleError, ImageDataset
 from raphael_dist.errors import UserError
@@ -92,6 +97,34 @@ def test_changed_or_missing_shard_raises_user_error(tmp_path):
         change(tmp_path / "a.tar")
         with pytest.raises(UserError, match="indexed"):
             data.load(0, 0)
+
+
+def test_failed_read_is_a_shard_error_and_opens_the_file_again(tmp_path, monkeypatch):
+    data = dataset_of(tmp_path, [("a.png", png()), ("a.txt", b"x")])
+    data.load(0, 0)
+    stale, pread = data._files._file(0), os.pread
+
+    def fail_on_stale(fd, size, offset):
+        if fd == stale._fd:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return pread(fd, size, offset)
+
+    monkeypatch.setattr(decode_sample.os, "pread", fail_on_stale)
+    with pytest.raises(ShardError, match=r"a\.tar at byte \d+: Stale file handle"):
+        data.load(0, 0)
+    monkeypatch.setattr(decode_sample, "RETRY_AFTER_S", 0.0)
+    assert data.load(0, 0).captions == ["x"]
+
+
+def test_lack_of_memory_is_not_a_bad_image(monkeypatch):
+    turned = encode(np.zeros((8, 16, 3), np.uint8), "JPEG", exif=b"Exif\0\0II*\0" + bytes(30))
+    for owner, name in ((Image, "open"), (Image.Image, "getexif")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, lambda *args, **options: (_ for _ in ()).throw(MemoryError))
+            data = encode(np.zeros((8, 16, 3), np.uint8)) if name == "open" else turned
+            for use in (decode_image, upright_size):
+                with pytest.raises(MemoryError):
+                    use(data)
 
 
 def test_many_threads_read_the_same_as_one_thread(tmp_path):

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import struct
+import time
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from raphael_dist.config.model_sections import Control
 from raphael_dist.config.schema import load_config
 from raphael_dist.config.upscale import Upscale
 from raphael_dist.data.fonts import drawable
-from raphael_dist.data.image import decode_image, upright_size
+from raphael_dist.data.image import _without_damaged_chunks, decode_image, upright_size
 from raphael_dist.data.order import SampleOrder
 from raphael_dist.data.run_data import DataSource
 from raphael_dist.data.shards.build_index import build_index
@@ -269,8 +270,18 @@ def test_image_with_damaged_metadata_is_used() -> None:
     for name, data in images.items():
         assert upright_size(data) == (48, 32), name
         assert np.abs(np.asarray(decode_image(data)).astype(int) - np.asarray(shape())).mean() < 5, name
+    several = chunk(b"eXIf", b"II*\0", checksum=7) + chunk(b"tEXt", b"a\0b") + chunk(b"iCCP", b"x", checksum=7)
+    assert _without_damaged_chunks(plain[:33] + several + plain[33:]) == plain[:33] + chunk(b"tEXt", b"a\0b") + plain[33:]
     behind = plain[:-12] + late + plain[-12:]
     assert upright_size(behind) == decode_image(behind).size == (32, 48)
+
+
+def test_many_damaged_chunks_take_linear_time() -> None:
+    plain = encoded(shape())
+    data = plain[:33] + chunk(b"tEXt", b"", checksum=7) * ((2 << 20) // 12) + plain[33:]
+    began = time.process_time()
+    assert _without_damaged_chunks(data) == plain
+    assert time.process_time() - began < 2
 
 
 def test_multi_image_jpeg_is_read_and_other_formats_are_named(tmp_path: Path) -> None:

@@ -208,10 +208,19 @@ class _OpenFiles:
         return _OpenFile(self._index.store.open(source.source, source.stamp))
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
-        """Return `size` bytes at an offset of a shard, or fewer at its end. `shard`: number of the shard in the index."""
+        """Return `size` bytes at an offset of a shard, or fewer at its end. `shard`: number of the shard in the index.
+
+        Raises ShardError if the shard (tar file) is missing, cannot be read, or has changed.
+        """
         # A fetched file is opened for each read: a descriptor would keep its disk space after the cache has removed it.
         is_local = not is_remote(self._index.shards[shard].source)
-        return (self._file(shard) if is_local else self._open(shard)).read(offset, size)
+        file = self._file(shard) if is_local else self._open(shard)
+        try:
+            return file.read(offset, size)
+        except OSError as error:
+            self._file.cache_clear()  # a descriptor of a network file system stays useless after it has gone stale
+            source = self._index.shards[shard]
+            raise ShardError(source.name, f"{source.source} at byte {offset}: {error.strerror or error}") from error
 
 
 class _OpenFile:

@@ -281,7 +281,7 @@ def _image_size(fd: int, span: tuple[int, int]) -> tuple[int, int]:
             return upright_size(head)
     try:
         return upright_size(_read(fd, span))
-    except ValueError:
+    except (ValueError, MemoryError):
         raise
     except Exception as error:  # Pillow's parsers raise nearly anything on hostile headers
         raise ValueError(f"image header cannot be read ({type(error).__name__})") from error
