@@ -1,11 +1,13 @@
 """Writes a debug bundle: an archive with the files of a run that a maintainer needs, without secrets."""
 
 import io
+import json
 import os
 import re
 import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -22,17 +24,25 @@ METRIC_BYTES = 8 << 20  # the end of metrics.jsonl
 LOGS = (("", "train.log"), ("logs", "rank-*.log"), ("logs", "stacks-rank-*.txt"), ("logs/heartbeats", "rank-*"))
 MAX_LOGS = 64  # of each kind
 MAX_LISTED = 20_000  # files
-_NAME = r"[\w.-]*(?:api[_-]?key|access_?key|account_?key|token|secret|passw(?:or)?d|\bpwd|credentials?|cookie)[\w.-]*"
-# name=value, name: value, "name": "value", --name value, Authorization: Bearer value, and keys known by their beginning.
-_ASSIGNED = re.compile(rf"(?i)(\b{_NAME}[\"']?\s*[=:]\s*|--{_NAME}\s+(?!-))(\"[^\"\n]*\"|'[^'\n]*'|[^\s\"';]+)")
+_NAME = (
+    r"[\w.-]*(?:api[_-]?key|(?:access|account|private)_?key|private-key|[a-z\d]_key(?![a-z])|token|secret|passw(?:or)?d"
+    r"|passphrase|\bpwd|credentials?|cookie)[\w.-]*"
+)
+# name=value, name: value, "name": "value", name<tab>value, --name value, Authorization: Bearer value, and keys known by
+# their beginning. A quoted value may contain escaped quotes and may have been cut off before its closing quote.
+_ASSIGNED = re.compile(
+    rf"(?i)(\b(?:{_NAME}|key(?=[\"'\s=:\\b]{{1,8}}[0-9a-f]{{32}}))(?:\\*[\"']?\s*[=:]\s*|\t+)|--{_NAME}\s+(?!-))"
+    r"""(b?\\*"(?:[^"\\\n]|\\.)*"?|b?\\*'(?:[^'\\\n]|\\.)*'?|[^\s"';]+)"""
+)
 _BEARER = re.compile(r"(?i)\b(bearer|basic|authorization: *token)\s+[\w.+/=~-]{8,}")
 _KNOWN = re.compile(
-    r"\b(hf_[A-Za-z0-9]{16,}|gh[opsu]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|AIza[\w-]{30,}|sk-[\w-]{20,}"
-    r"|(?:AKIA|ASIA)[A-Z0-9]{16}|xox[bp]-[\w-]{10,})|-----BEGIN [A-Z ]*PRIVATE KEY-----(?s:.*?)(-----END|\Z)"
+    r"\b(hf_[A-Za-z0-9]{16,}|gh[oprsu]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|AIza[\w-]{30,}|sk-[\w-]{20,}"
+    r"|(?:AKIA|ASIA)[A-Z0-9]{16}|xox[a-z]-[\w-]{10,}|hooks\.slack\.com/[\w/-]+)"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----(?s:.*?)(-----END|\Z)"
 )
 _SECRET_NAME = re.compile(rf"(?i){_NAME}")
 # Options of the configuration whose names look like those of secrets: they count tokens.
-_NO_SECRET = re.compile(r"(?i)\b(max_|num_|n_)?tokens\b\s*[=:]")
+_NO_SECRET = re.compile(r"(?i)\b(max_|num_|n_)?tokens\b\s*(?:[=:]|(?<=\t)$)")
 
 
 def scrub(text: str, environment: Mapping[str, str] = os.environ) -> str:
@@ -41,12 +51,22 @@ def scrub(text: str, environment: Mapping[str, str] = os.environ) -> str:
     Hidden are credentials in addresses, access keys in known formats, what follows names such as `token=`, and the values of
     variables with such names in `environment`.
     """
-    for name, value in environment.items():
-        if _SECRET_NAME.fullmatch(name) and len(value) >= 8:
-            text = text.replace(value, HIDDEN)
-    text = _KNOWN.sub(HIDDEN, _BEARER.sub(rf"\1 {HIDDEN}", text))
+    text = _KNOWN.sub(HIDDEN, _BEARER.sub(rf"\1 {HIDDEN}", _hide_values(text, environment)))
     text = _ASSIGNED.sub(lambda match: match[0] if _NO_SECRET.search(match[1]) else f"{match[1]}{HIDDEN}", text)
     return hide_secrets_in_text(text)
+
+
+def _hide_values(tree: Any, environment: Mapping[str, str]) -> Any:
+    """Return a string, or a copy of nested dicts and lists, with the values of secret variables in `environment` hidden."""
+    if isinstance(tree, dict):
+        return {key: _hide_values(value, environment) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_hide_values(value, environment) for value in tree]
+    secrets = {value for name, value in environment.items() if _SECRET_NAME.fullmatch(name) and len(value) >= 8}
+    for value in sorted(secrets, key=len, reverse=True) if isinstance(tree, str) else ():
+        for form in (value, json.dumps(value)[1:-1], repr(value)[1:-1]):
+            tree = tree.replace(form, HIDDEN)
+    return tree
 
 
 def write_bundle(examined: Examined, report: str, path: Path) -> list[str]:
@@ -83,7 +103,8 @@ def _members(examined: Examined, report: str, folder: Path) -> Iterator[tuple[st
     yield "doctor.txt", report
     yield "plan.txt", "\n".join([*plan_lines(examined.plan), examined.plan_note]) + "\n"
     if examined.run.config:
-        yield "config.yaml", yaml.safe_dump(redact(examined.run.config), sort_keys=False)
+        config = _hide_values(redact(examined.run.config), os.environ)  # before YAML escapes and folds them
+        yield "config.yaml", yaml.safe_dump(config, sort_keys=False)
     if examined.run.versions:
         yield "versions.txt", "".join(f"{name} {version}\n" for name, version in examined.run.versions.items())
     for parent, pattern, limit in (*((*kind, LOG_BYTES) for kind in LOGS), ("", "metrics.jsonl", METRIC_BYTES)):

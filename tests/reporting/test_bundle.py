@@ -1,5 +1,6 @@
 """The debug bundle: its members, no secrets, files that vanish, and nothing half written."""
 
+import json
 import os
 import tarfile
 from pathlib import Path
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
 from raphael_dist.cli import doctor
 from raphael_dist.config.schema import load_config
@@ -75,6 +77,20 @@ FORMS = [
     "AccountKey=abcd1234+/==;x",
     "Cookie: session=abcdefghi",
     "-----BEGIN RSA PRIVATE KEY-----\nMIIEabcdef\n-----END RSA PRIVATE KEY-----",
+    "{'token': b'abcdefgh'}",
+    r'{"token": "abc\"def12345"}',
+    r"password='it\'s abcdef'",
+    r"{\"token\": \"abcdefgh\"}",
+    'token="abcdefgh, cut off',
+    "private_key: abcdefgh12345",
+    "SIGNING_KEY=abcdefgh12345",
+    f"key={'12ab' * 10}",
+    f"'key': '{'12ab' * 10}'",
+    "passphrase=abcdefgh",
+    "WANDB_API_KEY\tabcdefgh",
+    "ghr_" + "abcdef" * 4,
+    "xoxs-12345678-abcdef",
+    "https://hooks.slack.com/services/T1234/B1234/abcdefgh",
 ]
 
 
@@ -82,13 +98,37 @@ FORMS = [
 def test_secret_of_any_form_is_hidden(text: str) -> None:
     shown = scrub(text, {})
     assert HIDDEN in shown
-    parts = ("1234", "8839", "phrase", "secret phrase", "cdef", "abcdef", "AIza")
+    parts = ("1234", "8839", " phrase", "cdef", "abcdef", "AIza")
     assert not [part for part in parts if part in shown], shown
 
 
-@pytest.mark.parametrize("text", ["text.max_tokens=28: 3 of 9 captions", "tokens 77", "lr 0.1  keys 3", "max_tokens: 28"])
+ORDINARY = [
+    "text.max_tokens=28: 3 of 9 captions", "tokens 77", "tokens\t77", "lr 0.1  keys 3", "max_tokens: 28", "unused_keys: 3",
+    "'__key__': '000123'", "key: 000123", "keyword=abc", "step 5: keys=[a_b]",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ORDINARY)
 def test_what_is_no_secret_stays(text: str) -> None:
     assert scrub(text, {}) == text
+
+
+def test_no_option_of_the_configuration_is_hidden() -> None:
+    text = yaml.safe_dump(load_config("emoji-tiny").model_dump(mode="json"))
+    assert scrub(text, {}) == text
+
+
+def test_values_of_secret_variables_are_hidden_in_any_notation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    value = 'it\'s a "long" phrase\\ ' + "of many words " * 9
+    monkeypatch.setenv("MY_PASSPHRASE", value)
+    log = [(1.1, "WARNING", f"{json.dumps(value)} and {value!r}")]
+    run = plant(tmp_path / "run", log=log, options={"run.project": f"a {value} b", "data.shards": [value]})
+    out = tmp_path / "bundle.tar.gz"
+    assert doctor.main([str(run), "--bundle", str(out), "--cluster", "none", "--no-data"]) == 0
+    members = text_of(out)
+    assert f"project: a {HIDDEN} b" in members["bundle/config.yaml"]
+    assert f'"{HIDDEN}" and ' in members["bundle/train.log"]
+    assert [name for name, text in members.items() if "long" in text or "many" in text] == []
 
 
 def test_file_that_vanishes_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
