@@ -2,7 +2,9 @@
 
 import re
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
+from itertools import pairwise
+from statistics import median
 
 from raphael_dist.reporting.run_files import LogLine, RunFiles
 
@@ -24,6 +26,9 @@ KINDS = {
 }
 FAULTS = tuple(KINDS)[5:]
 UNCLEAN = "killed or crashed"  # a process whose log does not state how it ended
+STARTS, ENDS = ("start", "restart"), ("complete", "stopped")
+CLOSE = timedelta(minutes=5)  # within this time, ranks log the same hang or damaged checkpoint
+SILENT_S, SILENT_START_S = 600, 3600  # a log without new lines for this long: after two lines of progress, and before
 _PATTERNS = {kind: re.compile(pattern) for kind, pattern in KINDS.items()}
 _PROGRESS = re.compile(r"step (\d{1,15})/\d+ ")
 _STEP = re.compile(r"step[ -]0*(\d{1,15})(?!\d)")
@@ -72,8 +77,12 @@ class History:
         return [event for event in self.events if event.is_fault]
 
 
-def read_history(run: RunFiles) -> History:
-    """Read the events and the progress of a run from the lines of its logs."""
+def read_history(run: RunFiles, now: datetime) -> History:
+    """Read the events and the progress of a run from the lines of its logs.
+
+    All ranks log a hang or a damaged checkpoint, but it is one event. `now`: the current time. If the last process has
+    stopped writing to its log, it counts as killed or crashed.
+    """
     events: list[Event] = []
     progress: list[tuple[datetime, int]] = []
     step, is_open = 0, False
@@ -83,20 +92,65 @@ def read_history(run: RunFiles) -> History:
         if match := _PROGRESS.match(line.text):
             step = int(match[1])
             progress.append((line.time, step))
-        if kind in ("start", "restart"):
+        if kind in STARTS:
             if is_open and previous is not None:
-                events.append(Event(previous.time, UNCLEAN, step, "the log does not state how the run ended"))
+                events.append(_unclean(previous.time, step))
             is_open = True
-        if kind in ("complete", "stopped") or line.text.endswith("(train.stages)"):
+        if kind in (*ENDS, "hang") or line.text.endswith("(train.stages)"):
             is_open = False
         if kind is not None:
             number = _STEP.search(line.text)
             step = int(number[1]) if number and kind in ("restart", "rollback") else step
-            events.append(Event(line.time, kind, int(number[1]) if number else step, line.text))
+            event = Event(line.time, kind, int(number[1]) if number else step, line.text)
+            if not _is_repetition(event, events):
+                events.append(event)
             if kind in ("restart", "rollback"):
                 progress.append((line.time, step))
         previous = line
-    return History(events, progress)
+    history = History(events, progress)
+    if is_open and silent_seconds(run, history, now) is not None:
+        events.append(_unclean(run.log[-1].time, step))
+    return history
+
+
+def _unclean(time: datetime, step: int) -> Event:
+    return Event(time, UNCLEAN, step, "the log does not state how the run ended")
+
+
+def _is_repetition(event: Event, events: list[Event]) -> bool:
+    """Return whether one of the earlier `events` since the last start is the same event, logged by another rank.
+
+    A hang ends the processes of all ranks. Of one damaged checkpoint, rank 0 also logs that it is skipped.
+    """
+    if event.kind not in ("hang", "damaged checkpoint"):
+        return False
+    for earlier in reversed(events):
+        if earlier.kind in STARTS or event.time - earlier.time > CLOSE:
+            break
+        if earlier.kind == event.kind and (event.kind == "hang" or earlier.step == event.step):
+            return True
+    return False
+
+
+def silent_seconds(run: RunFiles, history: History, now: datetime) -> float | None:
+    """Return for how many seconds a run that has not ended has written nothing to its log; None if that is usual.
+
+    Usual is less than 10 minutes, or less than 20 times the median time between two lines of progress. Before there are two
+    such lines, it is less than an hour.
+    """
+    if not run.log or _last_end(history) in ENDS:
+        return None
+    times = [time for time, _ in history.progress]
+    gaps = [(b - a).total_seconds() for a, b in pairwise(times)]
+    limit = max(SILENT_S, 20 * median(gaps)) if gaps else SILENT_START_S
+    silent = (now - run.log[-1].time).total_seconds()
+    return silent if silent >= limit else None
+
+
+def _last_end(history: History) -> str:
+    """Return the kind of the last event that is a start or an end of a process; "" if there is none."""
+    kinds = [event.kind for event in history.of(*STARTS, *ENDS)]
+    return kinds[-1] if kinds else ""
 
 
 def ending(run: RunFiles, history: History, now: datetime) -> str:
@@ -104,10 +158,10 @@ def ending(run: RunFiles, history: History, now: datetime) -> str:
 
     An example is "complete at step 1,000". `history`: events from the run's logs. `now`: the current time.
     """
-    ends = [event for event in history.events if event.kind in ("complete", "stopped", "start", "restart")]
-    if ends and ends[-1].kind == "complete":
+    last = _last_end(history)
+    if last == "complete":
         return f"complete at step {run.step:,}"
-    if ends and ends[-1].kind == "stopped":
+    if last == "stopped":
         return f"stopped at step {run.step:,} by a signal or the time limit; the same command continues"
     if not run.log:
         return f"at step {run.step:,}; no log says whether it is complete"

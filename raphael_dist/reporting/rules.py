@@ -6,12 +6,11 @@ has no data about it.
 
 import math
 import re
-from itertools import pairwise
 from statistics import fmean, median
 
 from raphael_dist.analysis.experts import DEAD_SHARE
 from raphael_dist.config.lr_schedules import ENDLESS
-from raphael_dist.reporting.events import ending
+from raphael_dist.reporting.events import UNCLEAN, silent_seconds
 from raphael_dist.reporting.evidence import MIN_LINES, Finding, Rule, RunEvidence
 from raphael_dist.reporting.expert_health import OVERLOADED, dead_blocks, experts_are_judged, overloaded_blocks
 from raphael_dist.reporting.loss_rules import loss_not_falling, loss_not_finite, loss_rising
@@ -228,18 +227,32 @@ def skipped_steps(evidence: RunEvidence) -> Finding | None:
 def stalled(evidence: RunEvidence) -> Finding | None:
     """Return a finding (problem and remedy) if the run is not complete but no longer writes to its log, else None.
 
-    It no longer does if its log is silent for 10 minutes and for 20 times the usual time between two lines.
+    It no longer does if its log is silent for 10 minutes and for 20 times the usual time between two lines of progress. If
+    there are no two such lines, it no longer does if its log is silent for an hour.
     """
-    times = [time for time, _ in evidence.history.progress]
-    if len(times) < 2 or ending(evidence.run, evidence.history, evidence.now).startswith(("complete", "stopped")):
-        return None
-    usual = median((b - a).total_seconds() for a, b in pairwise(times))
-    silent = (evidence.now - evidence.run.log[-1].time).total_seconds()
-    if silent < max(600, 20 * usual):
+    silent = silent_seconds(evidence.run, evidence.history, evidence.now)
+    if silent is None:
         return None
     return Finding(
         f"the run is not complete and has logged nothing for {silent / 60:,.0f} minutes",
         "if no process runs any more, start the same command again: it resumes",
+    )
+
+
+def crashes(evidence: RunEvidence) -> Finding | None:
+    """Return a finding (problem and remedy) if the run was killed, crashed or hung, else None.
+
+    If it was only its last process, and nothing has started since, `stalled` reports it.
+    """
+    unclean, hangs = len(evidence.history.of(UNCLEAN)), len(evidence.history.of("hang"))
+    if not hangs and (not unclean or (unclean == 1 and stalled(evidence))):
+        return None
+    counts = {f"was {UNCLEAN}": unclean, "hung": hangs}
+    shown = [f"{what} {count} time{'s' * (count > 1)}" for what, count in counts.items() if count]
+    return Finding(
+        f"the run {' and '.join(shown)}",
+        "look in dmesg for processes that were killed for lack of memory, in the logs of all ranks for errors, and in "
+        "logs/stacks-rank-*.txt for the place of the last hang",
     )
 
 
@@ -260,6 +273,7 @@ RULES: dict[Rule, tuple[str, str]] = {
     truncated_captions: ("truncated captions", "log data"),
     empty_edge_maps: ("empty edge maps", "train/loss_edge data"),
     duplicates: ("duplicate images", "data"),
+    crashes: ("crashes and hangs", "log"),
     stalled: ("how recent the log is", "log"),
 }
 

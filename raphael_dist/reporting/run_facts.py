@@ -61,7 +61,8 @@ def examine(folder: Path, cluster: str = "auto", *, with_data: bool = True) -> E
         UserError: the folder is not a run directory.
     """
     run = read_run(folder)
-    history, notes, now = read_history(run), list(run.missing), datetime.now()
+    notes, now = list(run.missing), datetime.now()
+    history = read_history(run, now)
     config, why = _config_of(run)
     if config is None and run.config:
         notes.append(f"{why[:1].upper()}{why[1:].rstrip('.')}.")

@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import datetime, timedelta
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from PIL import Image
 
 from raphael_dist.cli import report
 from raphael_dist.reporting import summary
+from raphael_dist.reporting.events import UNCLEAN, Event, History
 from raphael_dist.reporting.page import MAX_BYTES, SECTIONS, build_page
 from raphael_dist.reporting.plan_comparison import PlanRow
 from raphael_dist.reporting.run_facts import examine
-from raphael_dist.reporting.series import BUCKETS, thinned
+from raphael_dist.reporting.series import BUCKETS, thinned, timeline_data
 from tests.lib.planted_run import plant, routes
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -128,6 +130,35 @@ def test_options_that_differ_are_marked(two_runs: list[Path], tmp_path: Path) ->
     assert "1 options differ (marked)." in text_of(page)
     assert "No option differs." in text_of(page_of(tmp_path / "same.html", two_runs[0], two_runs[0]))
     assert "differ (marked)" not in page_of(tmp_path / "one.html", two_runs[0])
+
+
+def test_versions_that_differ_are_marked(two_runs: list[Path], tmp_path: Path) -> None:
+    other = plant(tmp_path / "other", grids=0)
+    (other / "versions.json").write_text(json.dumps({"python": "3.11", "torch": "2.12", "numpy": "2.3"}))
+    section = page_of(tmp_path / "r.html", two_runs[0], other).partition('<section id="versions">')[2]
+    rows = re.findall(r'<tr(?: class="(.*?)")?><td>(.*?)</td><td.*?>(.*?)</td><td.*?>(.*?)</td>', section)
+    assert rows == [
+        ("", "python", "3.11", "3.11"),
+        ("bad", "torch", "2.13", "2.12"),
+        ("bad", "numpy", "absent", "2.3"),
+    ]
+
+
+def test_timeline_has_each_start_and_fault_at_its_minute_and_step() -> None:
+    begin = datetime(2026, 1, 1, 12)
+    at = lambda minute, kind, step: Event(begin + timedelta(minutes=minute), kind, step, "")  # noqa: E731
+    events = [
+        at(0, "start", 0), at(3, "saved", 20), at(4.5, UNCLEAN, 30), at(6, "restart", 20), at(7, "skipped step", 25),
+        at(9, "stopped", 40),
+    ]  # fmt: skip
+    progress = [(begin + timedelta(minutes=minute), step) for minute, step in ((1, 10), (4, 30), (6, 20), (8, 40))]
+    assert timeline_data([("run", History(events, progress))]) == [
+        {"label": "step", "kind": "step", "x": [1, 4, 6, 8], "y": [10, 30, 20, 40]},
+        {"label": "restart", "kind": "restart", "x": [6], "y": [20]},
+        {"label": "fault", "kind": "fault", "x": [4.5, 7], "y": [30, 25]},
+    ]
+    curves = timeline_data([("a", History(events[:1], progress)), ("b", History([], []))])
+    assert [curve["label"] for curve in curves] == ["a: step"]
 
 
 def test_plan_is_compared_with_the_run(two_runs: list[Path], tmp_path: Path) -> None:

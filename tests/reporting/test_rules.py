@@ -2,7 +2,7 @@
 
 import ast
 import re
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -11,15 +11,17 @@ from raphael_dist.cli import doctor
 from raphael_dist.data.features.tokens import truncation_line
 from raphael_dist.reporting import rules, summary
 from raphael_dist.reporting.data_sample import DataSample
-from raphael_dist.reporting.events import KINDS, UNCLEAN, read_history
+from raphael_dist.reporting.events import KINDS, UNCLEAN, History, read_history
 from raphael_dist.reporting.rules import RULES, RunEvidence, diagnose
 from raphael_dist.reporting.run_files import read_run
+from tests.lib import planted_run
 from tests.lib.planted_run import BEGIN, LINES, Tag, log_line, plant
 
 ROOT = Path(__file__).parents[2]
 START = (
     "resumed at step 100: runs/x, 87 images, 2 ranks on cpu, ZeRO-2, global batch 16, micro-batch 8, micro-steps per step: 1"
 )
+HANG = "there was no progress for 600 s at step 100: rank 1 is behind"
 # For each rule: what is planted, and a part of what it must report.
 PLANTED: dict[rules.Rule, tuple[dict, str]] = {
     rules.loss_not_finite: ({"tags": {"train/loss": lambda i: float("nan") if i == 20 else 0.3 + 0.7 * 0.8**i}}, "step 210"),
@@ -56,14 +58,22 @@ PLANTED: dict[rules.Rule, tuple[dict, str]] = {
         "34% of the captions (30 of 87 that were encoded before the warnings in the logs)",
     ),
     rules.empty_edge_maps: ({"tags": {"train/loss_edge": lambda i: 1e-6}}, "edge maps seem to be empty"),
+    rules.crashes: (
+        {"log": [(10.5, "INFO", START), (20.5, "INFO", START), (29.5, "ERROR", HANG), (30.5, "INFO", START)]},
+        "the run was killed or crashed 2 times and hung 1 time",
+    ),
     rules.stalled: ({"complete": False}, "logged nothing for"),
 }
 
 
 def evidence_of(folder: Path, **fields: object) -> RunEvidence:
     run = read_run(folder)
-    minutes = 10_000 if not read_history(run).of("complete") else LINES
-    return RunEvidence(run, read_history(run), BEGIN + timedelta(minutes=minutes), **fields)  # type: ignore[arg-type]
+    now = BEGIN + timedelta(minutes=LINES if read_history(run, BEGIN).of("complete") else 10_000)
+    return RunEvidence(run, read_history(run, now), now, **fields)  # type: ignore[arg-type]
+
+
+def history_of(folder: Path, now: datetime = BEGIN + timedelta(minutes=LINES)) -> History:
+    return read_history(read_run(folder), now)
 
 
 def test_healthy_run_has_no_finding(tmp_path: Path) -> None:
@@ -228,7 +238,7 @@ def test_each_kind_of_event_is_a_line_that_the_package_logs() -> None:
 
 def test_history_counts_processes_that_ended_without_a_stop_line(tmp_path: Path) -> None:
     log = [(10.5, "INFO", START), (20.5, "INFO", "stopped by a signal or the time limit at step 200"), (20.6, "INFO", START)]
-    history = read_history(read_run(plant(tmp_path / "run", log=log)))
+    history = history_of(plant(tmp_path / "run", log=log))
     assert [event.kind for event in history.events] == [
         "start",
         UNCLEAN,
@@ -245,5 +255,47 @@ def test_log_of_another_rank_is_read(tmp_path: Path) -> None:
     (folder / "logs" / "rank-00003.log").write_text(
         log_line(3, "ERROR", "there was no progress for 600 s at step 20") + "half a li"
     )
-    history = read_history(read_run(folder))
-    assert [(event.kind, event.step) for event in history.faults] == [("hang", 20)]
+    assert [(event.kind, event.step) for event in history_of(folder).faults] == [("hang", 20)]
+
+
+def test_what_all_ranks_log_is_one_fault(tmp_path: Path) -> None:
+    """Eight ranks hang, are started again, and move a damaged checkpoint; later, the same happens again."""
+    folder = plant(tmp_path / "run")
+    for rank in range(8):
+        lines = []
+        for minute in (10.5, 20.5):
+            lines += [log_line(minute + rank / 60, "ERROR", HANG.replace("100", str(100 - rank % 2)))]
+            if rank == 0:
+                lines += [log_line(minute + 0.3, "WARNING", "skipping checkpoint runs/x/checkpoints/step-00000090: bad")]
+            moved = [f"the damaged checkpoint was moved to runs/x/checkpoints/damaged-step-{step:08d}" for step in (90, 80)]
+            lines += [log_line(minute + 0.31 + rank / 600, "WARNING", text) for text in moved]
+            lines += [log_line(minute + 0.4, "INFO", START)] if rank == 0 else []
+        name = "train.log" if rank == 0 else f"logs/rank-{rank:05d}.log"
+        with open(folder / name, "a") as file:
+            file.write("".join(lines))
+    faults = [(event.kind, event.step) for event in history_of(folder).faults]
+    assert [kind for kind, _ in faults] == ["hang", "damaged checkpoint", "damaged checkpoint"] * 2
+    assert [step for kind, step in faults if kind == "damaged checkpoint"] == [90, 80] * 2
+
+
+def test_faults_of_different_samples_and_starts_are_counted_each(tmp_path: Path) -> None:
+    log = [(10.5, "WARNING", f"sample {name} cannot be used, so another replaces it") for name in "ab"]
+    log += [(10.6, "ERROR", HANG), (10.8, "INFO", START), (10.9, "ERROR", HANG), (11.1, "INFO", START)]
+    faults = history_of(plant(tmp_path / "run", log=log)).faults
+    assert [event.kind for event in faults] == ["bad data", "bad data", "hang", "hang"]
+
+
+@pytest.mark.parametrize("lines", [0, 1, 2, LINES])
+def test_run_that_died_and_was_not_started_again_is_reported(
+    lines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planted_run, "LINES", lines)
+    folder = plant(tmp_path / "run", complete=False)
+    evidence = evidence_of(folder)
+    assert [event.kind for event in evidence.history.faults] == [UNCLEAN]
+    finding = rules.stalled(evidence)
+    assert finding is not None
+    assert "the run is not complete and has logged nothing for" in finding.problem
+    assert rules.crashes(evidence) is None  # it would say the same
+    soon = history_of(folder, BEGIN + timedelta(minutes=lines + 9))
+    assert soon.faults == []
