@@ -2,6 +2,7 @@
 
 import os
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
@@ -18,7 +19,7 @@ from raphael_dist.data.fetch.remote import is_remote
 from raphael_dist.data.fetch.shard_cache import store_of
 from raphael_dist.data.open_streams import check_encoders, edge_encoder
 from raphael_dist.data.shards.open_index import find_shards, patterns_of, require_shards
-from raphael_dist.data.shards.tar_scan import EDGE_EXT
+from raphael_dist.data.shards.tar_scan import EDGE_EXT, TAR_ERRORS, TarHeader
 from raphael_dist.errors import UserError
 from raphael_dist.model.controlnet import add_control
 from raphael_dist.model.kernels.switch import require_triton
@@ -168,10 +169,10 @@ def _find_shards(config: Config, name: str) -> list[str]:
 def _are_edge_maps(shard: Path) -> Iterator[bool]:
     """Yield for each of the first files in a shard (tar) whether it is an edge map. UserError if it is not a tar file."""
     try:
-        with tarfile.open(shard) as tar:
+        with tarfile.open(shard, tarinfo=TarHeader) as tar:
             for member in islice(tar, _MEMBERS):
                 yield member.name.lower().endswith(f".{EDGE_EXT}")
-    except (OSError, tarfile.TarError, EOFError) as error:
+    except (OSError, EOFError, zlib.error, *TAR_ERRORS) as error:
         why = str(error).splitlines()[0].rstrip(":")
         raise UserError(
             f"data.shards: {shard} cannot be read as a tar file ({why}). Copy it again from its source, or remove it from "

@@ -180,6 +180,28 @@ def test_incomplete_or_compressed_tar_is_reported_by_name(tmp_path):
             build_index([tmp_path / name])
 
 
+def extended_headers(kind: bytes, count: int, num_bytes: int = 1) -> bytes:
+    """Return headers that a reader of tars must read before it knows the name of the next file."""
+    info = tarfile.TarInfo("x")
+    info.type, info.size = kind, num_bytes
+    return (info.tobuf() + bytes(num_bytes + -num_bytes % tarfile.BLOCKSIZE)) * count
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+@pytest.mark.parametrize(("count", "num_bytes"), [(2000, 1), (1, (1 << 20) + 1)])
+def test_endless_extended_headers_are_damage(tmp_path, kind, count, num_bytes):
+    path = write_shard(tmp_path / "a.tar", [good(0), good(1)])
+    headers = extended_headers(kind, count, num_bytes)
+    data = path.read_bytes()
+    end = len(data.rstrip(b"\0")) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE + tarfile.BLOCKSIZE
+    path.write_bytes(data[:end] + headers + data)
+    index = build_index([path])
+    assert index.num_samples == 1
+    assert "is not a complete tar file (" in index.damaged[0]
+    with pytest.raises(ValueError, match="the tar headers of the sample cannot be read"):
+        members_of(headers + data, "0000")
+
+
 def test_empty_shard_is_allowed_and_empty_data_set_is_error(tmp_path):
     empty = write_raw(tmp_path / "empty.tar", [])
     full = write_shard(tmp_path / "full.tar", [good(0)])

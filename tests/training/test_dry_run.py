@@ -23,6 +23,7 @@ from raphael_dist.errors import UserError
 from raphael_dist.training import dry_run
 from raphael_dist.training.dry_run import problems
 from raphael_dist.training.run_dir import acquire
+from tests.data.test_shards import extended_headers
 from tests.lib.checkpoints import MOE, handmade_canonical, random_state, tool
 from tests.lib.launch import ROOT
 
@@ -78,6 +79,14 @@ def test_dry_run_reports_what_a_start_would_refuse(tmp_path: Path) -> None:
     vae = ["image.vae=data/vae-emoji", "model.latent_channels=4", "image.buckets=[[10,12]]"]
     (line,) = problems(small(tmp_path, *vae))
     assert "image.buckets=[10, 12] must be multiples of 4, the downsampling factor of the VAE" in line
+
+
+def test_dry_run_reports_endless_tar_headers(tmp_path: Path) -> None:
+    for count, num_bytes in ((2000, 1), (1, 2 << 20)):
+        path = tmp_path / f"{count}.tar"
+        path.write_bytes(extended_headers(tarfile.XHDTYPE, count, num_bytes))
+        lines = problems(small(tmp_path, f"data.shards={path}"))
+        assert [line.count(f"{path} cannot be read as a tar file") for line in lines] == [1]
 
 
 def test_dry_run_prints_the_plan_and_all_problems_and_exits_with_2(

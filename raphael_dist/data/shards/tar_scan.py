@@ -25,6 +25,7 @@ EDGE_EXT = "edge.png"
 FEATURES_EXT = "features"  # latents, tokens and edge maps (features/packing.py)
 EXTS = (*IMAGE_EXTS, "json", "txt", EDGE_EXT, FEATURES_EXT)
 QUOTED_COLUMN = "quoted_text"  # for filters: characters that a caption has in quotes
+MAX_HEADER_BYTES = 1 << 20
 MAX_MEMBER_BYTES = 64 << 20
 MAX_SAMPLE_BYTES = 256 << 20
 # A gzipped shard or a parquet file may expand to MAX_RATIO times its size, or to SMALL_BYTES if that is more, but never
@@ -36,8 +37,29 @@ MAX_BYTES = 8 << 30
 _HEAD_BYTES = 64 << 10
 _PIECE_BYTES = 1 << 20
 _REGULAR = (b"0", b"\0")
+_EXTENDED = (
+    tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
+)  # fmt: skip
 _JPEG = b"\xff\xd8"
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+# What tarfile raises for damaged headers. It calls itself for each extended header in front of a file.
+TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, RecursionError)
+
+
+class TarHeader(tarfile.TarInfo):
+    """The header of a file in a tar. It limits extended headers (pax, long names of GNU), which are read into the memory."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "TarHeader":
+        """Return the header that a block of the tar holds. ReadError: it announces an extended header of over 1 MiB."""
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in _EXTENDED and header.size > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(
+                f"an extended header has {header.size} bytes, but at most {MAX_HEADER_BYTES} are allowed"
+            )
+        return header
 
 
 class DamagedShardError(Exception):
@@ -177,9 +199,9 @@ def _headers(data: bytes) -> Iterator[tuple[str, int, int]]:
 def _other_headers(data: bytes) -> list[tarfile.TarInfo]:
     padded = data + bytes(-len(data) % tarfile.BLOCKSIZE + 2 * tarfile.BLOCKSIZE)
     try:
-        with tarfile.open(fileobj=io.BytesIO(padded), mode="r:") as tar:
+        with tarfile.open(fileobj=io.BytesIO(padded), mode="r:", tarinfo=TarHeader) as tar:
             return [member for member in tar if member.isreg() and not member.issparse()]
-    except (tarfile.TarError, OverflowError) as error:
+    except TAR_ERRORS as error:
         raise ValueError(f"the tar headers of the sample cannot be read ({error})") from error
 
 
@@ -199,7 +221,7 @@ def _tar_members(file: io.BufferedReader, skipped: SkipCounts) -> Iterator[tarfi
     while start is not None:
         file.seek(start)
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
+            with tarfile.open(fileobj=file, mode="r:", tarinfo=TarHeader) as tar:
                 while (member := tar.next()) is not None:
                     tar.members = []  # type: ignore[attr-defined]  # tarfile would keep a million of them in memory
                     if member.isreg() and not member.issparse():
@@ -207,7 +229,7 @@ def _tar_members(file: io.BufferedReader, skipped: SkipCounts) -> Iterator[tarfi
                     elif not member.isdir():
                         skipped.add("link, device or sparse file", member.name)
                 end = tar.offset
-        except (tarfile.TarError, ValueError, OverflowError) as error:
+        except TAR_ERRORS as error:
             where = f" from byte {start} on" if start else ""
             raise DamagedShardError(f"is not a complete tar file{where} ({error}); write or copy it again") from error
         # tarfile treats a damaged header in the middle, or a cut between two members, as the end.
