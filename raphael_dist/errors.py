@@ -18,6 +18,11 @@ EXIT_NOT_SAVED = 4  # the last state could not be saved, on a full disk for exam
 EXIT_INTERRUPTED = 75  # stopped by a signal after saving; the same command resumes
 EXIT_HUNG = 76  # a run without progress was ended, by the watchdog or HungError; the same command resumes
 
+# Errors of the system that a file itself causes: it is missing, may not be read, is a folder, or its name is impossible.
+_FAULTS_OF_THE_FILE = (
+    errno.ENOENT, errno.EACCES, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG,
+)  # fmt: skip
+
 
 class UserError(ValueError):
     """A mistake of the user. It is shown as one line, without a traceback; the process exits with 2.
@@ -85,11 +90,24 @@ class HungError(RuntimeError):
     """
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Return whether an exception, also one of PyTorch's allocators, states that there was not enough memory."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    return "can't allocate memory" in str(error) or "out of memory" in str(error)
+
+
+def is_machine_fault(error: BaseException) -> bool:
+    """Return whether reading a file failed by a fault of the machine, which may pass, and not because of the file itself."""
+    if isinstance(error, OSError):
+        return error.errno is not None and error.errno not in _FAULTS_OF_THE_FILE
+    return isinstance(error, MemoryError)
+
+
 def describe_error(error: BaseException) -> str:
     """Return an exception's type and message as one line. It begins with "not enough memory" if that is the cause."""
     text = " ".join(str(error).split())
-    lacks = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
-    if lacks or "can't allocate memory" in text or "out of memory" in text:
+    if lacks_memory(error):
         return f"not enough memory ({text[:200]})" if text else "not enough memory"
     return text if isinstance(error, OSError) and text else f"{type(error).__name__}: {text}"
 

@@ -28,6 +28,7 @@ from raphael_dist.data.buckets import nearest_buckets
 from raphael_dist.data.features.batch_encoder import Encoders
 from raphael_dist.data.features.cache_build import ShardBuilder, sample_of
 from raphael_dist.data.features.hed import EdgeEncoder, edge_map
+from raphael_dist.data.features.packing import seal
 from raphael_dist.data.image import decode_image, reason_of
 from raphael_dist.data.open_streams import dataset_of, stores_text
 from raphael_dist.data.prefetch import Prefetcher
@@ -184,7 +185,7 @@ class Preparer:
             sample = sample_of(tensors, number)
             if sample is not None:
                 features = io.BytesIO()
-                save_tensors(features, {**sample, "provenance": provenance_tensor})
+                save_tensors(features, seal({**sample, "provenance": provenance_tensor}))
                 yield RawSample(index.key(number), {**dataset.read(number), FEATURES_EXT: features.getvalue()})
 
 

@@ -7,16 +7,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load, save
 
 from raphael_dist.config.data_sections import Filter
 from raphael_dist.config.schema import Config
+from raphael_dist.data.features import feature_source
 from raphael_dist.data.features.batch_encoder import Encoders
 from raphael_dist.data.features.cache import FeatureCache
+from raphael_dist.data.features.feature_source import StoredFeatures
+from raphael_dist.data.features.packing import SampleFeatures
 from raphael_dist.data.fetch.shard_cache import ShardStore
 from raphael_dist.data.order import SampleOrder
 from raphael_dist.data.shards.build_index import build_index
-from raphael_dist.data.shards.decode_sample import ImageDataset
+from raphael_dist.data.shards.decode_sample import BadSampleError, ImageDataset
+from raphael_dist.data.shards.tar_scan import FEATURES_EXT
 from raphael_dist.data.shards.view import open_view
+from raphael_dist.data_prep.build_shards import Preparer
+from raphael_dist.data_prep.inputs import parts_of
+from raphael_dist.errors import UserError
 from raphael_dist.storage import checksummed
 from raphael_dist.storage.checksummed import read_sealed, write_sealed
 from tests.data.test_features import config, encoders, samples, stream_of, with_data, write_shard  # noqa: F401
@@ -90,6 +98,45 @@ def test_flipped_byte_in_null_text_or_a_cache_header_is_computed_again(
     assert isinstance(again, FeatureCache)
     again.verify(range(1))
     assert again.missing() == [0], "discarded, and computed again by the next build"
+
+
+def test_damaged_stored_features_are_a_bad_sample_and_faults_are_not(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    config: Config,  # noqa: F811
+    encoders: Encoders,  # noqa: F811
+) -> None:
+    shard, out = write_shard(tmp_path / "a.tar", samples(1)), tmp_path / "out"
+    out.mkdir()
+    Preparer(out, "stored", None, config, encoders).make(parts_of([str(shard)], 10, 0.0, None)[0])
+    _, source = stream_of(with_data(config, features="stored"), encoders, out / "a.tar")
+    assert isinstance(source, StoredFeatures)
+    [(ext, data)] = source.dataset.read(0, [FEATURES_EXT]).items()
+    mean = source.get(0, 0, lambda weights: 0, False).mean
+
+    def get_from(content: bytes, mirrored: bool = False) -> SampleFeatures:
+        monkeypatch.setattr(source.dataset, "read", lambda *args: {ext: content})
+        return source.get(0, 0, lambda weights: 0, mirrored)
+
+    header = 8 + int.from_bytes(data[:8], "little")
+    for at in (*range(header, len(data), 997), len(data) - 1, data.index(b"data.caption_from"), data.index(b'"F16"') + 1):
+        changed = bytearray(data)
+        changed[at] = ord("I") if at < header else changed[at] ^ 4
+        with pytest.raises(BadSampleError, match="features cannot be read"):
+            get_from(bytes(changed))
+    tensors = load(data)
+    assert tensors.pop("crc") is not None
+    found = get_from(save(tensors)).mean  # of an earlier version
+    assert found is not None
+    assert mean is not None
+    assert torch.equal(found, mean)
+    del tensors["mean_flip"]
+    with pytest.raises(UserError, match=r"^data\.flip=true requires features of mirrored images"):
+        get_from(save(tensors), mirrored=True)
+    no_memory = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+    monkeypatch.setattr(feature_source, "unpack", lambda *args: (_ for _ in ()).throw(no_memory))
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        get_from(data)
 
 
 @pytest.mark.parametrize("kind", ["expanded", "fetched"])

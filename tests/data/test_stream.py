@@ -1,8 +1,10 @@
 """Feature cache and sample stream: caching, draws by position, replacement of bad samples."""
 
+import errno
 import hashlib
 import json
 import logging
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +16,7 @@ import pytest
 import torch
 
 from raphael_dist.data.batches import BatchBuilder
+from raphael_dist.data.features import cached_shard
 from raphael_dist.data.features.batch_encoder import BatchEncoder, Encoders
 from raphael_dist.data.features.cache import FeatureCache
 from raphael_dist.data.features.feature_source import OnlineFeatures
@@ -195,6 +198,23 @@ def test_damaged_cache_file_is_quarantined_and_computed_again(tmp_path, caplog, 
     assert world.cache.missing() == [0]
     world.cache.build([0])
     assert path.read_bytes() == good
+
+
+@pytest.mark.parametrize(("code", "remedy"), [(errno.EACCES, "Make it readable"), (errno.EMFILE, "ulimit -n")])
+def test_cache_file_that_cannot_be_opened_is_reported(world, monkeypatch, code, remedy):
+    path = world.cache.path(0)
+
+    def deny(name, *args, **options):
+        if name == path:
+            raise OSError(code, os.strerror(code), str(name))
+        return real(name, *args, **options)
+
+    real = os.open
+    monkeypatch.setattr(cached_shard.os, "open", deny)
+    for use in (lambda: cached(world, 0), lambda: world.cache.verify([0]), lambda: world.cache.known_bad):
+        with pytest.raises(UserError, match=rf"data\.cache_dir: {path} cannot be opened .*{remedy}"):
+            use()
+    assert path.is_file(), "not quarantined"
 
 
 def encode_all(world: World, stream: TrainStream, position: int):

@@ -9,21 +9,19 @@ import json
 import logging
 import threading
 import time
-import zlib
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load
-from torch import Tensor
 
 from raphael_dist.data.buckets import nearest_buckets
 from raphael_dist.data.features.batch_encoder import Encoders
-from raphael_dist.data.features.cache_build import IMAGE_TENSORS, TABLES, TEXT_TENSORS, ShardBuilder, checksum, encode_half
+from raphael_dist.data.features.cache_build import TABLES, ShardBuilder, checksum, encode_half
+from raphael_dist.data.features.cached_shard import CachedShard, layout_sum
 from raphael_dist.data.features.feature_source import OnlineFeatures
-from raphael_dist.data.features.packing import Pick, SampleFeatures, unpack
+from raphael_dist.data.features.packing import Pick, SampleFeatures
 from raphael_dist.data.features.run_encoders import TextFeatures
 from raphael_dist.data.shards.dataset_index import BadSample
 from raphael_dist.data.shards.decode_sample import BadSampleError, ImageDataset
@@ -71,7 +69,7 @@ class FeatureCache:
         parts = [encoders.provenance(dataset), flip, with_text]
         self.fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
         self.folder = Path(root) / self.fingerprint
-        self._open_shard = lru_cache(maxsize=_OPEN_FILES)(lambda shard: _CachedShard(self.path(shard)))
+        self._open_shard = lru_cache(maxsize=_OPEN_FILES)(lambda shard: CachedShard(self.path(shard)))
         self._fill_thread: _FillThread | None = None
 
     def path(self, shard: int) -> Path:
@@ -100,7 +98,7 @@ class FeatureCache:
         )
         tables_sum = checksum(tensors[name] for name in TABLES)
         layout = {name: (DTYPE_NAMES[tensor.dtype], list(tensor.shape)) for name, tensor in tensors.items()}
-        about = {"bad": bad, "tables_sum": tables_sum, "layout_sum": _layout_sum(layout, bad)}
+        about = {"bad": bad, "tables_sum": tables_sum, "layout_sum": layout_sum(layout, bad)}
         path = self.path(shard)
         try:
             with atomic_path(path) as temporary, open(temporary, "xb") as file:
@@ -138,7 +136,7 @@ class FeatureCache:
         Raises:
             BadSampleError: The sample cannot be used.
             ValueError: `flip` is true, but the cache was created without mirrored images.
-            UserError: The thread of `fill_in_background` has failed.
+            UserError: The thread of `fill_in_background` has failed, or the sample's file exists but cannot be opened.
         """
         if flip and not self.flip:
             raise ValueError("this cache was created without mirrored images. Create it with flip=True")
@@ -148,6 +146,8 @@ class FeatureCache:
         began = time.monotonic()
         try:
             features = self._open_shard(number).get(row, pick, flip)
+        except UserError:
+            raise
         except FileNotFoundError:
             return self._online.get(sample_id, bucket, pick, flip)
         except _UNREADABLE as error:
@@ -178,11 +178,14 @@ class FeatureCache:
         """Check the cache files of the shards with these numbers: headers and small tables, but not the features in them.
 
         A damaged file is renamed to damaged-NAME, so that it is missing. `report`: called with a line of text per shard.
+        Raises UserError if a file exists but cannot be opened.
         """
         for number in shards:
             report(f"the cached shard {number}")
             try:
                 self._open_shard(number)
+            except UserError:
+                raise
             except FileNotFoundError:
                 pass
             except _UNREADABLE as error:
@@ -221,6 +224,8 @@ class FeatureCache:
         source, first = self.index.shards[shard], int(self.index.starts[shard])
         try:
             entries = self._open_shard(shard).bad
+        except UserError:
+            raise
         except _UNREADABLE:
             return {}  # `get` reports the damage
         return {first + n: BadSample(source.name, source.keys[n], reason) for n, reason in entries}
@@ -281,67 +286,3 @@ class _FillThread(threading.Thread):
                 len(missing),
                 len(self._shards),
             )
-
-
-def _layout_sum(layout: dict[str, tuple[str, list[int]]], bad: list[tuple[int, str]]) -> int:
-    """Return the CRC-32 of a file's header: of the dtype and shape of each tensor, and of the list of bad samples."""
-    return zlib.crc32(json.dumps([layout, bad], sort_keys=True).encode())
-
-
-class _CachedShard:
-    """The opened cache file of one shard. Small tables are in memory; `get` reads one sample's rows of the large tensors.
-
-    The table at the top of cache_build.py lists all tensors.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Open the file. FileNotFoundError: it is missing. OSError, SafetensorError, KeyError, ValueError: it is damaged."""
-        self._file = safe_open(path, framework="pt")
-        # A single metadata entry, since safetensors writes several in no fixed order.
-        about = json.loads(self._file.metadata()["shard"])
-        self.bad: list[tuple[int, str]] = about["bad"]
-        self._names = set(self._file.keys())
-        self._bucket, self._row, self._offsets, self._caption_rows, self._weights = (
-            self._file.get_tensor(name).numpy() for name in TABLES
-        )
-        if checksum(self._file.get_tensor(name) for name in TABLES) != about["tables_sum"]:
-            raise ValueError("the file's tables (rows and captions of each sample) do not match their checksum")
-        slices = {name: self._file.get_slice(name) for name in self._names}
-        layout = {name: (entry.get_dtype(), entry.get_shape()) for name, entry in slices.items()}
-        if about["layout_sum"] != _layout_sum(layout, self.bad):
-            raise ValueError("the file's header does not match its checksum")
-
-    def get(self, number: int, pick: Pick, flip: bool) -> SampleFeatures | None:
-        """Return the features of sample `number` of the shard (mirrored if `flip`); None if it is unusable.
-
-        `pick`: draws the index of a caption, given the captions' weights. Raises ValueError if a checksum is wrong.
-        """
-        bucket, row = int(self._bucket[number]), int(self._row[number])
-        if bucket < 0:
-            return None
-        captions = slice(self._offsets[number], self._offsets[number + 1])
-        text_row = int(self._caption_rows[captions][pick(self._weights[captions].tolist())])
-        names = [name for name in IMAGE_TENSORS if f"{name}.{bucket}" in self._names]
-        tensors = self._read_row(names, f".{bucket}", row, "sum")
-        tensors["weights"] = torch.ones(1)
-        return unpack({**tensors, **self._read_text(text_row)}, lambda _: 0, flip)
-
-    def _read_text(self, row: int) -> dict[str, Tensor]:
-        if "tokens" in self._names:
-            return {name: tensor[None] for name, tensor in self._read_row(TEXT_TENSORS, "", row, "text_sum").items()}
-        ends = self._file.get_tensor("caption_ends")
-        first, last = int(ends[row - 1]) if row else 0, int(ends[row])
-        text = self._file.get_slice("captions")[first:last].clone()
-        if checksum([text]) != int(self._read("text_sum", row)):
-            raise ValueError(f"caption {row} of the file does not match its checksum")
-        return {"captions": text, "caption_ends": ends[row : row + 1] - first}
-
-    def _read_row(self, names: Sequence[str], suffix: str, row: int, sum_name: str) -> dict[str, Tensor]:
-        tensors = {name: self._read(f"{name}{suffix}", row) for name in names}
-        if checksum(tensors.values()) != int(self._read(f"{sum_name}{suffix}", row)):
-            raise ValueError(f"the features in row {row} of the file do not match their checksum")
-        return tensors
-
-    def _read(self, name: str, row: int) -> Tensor:
-        # A copy: a view would keep the whole map alive, and writing into it would change the cached values.
-        return self._file.get_slice(name)[row : row + 1][0].clone()

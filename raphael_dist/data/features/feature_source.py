@@ -16,12 +16,12 @@ from safetensors.torch import load
 
 from raphael_dist.data.buckets import factor_errors
 from raphael_dist.data.features.encoders import ImageEncoder
-from raphael_dist.data.features.packing import Pick, SampleFeatures, pool_edges, unpack
+from raphael_dist.data.features.packing import Pick, SampleFeatures, check_seal, pool_edges, unpack
 from raphael_dist.data.features.run_encoders import TextFeatures
 from raphael_dist.data.shards.dataset_index import BadSample, DatasetIndex
 from raphael_dist.data.shards.decode_sample import BadSampleError, ImageDataset
 from raphael_dist.data.shards.tar_scan import FEATURES_EXT
-from raphael_dist.errors import UserError
+from raphael_dist.errors import UserError, lacks_memory
 from raphael_dist.text import parse_json, reason_unreadable
 
 
@@ -133,7 +133,11 @@ class StoredFeatures(OnlineFeatures):
             )
         try:
             features = self._unpack(members[FEATURES_EXT], pick, flip, source.name)
+        except UserError:
+            raise
         except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            if lacks_memory(error):
+                raise
             reason = f"its features cannot be read ({reason_unreadable(error)})"
             raise BadSampleError(source.name, source.keys[number], reason) from error
         features.seconds = {"reading": time.monotonic() - began}
@@ -141,6 +145,7 @@ class StoredFeatures(OnlineFeatures):
 
     def _unpack(self, data: bytes, pick: Pick, flip: bool, shard: str) -> SampleFeatures:
         tensors = load(data)
+        check_seal(tensors)
         stored = parse_json(bytes(tensors.pop("provenance").numpy()).decode())
         wrong = [name for name, value in self._provenance.items() if stored.get(name) != value]
         if wrong:

@@ -18,7 +18,9 @@ model's cross-attention reads it, and an encoder gives different numbers there f
 of the edge map over a latent's pixels and larger areas (model/edge_supervision.py), so the latents' size suffices for it.
 """
 
-from collections.abc import Callable, Sequence
+import json
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -109,6 +111,26 @@ def unpack(tensors: dict[str, Tensor], pick: Pick, flip: bool) -> SampleFeatures
         first, last = int(tensors["caption_ends"][number - 1]) if number else 0, int(tensors["caption_ends"][number])
         features.caption = bytes(tensors["captions"][first:last].numpy()).decode()
     return features
+
+
+def seal(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of one sample with their CRC-32, also over their names, types and shapes, as the tensor `crc`."""
+    return {**tensors, "crc": torch.tensor(_crc(tensors))}
+
+
+def check_seal(tensors: dict[str, Tensor]) -> None:
+    """Remove the tensor `crc` and raise ValueError if it is not that of the others. Earlier versions stored none."""
+    crc = tensors.pop("crc", None)
+    if crc is not None and int(crc) != _crc(tensors):
+        raise ValueError("they do not match their checksum")
+
+
+def _crc(tensors: Mapping[str, Tensor]) -> int:
+    names = sorted(tensors)
+    value = zlib.crc32(json.dumps([(name, str(tensors[name].dtype), list(tensors[name].shape)) for name in names]).encode())
+    for name in names:
+        value = zlib.crc32(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data, value)
+    return value
 
 
 def pack_captions(captions: Sequence[str]) -> dict[str, Tensor]:
