@@ -86,7 +86,8 @@ class Preparer:
     def finished_report(self, part: Part) -> Report | None:
         """Return the stored report about the shard of `part`; None if this shard is not completely written yet.
 
-        `part`: the input of one shard. Raises UserError if the shard was written with other settings.
+        `part`: the input of one shard. Raises UserError if the shard was written with other settings or from other input.
+        A report of an earlier version does not record the input, which is then not compared.
         """
         try:
             about = json.loads((self.out / f"{part.name}.json").read_text())
@@ -99,14 +100,22 @@ class Preparer:
                 f"--out={self.out} must not contain shards that were made with other settings, but {part.name}.tar has "
                 "different edge maps, encoders or settings. Choose another folder, or empty this one."
             )
+        if "input" in about and about["input"] != part.fingerprint():
+            raise UserError(
+                f"--out={self.out} must not mix shards of different inputs, but {part.name}.tar was made from other images "
+                "or captions, or with another --held-out, --per-shard or --caption. Choose another folder, or remove this "
+                "one to prepare all of them again."
+            )
         return report if report.written == 0 or (self.out / f"{part.name}.tar").is_file() else None
 
     def make(self, part: Part, report_progress: Callable[[], None] = lambda: None) -> Report:
         """Read the input samples that `part` describes, write them as one shard with a report file, and return the report.
 
-        `report_progress`: called once for each input sample. Raises UserError if a file cannot be written.
+        `report_progress`: called once for each input sample. Raises UserError if a file cannot be written, or the machine
+        fails while the samples are read; the part then has no report, so the next start makes it again.
         """
         bad: list[BadSample] = []
+        fingerprint = part.fingerprint()  # before reading: a file that changes meanwhile is noticed at the next start
         path = self.out / f"{part.name}.tar"
         try:
             with _work_folder(self.out, part.name) as folder:
@@ -122,7 +131,12 @@ class Preparer:
             left_out = [(part.file_of.get(sample.key, sample.key), sample.reason) for sample in bad]
             report = Report(written, left_out, part.skipped.counts)
             with atomic_path(self.out / f"{part.name}.json") as temporary:
-                temporary.write_text(json.dumps({"settings": self._settings, **asdict(report)}))
+                temporary.write_text(json.dumps({"settings": self._settings, "input": fingerprint, **asdict(report)}))
+        except MemoryError as error:
+            raise UserError(
+                f"SOURCE: there is not enough memory to make {part.name}.tar. Free some memory and start the same command "
+                "again; finished shards are kept."
+            ) from error
         except OSError as error:
             raise UserError(
                 f"--out: {path} cannot be written: {error.strerror or error}. Check free space and permissions."
@@ -149,6 +163,8 @@ class Preparer:
             image = decode_image(next(sample.members[ext] for ext in IMAGE_EXTS if ext in sample.members))
             if self.edges == "stored" and EDGE_EXT not in sample.members:
                 raise ValueError(f"no {EDGE_EXT}")
+        except MemoryError:
+            raise
         except Exception as error:  # decoders raise nearly anything; whatever it is, this sample is bad
             return BadSample("", sample.key, reason_of(error)), None
         if self.edges == "none":

@@ -11,11 +11,11 @@ from json import JSONDecodeError
 from pathlib import Path, PureWindowsPath
 
 from raphael_dist.data.captions import first_texts, texts_in
-from raphael_dist.data.image import IMAGE_SUFFIXES
+from raphael_dist.data.image import IMAGE_SUFFIXES, reason_of
 from raphael_dist.data.shards.skipped import HIDDEN, SkipCounts, is_hidden
 from raphael_dist.data.shards.tar_scan import EDGE_EXT, MAX_MEMBER_BYTES
 from raphael_dist.data_prep.caption_tables import Row, find_table
-from raphael_dist.errors import UserError, did_you_mean
+from raphael_dist.errors import UserError, did_you_mean, is_machine_fault
 from raphael_dist.text import read_json, read_text
 
 UNSUPPORTED_SUFFIXES = {
@@ -40,6 +40,7 @@ class SourceImage:
         problem: Why the image has no caption; "" if it has one or the reason is unknown.
         meta: The fields of the image's json file, or the numbers and strings in its table row, by name.
         edge: Path of the image's edge map NAME.edge.png, or None.
+        path: Path of the image file, or None for an image that lies in a table.
     """
 
     name: str
@@ -48,6 +49,7 @@ class SourceImage:
     problem: str = ""
     meta: Row = field(default_factory=dict)
     edge: Path | None = None
+    path: Path | None = None
 
 
 def find_images(folder: Path, caption: str | None = None) -> tuple[list[SourceImage], SkipCounts]:
@@ -156,6 +158,7 @@ def _read_captions(text_path: Path | None, json_path: Path | None, caption: str 
         if text_path is not None:
             captions, problem = texts_in(read_text(text_path))
     except (OSError, ValueError) as error:
+        check_machine(text_path, error)
         problem = _file_problem("txt", error)
     try:
         if json_path is not None:
@@ -165,8 +168,18 @@ def _read_captions(text_path: Path | None, json_path: Path | None, caption: str 
             if not captions:
                 captions, problem = _captions(meta, caption, problem)
     except (OSError, ValueError) as error:
+        check_machine(json_path, error)
         problem, meta = problem or _file_problem("json", error), {}
     return captions, problem, meta
+
+
+def check_machine(path: object, error: Exception) -> None:
+    """Raise UserError if reading the file `path` failed by a fault of the machine. Otherwise the file itself is bad."""
+    if is_machine_fault(error):
+        raise UserError(
+            f"SOURCE: {path} cannot be read now ({reason_of(error)}), which is no fault of the file. Start the same command "
+            "again when the machine can read it; finished shards are kept."
+        ) from error
 
 
 def _file_problem(kind: str, error: Exception) -> str:
@@ -184,7 +197,7 @@ def _file_image(path: Path, folder: Path, captions: list[str], problem: str, met
 
     edge = path.with_suffix(f".{EDGE_EXT}")
     name = str(path.relative_to(folder))
-    return SourceImage(name, read, captions, problem, meta, edge if edge.is_file() else None)
+    return SourceImage(name, read, captions, problem, meta, edge if edge.is_file() else None, path)
 
 
 def _from_table(folder: Path, table: Path, rows: Iterable[Row], caption: str | None) -> list[SourceImage]:

@@ -3,7 +3,9 @@
 The division does not depend on the number of processes.
 """
 
+import hashlib
 import json
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +21,7 @@ from raphael_dist.data.shards.decode_sample import RAW_EXTS, ImageDataset
 from raphael_dist.data.shards.shard_names import expand_shards, name_option
 from raphael_dist.data.shards.skipped import SkipCounts, is_hidden
 from raphael_dist.data.shards.tar_scan import EDGE_EXT
-from raphael_dist.data_prep.image_folder import SourceImage, find_images, image_files
+from raphael_dist.data_prep.image_folder import SourceImage, check_machine, find_images, image_files
 from raphael_dist.errors import UserError
 
 _TARS = (".tar", ".tar.gz", ".tgz")
@@ -48,6 +50,7 @@ class Part:
         held_out: Whether the shard is for validation.
         file_of: From the key (name) of a sample to the name of its source file, for messages. Without it they show the key.
         skipped: Counts of the input files that belong to no sample; complete when the iterator of `read` has ended.
+        fingerprint: Function that returns a hash of the options and input files which determine the samples.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Part:
     held_out: bool = False
     file_of: Mapping[str, str] = field(default_factory=dict)
     skipped: SkipCounts = field(default_factory=SkipCounts)
+    fingerprint: Callable[[], str] = lambda: ""
 
 
 def parts_of(
@@ -101,6 +105,8 @@ def shards_in(folder: Path) -> list[str]:
 def _folder_parts(folder: Path, per_shard: int, held_out: float, caption: str | None) -> list[Part]:
     images, skipped = find_images(folder, caption)
     is_held_out = _select_held_out(len(images), held_out)
+    # The number of images too: otherwise a shard that no longer exists could stay in the output next to the others.
+    options = [per_shard, held_out, caption, len(images)]
     if held_out and not any(is_held_out):
         raise UserError(
             f"--held-out={held_out} requires at least 2 images, but {folder} has {len(images)}. Leave out --held-out."
@@ -109,7 +115,7 @@ def _folder_parts(folder: Path, per_shard: int, held_out: float, caption: str | 
     for split, validation in (("train", False), ("val", True)):
         numbered = [entry for entry, out in zip(enumerate(images), is_held_out, strict=True) if out == validation]
         for number, first in enumerate(range(0, len(numbered), per_shard)):
-            parts.append(_part_of_folder(f"{split}-{number:05d}", numbered[first : first + per_shard], validation))
+            parts.append(_part_of_folder(f"{split}-{number:05d}", numbered[first : first + per_shard], validation, options))
     parts[0].skipped.merge(skipped)
     return parts
 
@@ -125,15 +131,42 @@ def _select_held_out(count: int, share: float) -> list[bool]:
     return [n % every == every - 1 for n in range(count)]
 
 
-def _part_of_folder(name: str, images: list[tuple[int, SourceImage]], held_out: bool) -> Part:
+def _part_of_folder(name: str, images: list[tuple[int, SourceImage]], held_out: bool, options: Sequence[object]) -> Part:
+    """Return the input of one new shard: `images`, each with its number. `options`: the command's, for the fingerprint."""
+
     def read() -> Iterator[RawSample | BadSample]:
         for number, image in images:
             try:
                 yield _sample_of(_key(number), image)
             except (OSError, ValueError) as error:
+                check_machine(image.name, error)
                 yield BadSample(name, image.name, reason_of(error))
 
-    return Part(name, read, held_out, {_key(number): image.name for number, image in images})
+    def fingerprint() -> str:
+        return _hash([options, [(number, _identity(image)) for number, image in images]])
+
+    file_of = {_key(number): image.name for number, image in images}
+    return Part(name, read, held_out, file_of, fingerprint=fingerprint)
+
+
+def _identity(image: SourceImage) -> list[object]:
+    """Return what changes with an image, its captions or its edge map, without reading the files of images."""
+    content = zlib.crc32(image.read()) if image.path is None else _stamp(image.path)
+    return [image.name, content, image.captions, image.meta, None if image.edge is None else _stamp(image.edge)]
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Return (size in bytes, modification time in ns) of a file; None if it cannot be opened."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        check_machine(path, error)
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def _hash(values: Sequence[object]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _key(number: int) -> str:
@@ -201,4 +234,7 @@ def _part_of_shard(name: str, path: str, held_out: float, validation: bool = Fal
                 if is_held_out == validation:
                     yield RawSample(index.key(sample_id), dataset.read(sample_id, RAW_EXTS))
 
-    return Part(name, read, validation, skipped=skipped)
+    def fingerprint() -> str:
+        return _hash([held_out, base_name(path), None if is_remote(path) else _stamp(Path(path))])
+
+    return Part(name, read, validation, skipped=skipped, fingerprint=fingerprint)

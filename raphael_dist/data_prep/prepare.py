@@ -96,16 +96,17 @@ def prepare(
             )
         text, image = load_encoders(config, device, getattr(torch, config.train.dtype))
         encoders = Encoders(text, image, None, device, config.upscale.factor)
-    local_parts = parts_of(sources, per_shard, held_out, caption, out)[part::parts]
+    all_parts = parts_of(sources, per_shard, held_out, caption, out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out={out} cannot be created: {error.strerror}. Choose another folder.") from error
     preparer = Preparer(out, kind, hed, config if features else None, encoders)
-    reports = []
+    finished = [preparer.finished_report(one) for one in all_parts][part::parts]  # of all: no process writes if one refuses
+    reports, local_parts = [], all_parts[part::parts]
     with _Progress(len(local_parts), enabled=part == 0) as progress:
-        for local_part in local_parts:
-            reports.append(preparer.finished_report(local_part) or preparer.make(local_part, progress.count_sample))
+        for local_part, report in zip(local_parts, finished, strict=True):
+            reports.append(report or preparer.make(local_part, progress.count_sample))
             progress.count_shard()
     if encoders is not None:
         encoders.text.counter.warn()
