@@ -6,7 +6,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from raphael_dist.data.folder_files import files_below
 from raphael_dist.data.shards.columns import check_expansion
+from raphael_dist.data.shards.skipped import is_hidden
 from raphael_dist.data.shards.tar_scan import expanded_limit
 from raphael_dist.data_prep.arrow_size import expanded_bytes
 from raphael_dist.errors import UserError
@@ -24,14 +26,14 @@ def find_table(folder: Path) -> tuple[Path, Iterable[Row]] | None:
             f"SOURCE={folder} must be one split of a data set, but it contains several. Use one of them, for example "
             f"{folder}/train."
         )
-    if arrows := sorted(folder.glob("*.arrow")):
+    if arrows := _visible(folder, folder.glob("*.arrow")):
         return arrows[0], _arrow_rows(arrows)
     for name, rows in (("metadata.jsonl", _json_rows), ("metadata.csv", _csv_rows)):
         if (folder / name).is_file():
             return folder / name, rows(folder / name)
-    if parquets := sorted(folder.rglob("*.parquet")):
+    if parquets := _visible(folder, (path for path in files_below(folder) if path.suffix == ".parquet")):
         return parquets[0], _parquet_rows(parquets)
-    tables = sorted([*folder.glob("*.csv"), *folder.glob("*.jsonl")])
+    tables = _visible(folder, [*folder.glob("*.csv"), *folder.glob("*.jsonl")])
     if len(tables) > 1:
         raise UserError(
             f"SOURCE={folder} must contain one table of captions, but it has {len(tables)}, none of them with the name "
@@ -40,6 +42,11 @@ def find_table(folder: Path) -> tuple[Path, Iterable[Row]] | None:
     if tables:
         return tables[0], (_csv_rows if tables[0].suffix == ".csv" else _json_rows)(tables[0])
     return None
+
+
+def _visible(folder: Path, paths: Iterable[Path]) -> list[Path]:
+    """Return the paths in a folder that are not hidden, sorted: an editor or a system writes copies of tables there."""
+    return sorted(path for path in paths if not is_hidden(str(path.relative_to(folder))))
 
 
 def _json_rows(path: Path) -> Iterator[Row]:

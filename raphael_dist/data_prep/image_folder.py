@@ -11,6 +11,7 @@ from json import JSONDecodeError
 from pathlib import Path, PureWindowsPath
 
 from raphael_dist.data.captions import first_texts, texts_in
+from raphael_dist.data.folder_files import ARCHIVE_SUFFIXES, count_texts_without_image, files_below
 from raphael_dist.data.image import IMAGE_SUFFIXES, reason_of
 from raphael_dist.data.shards.skipped import HIDDEN, SkipCounts, is_hidden
 from raphael_dist.data.shards.tar_scan import EDGE_EXT, MAX_MEMBER_BYTES
@@ -67,6 +68,7 @@ def find_images(folder: Path, caption: str | None = None) -> tuple[list[SourceIm
     paths, skipped = image_files(folder)
     if table is None:
         images = _with_caption_files(folder, paths, caption)
+        skipped.merge(count_texts_without_image(folder))
     else:
         table_path, rows = table
         images = _from_table(folder, table_path, rows, caption)
@@ -75,7 +77,7 @@ def find_images(folder: Path, caption: str | None = None) -> tuple[list[SourceIm
             if name not in named:
                 skipped.add(f"image that is not in {table_path.name}", name)
     if not images:
-        others = sorted({p.suffix.lower() for p in folder.rglob("*") if p.suffix.lower() in UNSUPPORTED_SUFFIXES})
+        others = sorted({p.suffix.lower() for p in files_below(folder) if p.suffix.lower() in UNSUPPORTED_SUFFIXES})
         hint = f" Convert the images in {', '.join(others)}." if others else ""
         hint += "".join(f" Skipped: {line}." for line in skipped.lines())
         raise UserError(
@@ -98,7 +100,7 @@ def image_files(folder: Path) -> tuple[list[Path], SkipCounts]:
     A symbolic link to a file is used; a symbolic link to a folder is not followed. Edge maps NAME.edge.png are not images.
     """
     paths, skipped = [], SkipCounts()
-    files = sorted(folder.rglob("*"))
+    files = files_below(folder)
     captioned = {path.with_suffix("") for path in files if path.suffix.lower() in (".txt", ".json")}
     for path in files:
         name, reason = str(path.relative_to(folder)), _skip_reason(path, captioned)
@@ -129,6 +131,8 @@ def _skip_reason(path: Path, captioned: Container[Path]) -> str:
     supported = ", ".join(IMAGE_SUFFIXES)
     if suffix in UNSUPPORTED_SUFFIXES:
         return f"image in another format than {supported}; convert it"
+    if suffix in ARCHIVE_SUFFIXES:
+        return "archive in a folder of images; unpack it, or prepare it separately"
     if suffix in IMAGE_SUFFIXES or suffix in _TEXT_SUFFIXES:
         return ""
     if path.with_suffix("") in captioned or path in captioned or inner & {*IMAGE_SUFFIXES, *UNSUPPORTED_SUFFIXES}:

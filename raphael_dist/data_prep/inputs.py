@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from raphael_dist.data.captions import clean_caption
 from raphael_dist.data.fetch.remote import is_remote
 from raphael_dist.data.fetch.shard_cache import base_name
+from raphael_dist.data.folder_files import count_unused_archives
 from raphael_dist.data.image import image_ext, reason_of
 from raphael_dist.data.shards.build_index import build_index
 from raphael_dist.data.shards.dataset_index import BadSample
@@ -94,6 +95,7 @@ def parts_of(
     if folders and tars:
         for path in image_files(folders[0])[0]:
             skipped.add("image in a folder with tars; move it to another folder", str(path.relative_to(folders[0])))
+        skipped.merge(count_unused_archives(folders[0], tars))
     return _shard_parts(tars, held_out, skipped) if tars else _folder_parts(folders[0], per_shard, held_out, caption)
 
 
