@@ -168,15 +168,16 @@ def _shown_in_text(match: re.Match[str]) -> str:
 
 
 def hide_secrets_in_tree(tree: Any) -> Any:
-    """Return a copy of nested dicts and lists in which every string that is an address has its secrets hidden.
+    """Return a copy of nested dicts and lists in which every address in a string has its secrets hidden.
 
-    That is, user, password and query of scheme://... are replaced by "(hidden)".
+    That is, user, password and query of scheme://... are replaced by "(hidden)". The address may be the whole string, or a
+    part of it, as in shards=https://...
     """
     if isinstance(tree, dict):
         return {key: hide_secrets_in_tree(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
         return [hide_secrets_in_tree(value) for value in tree]
-    return hide_secrets(tree) if isinstance(tree, str) else tree
+    return hide_secrets_in_text(hide_secrets(tree)) if isinstance(tree, str) else tree
 
 
 def redact(tree: Any) -> Any:

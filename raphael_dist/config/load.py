@@ -51,10 +51,11 @@ def preset_names() -> list[str]:
     return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
 
 
-def check_size(tree: object) -> None:
-    """Raise UserError if a configuration, as nested dicts and lists, contains more than MAX_VALUES (100,000) values.
+def check_tree(tree: object) -> None:
+    """Raise UserError if a configuration, as nested dicts and lists, cannot be validated.
 
-    A few lines of YAML aliases can expand to billions of values.
+    It must have at most MAX_VALUES (100,000) values, since a few lines of YAML aliases can expand to billions, and its texts
+    must have no half of a surrogate pair, which YAML accepts as an escape such as "\\uD800".
     """
     count, queue = 0, [("", tree)]
     while queue:
@@ -65,10 +66,24 @@ def check_size(tree: object) -> None:
                 f"{shorten(name)}: the whole configuration must have at most {MAX_VALUES:,} keys and list entries, but it "
                 "has more. Remove some, or remove YAML aliases."
             )
+        if not all(_is_encodable(text) for text in (name, value) if isinstance(text, str)):
+            raise UserError(
+                f"{value_text(name)}={value_text(value)} must consist of Unicode characters, but it has half of a surrogate "
+                "pair. Write the character itself, or its escape \\UXXXXXXXX in double quotes."
+            )
         if isinstance(value, dict):
             queue += [(name if "." in name else f"{name}.{key}".lstrip("."), inner) for key, inner in value.items()]
         elif isinstance(value, list | tuple):
             queue += [(name, inner) for inner in value]
+
+
+def _is_encodable(text: str) -> bool:
+    """Return whether a text can be encoded; a byte of a file name that is not UTF-8 can (U+DC80 to U+DCFF, see PEP 383)."""
+    try:
+        text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_yaml(name_or_path: str) -> ConfigTree:

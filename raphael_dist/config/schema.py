@@ -15,7 +15,7 @@ from pydantic import ValidationError, ValidationInfo, model_validator
 from raphael_dist.config import checks
 from raphael_dist.config.data_sections import Data, Image, Text
 from raphael_dist.config.key_names import known_key
-from raphael_dist.config.load import ConfigTree, apply_override, check_repeated_keys, check_size, read_yaml
+from raphael_dist.config.load import ConfigTree, apply_override, check_repeated_keys, check_tree, read_yaml
 from raphael_dist.config.lr_schedules import check_lr_schedule
 from raphael_dist.config.model_sections import Control, Diffusion, Edge, Lora, Model
 from raphael_dist.config.run_sections import CheckpointConfig, EmaConfig, Optim, Parallel, RunConfig, Sample, Train
@@ -123,7 +123,7 @@ def load_leniently(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[Co
         lines = list(error.args)
     try:
         tree = _read_with_overrides(name_or_path, overrides).tree
-        check_size(tree)  # an endless tree cannot be validated
+        check_tree(tree)  # an endless tree cannot be validated
         for location in _refused_locations(tree):
             name, section = str(location[0]), tree.get(str(location[0]))
             if name not in Config.model_fields:
@@ -167,7 +167,7 @@ def config_from_tree(tree: JsonObject) -> Config:
 
 
 def _validated(config: ConfigTree) -> Config:
-    check_size(config.tree)
+    check_tree(config.tree)
     try:
         return Config.model_validate(config.tree)
     except ValidationError as error:

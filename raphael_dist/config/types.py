@@ -16,14 +16,19 @@ INT_LIMIT = 2**63  # tensors and files hold 64-bit integers
 _NAME_LIMIT = 255  # bytes of a file name
 
 
-def require_short_names(path: str) -> str:
-    """Return a path unchanged. Raises PydanticCustomError if a name between its slashes is too long for a file."""
+def require_local_path(path: str) -> str:
+    """Return a path unchanged. Raises PydanticCustomError for an address (scheme://...), and for too long file names.
+
+    `Path` would turn an address into the name of a local folder, in which secrets are no longer recognised.
+    """
+    if "://" in path:
+        raise PydanticCustomError("address", "must be a local path, not an address. Give a local file or folder")
     if any(len(os.fsencode(name)) > _NAME_LIMIT for name in path.split("/")):
         raise PydanticCustomError("name_too_long", "must not have a file name of more than 255 bytes")
     return path
 
 
-PathText = Annotated[str, AfterValidator(require_short_names)]
+PathText = Annotated[str, AfterValidator(require_local_path)]
 
 Positive = Annotated[int, Field(ge=1, lt=INT_LIMIT)]
 NonNegative = Annotated[int, Field(ge=0, lt=INT_LIMIT)]
@@ -87,7 +92,10 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_stray_value(cls, value: object, info: ValidationInfo) -> object:
-        """Refuse values that pydantic would accept: true and false as numbers, empty strings, and NUL characters."""
+        """Refuse values that pydantic would accept.
+
+        These are true and false as numbers, empty strings, NUL characters, and addresses (scheme://...) as local paths.
+        """
         kinds = set(_plain_types(cls.model_fields[str(info.field_name)].annotation))
         if kinds & {int, float} and not kinds & {bool, Any} and _contains_bool(value):
             raise PydanticCustomError("bool_for_number", "must be a number, not true or false")
@@ -95,7 +103,11 @@ class Section(BaseModel):
             raise PydanticCustomError("empty", "must not be empty")
         if kinds & {str, Path} and _contains_null(value):
             raise PydanticCustomError("null_byte", "must not contain NUL characters")
-        return require_short_names(value) if Path in kinds and isinstance(value, str) else value
+        if Path in kinds:
+            for path in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(path, str):
+                    require_local_path(path)
+        return value
 
 
 def sections_of(config_type: type[BaseModel]) -> dict[str, type[BaseModel]]:

@@ -10,7 +10,7 @@ from pydantic_core import ErrorDetails
 
 from raphael_dist.config.key_names import RENAMED, meant_keys, near_key
 from raphael_dist.errors import UserError, did_you_mean
-from raphael_dist.text import escape_control, shorten
+from raphael_dist.text import escape_control, hide_secrets_in_text, shorten
 
 # Messages by pydantic's type of error, with placeholders for its context. Other types keep pydantic's message.
 _MESSAGES = {
@@ -40,12 +40,12 @@ _MESSAGES = {
 
 
 def value_text(value: object) -> str:
-    """Return a value as one short line for a message, written as in YAML (null, true)."""
+    """Return a value as one short line for a message, written as in YAML (null, true), without secrets of addresses."""
     if isinstance(value, str):
-        return escape_control(shorten(value)) or "''"
+        return escape_control(shorten(hide_secrets_in_text(value))) or "''"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return escape_control(shorten(str(value)))
+    return escape_control(shorten(hide_secrets_in_text(str(value))))
 
 
 def explain(error: ErrorDetails, config_type: type[BaseModel]) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import yaml
 
 from raphael_dist.checkpoint.folders import step_of
-from raphael_dist.config.load import UNREADABLE, check_size
+from raphael_dist.config.load import UNREADABLE, check_tree
 from raphael_dist.config.validation_errors import value_text
 from raphael_dist.errors import UserError
 from raphael_dist.reporting.route_values import checked_routes
@@ -216,7 +216,7 @@ def _metrics(path: Path, missing: list[str]) -> dict[str, Series]:
 def _config(path: Path) -> JsonObject:
     try:
         tree = yaml.safe_load(read_text(path))
-        check_size(tree)
+        check_tree(tree)
         json.dumps(tree, default=str, ensure_ascii=False).encode()  # what cannot be written here cannot be shown either
     except UNREADABLE as error:
         raise ValueError(error) from None

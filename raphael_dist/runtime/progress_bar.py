@@ -7,6 +7,8 @@ import sys
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, TextIO
 
+from raphael_dist.text import escape_control, hide_secrets_in_text
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
@@ -60,6 +62,7 @@ class ProgressBar:
             self._progress = Progress(*columns, console=self._console, transient=self._transient)
             self._task = self._progress.add_task("", total=None)
             self._progress.start()
+        text = escape_control(hide_secrets_in_text(text))  # it may have names of shards
         self._progress.update(self._task, completed=done, total=total, description=text)
 
     def print(self, line: str) -> None:

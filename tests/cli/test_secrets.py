@@ -15,6 +15,7 @@ from raphael_dist.data.fetch.shard_cache import ShardStore, base_name
 from raphael_dist.data.shards.build_index import build_index
 from raphael_dist.data.shards.shard_names import expand_shards
 from raphael_dist.errors import UserError, run_command
+from raphael_dist.evaluation.draw import record_protocol
 from raphael_dist.text import LineFormat, hide_secrets, hide_secrets_in_text, hide_secrets_in_tree
 from raphael_dist.training.wandb_mlflow import flat
 from tests.lib.launch import ROOT, run_ranks
@@ -151,3 +152,35 @@ def test_command_lines_show_no_secret(tmp_path: Path, command: list[str]) -> Non
     done = subprocess.run(tool, capture_output=True, text=True, cwd=ROOT, timeout=240)
     assert done.returncode == 2
     assert not leaks(done.stdout + done.stderr)
+
+
+LOCAL_PATHS = ["run.dir", "run.init_from", "data.cache_dir", "data.shard_cache", "data.hed_weights", "text.encoder",
+               "image.vae", "sample.images"]  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", ["s3", "https", "file"])
+@pytest.mark.parametrize("key", LOCAL_PATHS)
+def test_address_as_local_path_is_refused_without_its_secrets(key: str, scheme: str) -> None:
+    """`Path` would make it a local folder whose name has the secrets in the clear."""
+    with pytest.raises(UserError) as caught:
+        load_config("emoji-tiny", [f"{key}={scheme}://{USER}:{SECRET}@b/c"])
+    line = str(caught.value)
+    assert line.startswith(f"{key}=")
+    assert f"{scheme}://(hidden)@b/c" in line
+    assert "must be a local path" in line
+    assert not leaks(line)
+    assert "\n" not in line
+
+
+def test_protocol_of_an_evaluation_has_no_secrets(tmp_path: Path) -> None:
+    options = {
+        "captions": f"shards=https://{SECRET}@h/x.tar",
+        "reference": f"shards=https://h/x.tar;sig={SECRET}",
+        "clip": f"shards=s3://{USER}:{SECRET}@b/x.tar?{QUERY}",
+        "list": [planted("https://h/a b.tar")],
+    }
+    for _ in range(2):  # the second time it is compared with the file
+        record_protocol(tmp_path, options)
+    text = (tmp_path / "protocol.json").read_text()
+    assert not leaks(text)
+    assert json.loads(text)["captions"] == "shards=https://(hidden)@h/x.tar"

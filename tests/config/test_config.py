@@ -121,6 +121,9 @@ WRONG_FILES = [
     ),
     ("key_twice.yaml", "train:\n  max_steps: 1\n  max_steps: 2", "train.max_steps is set in line 2 and again in line 3"),
     ("round.yaml", "base: round.yaml", "must end within"),
+    ("surrogate.yaml", 'run: {dir: "a\\uD800"}', r"run.dir=a\ud800 must consist of Unicode characters, but"),
+    ("surrogate_key.yaml", 'run: {"\\uD800": 1}', r"run.\ud800=1 must consist of Unicode characters, but"),
+    ("surrogate_list.yaml", 'sample: {prompts: [a, "\\uDBFF"]}', r"sample.prompts=\udbff must consist of Unicode"),
     ("no_base.yaml", "base: emoji-tny", "there is no such preset (did you mean 'emoji-tiny'?)"),
     ("base_list.yaml", "base: [emoji-tiny]", "base=['emoji-tiny'] must be the name of one preset or YAML file"),
 ]

@@ -28,3 +28,12 @@ def test_progress_bar_shows_nothing_without_a_terminal(enabled: bool, file: io.S
     with ProgressBar("indexing", enabled=enabled, file=file) as bar:
         bar.report("shard 1 of 2", 1, 2)
     assert file.getvalue() == ""
+
+
+def test_progress_bar_shows_foreign_names_safely(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
+    screen = Terminal()
+    with ProgressBar("indexing", enabled=True, file=screen) as bar:
+        bar.report("checking a\x1b[31mb\nc.tar, https://user:hunter2@h/x.tar", 1, 2)
+    assert r"checking a\x1b[31mb\nc.tar, https://(hidden)@h/x.tar" in screen.getvalue()
