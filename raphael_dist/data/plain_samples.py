@@ -1,19 +1,24 @@
 """Reads samples of shards one after the other, for evaluation and tools that do not train."""
 
-import contextlib
 import itertools
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from raphael_dist.data.shards.build_index import build_index
+from raphael_dist.data.shards.dataset_index import BadSample
 from raphael_dist.data.shards.decode_sample import BadSampleError, DecodedSample, ImageDataset
 from raphael_dist.data.shards.shard_names import expand_shards, name_option
+
+_log = logging.getLogger(__name__)
 
 
 def read_samples(
     patterns: Sequence[str], cache_dir: Path, size_hw: tuple[int, int], option: str = "data.shards", limit: int | None = None
 ) -> Iterator[DecodedSample]:
-    """Decode and yield the samples of shards in the order in which they are stored. Unusable samples are skipped.
+    """Decode and yield the samples of shards in the order in which they are stored.
+
+    Unusable samples are skipped. They are counted in a warning at the end, with the shards that cannot be read to their end.
 
     Args:
         patterns: Paths, globs or URLs of the shards (tar files of samples).
@@ -27,10 +32,23 @@ def read_samples(
     """
     with name_option(option):
         index = build_index(expand_shards(patterns), cache_dir / "index")
-    yield from itertools.islice(_good_samples(ImageDataset(index, [size_hw], "none")), limit)
+    unreadable: list[BadSample] = []
+    yield from itertools.islice(_good_samples(ImageDataset(index, [size_hw], "none"), unreadable), limit)
+    for shard, reason in itertools.islice(index.damaged.items(), 1):
+        count = len(index.damaged)
+        _log.warning(
+            "%s: %d of %d shards cannot be read to the end, so samples are missing; the first is %s: %s",
+            option, count, len(index.shards), index.shards[shard].name, reason,
+        )  # fmt: skip
+    if bad := index.num_bad + len(unreadable):
+        first = next(itertools.chain(index.iter_bad(), unreadable))
+        _log.warning("%s: samples that cannot be used and are left out: %d; the first is %s", option, bad, first)
 
 
-def _good_samples(dataset: ImageDataset) -> Iterator[DecodedSample]:
+def _good_samples(dataset: ImageDataset, unreadable: list[BadSample]) -> Iterator[DecodedSample]:
+    """Yield the samples that can be decoded, and append the others to `unreadable`."""
     for sample_id in range(dataset.index.num_samples):
-        with contextlib.suppress(BadSampleError):
+        try:
             yield dataset.load(sample_id, 0)
+        except BadSampleError as error:
+            unreadable.append(BadSample(error.shard, error.key, error.reason))

@@ -4,7 +4,7 @@ Captions come from a txt or json file next to each image, or from a table: metad
 parquet files of a Hugging Face data set. File names in a table must be relative paths inside the folder.
 """
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from json import JSONDecodeError
@@ -13,17 +13,13 @@ from pathlib import Path, PureWindowsPath
 from raphael_dist.data.captions import first_texts, texts_in
 from raphael_dist.data.folder_files import ARCHIVE_SUFFIXES, count_texts_without_image, files_below
 from raphael_dist.data.image import IMAGE_SUFFIXES, reason_of
-from raphael_dist.data.shards.skipped import HIDDEN, SkipCounts, is_hidden
+from raphael_dist.data.image_files import UNSUPPORTED_SUFFIXES, CaptionFiles, image_files
+from raphael_dist.data.shards.skipped import SkipCounts
 from raphael_dist.data.shards.tar_scan import EDGE_EXT, MAX_MEMBER_BYTES
 from raphael_dist.data_prep.caption_tables import Row, find_table
 from raphael_dist.errors import UserError, did_you_mean, is_machine_fault
 from raphael_dist.text import read_json, read_text
 
-UNSUPPORTED_SUFFIXES = {
-    ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".jpx", ".jpeg2000", ".psd", ".ico",
-    ".svg", ".tga", ".exr", ".dng", ".cr2", ".nef", ".arw",
-}  # fmt: skip
-_TEXT_SUFFIXES = {".txt", ".json", ".jsonl", ".csv", ".parquet", ".arrow"}  # captions and tables
 CAPTION_COLUMNS = ("captions", "caption", "text", "prompt", "description", "title")
 FILE_COLUMNS = ("file_name", "filename", "file", "image", "image_path", "path")
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp", "picture")
@@ -94,65 +90,13 @@ def find_images(folder: Path, caption: str | None = None) -> tuple[list[SourceIm
     return images, skipped
 
 
-def image_files(folder: Path) -> tuple[list[Path], SkipCounts]:
-    """Return (paths of the images in a folder and its subfolders, sorted; counts of the files that are not used).
-
-    A symbolic link to a file is used; a symbolic link to a folder is not followed. Edge maps NAME.edge.png are not images.
-    """
-    paths, skipped = [], SkipCounts()
-    files = files_below(folder)
-    captioned = {path.with_suffix("") for path in files if path.suffix.lower() in (".txt", ".json")}
-    for path in files:
-        name, reason = str(path.relative_to(folder)), _skip_reason(path, captioned)
-        is_image = reason or path.suffix.lower() in IMAGE_SUFFIXES
-        if is_hidden(name):
-            if is_image and path.is_file():
-                skipped.add(HIDDEN, name)
-        elif path.is_symlink() and path.is_dir():
-            skipped.add("linked folder; copy its files, or prepare it separately", name)
-        elif not is_image or name.lower().endswith(f".{EDGE_EXT}"):
-            continue
-        elif not path.is_file():
-            if path.is_symlink():
-                skipped.add("broken link", name)
-        elif reason:
-            skipped.add(reason, name)
-        else:
-            paths.append(path)
-    return paths, skipped
-
-
-def _skip_reason(path: Path, captioned: Container[Path]) -> str:
-    """Return why a file that may be meant as an image is not used; "" if it is used, or is not meant as an image.
-
-    `captioned`: paths of the caption files of the folder, without their suffix.
-    """
-    suffix, inner = path.suffix.lower(), {part.lower() for part in path.suffixes[:-1]}
-    supported = ", ".join(IMAGE_SUFFIXES)
-    if suffix in UNSUPPORTED_SUFFIXES:
-        return f"image in another format than {supported}; convert it"
-    if suffix in ARCHIVE_SUFFIXES:
-        return "archive in a folder of images; unpack it, or prepare it separately"
-    if suffix in IMAGE_SUFFIXES or suffix in _TEXT_SUFFIXES:
-        return ""
-    if path.with_suffix("") in captioned or path in captioned or inner & {*IMAGE_SUFFIXES, *UNSUPPORTED_SUFFIXES}:
-        return f"file with a caption or an image's suffix, whose name does not end in {supported}; rename or convert it"
-    return ""
-
-
 def _with_caption_files(folder: Path, paths: Iterable[Path], caption: str | None) -> list[SourceImage]:
     """Return the images at `paths`, each with the captions in the .txt or .json of the same name.
 
-    The text file of a.png is a.txt, a.TXT or a.png.txt. `caption`: the json's field with the captions, or None.
+    `caption`: the json's field with the captions, or None.
     """
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    texts = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
-    jsons = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".json"}
-    images = []
-    for path in paths:
-        text_path, json_path = (files.get(path.with_suffix("")) or files.get(path) for files in (texts, jsons))
-        images.append(_file_image(path, folder, *_read_captions(text_path, json_path, caption)))
-    return images
+    texts, jsons = CaptionFiles(folder, ".txt"), CaptionFiles(folder, ".json")
+    return [_file_image(path, folder, *_read_captions(texts.of(path), jsons.of(path), caption)) for path in paths]
 
 
 def _read_captions(text_path: Path | None, json_path: Path | None, caption: str | None) -> tuple[list[str], str, Row]:

@@ -16,13 +16,14 @@ from raphael_dist.data.fetch.remote import is_remote
 from raphael_dist.data.fetch.shard_cache import base_name
 from raphael_dist.data.folder_files import count_unused_archives
 from raphael_dist.data.image import image_ext, reason_of
+from raphael_dist.data.image_files import image_files
 from raphael_dist.data.shards.build_index import build_index
 from raphael_dist.data.shards.dataset_index import BadSample
 from raphael_dist.data.shards.decode_sample import RAW_EXTS, ImageDataset
 from raphael_dist.data.shards.shard_names import expand_shards, name_option
 from raphael_dist.data.shards.skipped import SkipCounts, is_hidden
 from raphael_dist.data.shards.tar_scan import EDGE_EXT
-from raphael_dist.data_prep.image_folder import SourceImage, check_machine, find_images, image_files
+from raphael_dist.data_prep.image_folder import SourceImage, check_machine, find_images
 from raphael_dist.errors import UserError
 
 _TARS = (".tar", ".tar.gz", ".tgz")

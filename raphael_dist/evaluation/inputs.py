@@ -1,5 +1,6 @@
 """Reads the captions and the real images of a study, from COCO annotations, folders, shards or prompt files."""
 
+import logging
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,12 +8,15 @@ from pathlib import Path
 import numpy as np
 
 from raphael_dist.data.image import IMAGE_SUFFIXES
+from raphael_dist.data.image_files import CaptionFiles, image_files
 from raphael_dist.data.plain_samples import read_samples
 from raphael_dist.errors import UserError
 from raphael_dist.evaluation.lettering import normalise_text, requested_text
 from raphael_dist.sampling.prompts import read_requests
 from raphael_dist.sampling.sampler import Request
-from raphael_dist.text import read_json, read_text
+from raphael_dist.text import json_type, read_json, read_text
+
+_log = logging.getLogger(__name__)
 
 
 def read_captions(spec: str, count: int | None, seed: int, default: Request, cache_dir: Path) -> list[Request]:
@@ -66,7 +70,10 @@ def _coco_captions(path: Path, seed: int) -> list[str]:
     try:
         by_image: dict[int, list[str]] = {}
         for annotation in read_json(path)["annotations"]:
-            by_image.setdefault(int(annotation["image_id"]), []).append(" ".join(str(annotation["caption"]).split()))
+            image, caption = int(annotation["image_id"]), annotation["caption"]
+            if not isinstance(caption, str):
+                raise ValueError(f"the caption of image {image} must be a string, but it is {json_type(caption)}")
+            by_image.setdefault(image, []).append(" ".join(caption.split()))
     except (OSError, ValueError, KeyError, TypeError) as error:
         known = isinstance(error, OSError | ValueError)
         reason = error if known else "it has no list `annotations` of objects with image_id and caption"
@@ -79,7 +86,8 @@ def _coco_captions(path: Path, seed: int) -> list[str]:
 
 
 def _folder_captions(folder: Path) -> list[str]:
-    texts = [path.with_suffix(".txt") for path in list_images(folder, "--captions") if path.with_suffix(".txt").is_file()]
+    images, files = list_images(folder, "--captions"), CaptionFiles(folder, ".txt")
+    texts = [path for path in map(files.of, images) if path is not None]
     if not texts:
         raise UserError(
             f"--captions=folder={folder} requires a .txt file of the same name next to at least one image, but there is "
@@ -146,9 +154,13 @@ def read_lettering(spec: str, cache_dir: Path, size_hw: tuple[int, int]) -> list
 def list_images(folder: Path, option: str) -> list[Path]:
     """Return the paths of all images in a folder and its subfolders, sorted. Raises UserError if there are fewer than two.
 
+    The same files count as images as in data preparation: no hidden files and no edge maps. A warning counts those left out.
+
     `option`: the command line option that named the folder, e.g. "--reference", for messages.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    paths, skipped = image_files(folder)
+    if skipped.counts:
+        _log.warning("%s=folder=%s: files that are left out: %s", option, folder, "; ".join(skipped.lines()))
     if len(paths) < 2:
         raise UserError(
             f"{option}=folder={folder} must contain at least 2 images ({', '.join(IMAGE_SUFFIXES)}), but it has "

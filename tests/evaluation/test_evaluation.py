@@ -26,6 +26,7 @@ from raphael_dist.evaluation.ocr import load_reader
 from raphael_dist.evaluation.study import Result, write_results
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.sampling.sampler import Request
+from tests.data.test_shards import good, write_shard
 from tests.lib.checkpoints import handmade_canonical
 from tests.lib.launch import ROOT, run_ranks
 from tests.sampling.test_sampling import config_of
@@ -230,6 +231,41 @@ def test_coco_captions_one_per_image_fixed_by_seed(tmp_path: Path):
     assert len({text.split(",")[0] for text in some}) == 8
     with pytest.raises(UserError, match="--count=21 "):
         read_captions(spec, 21, 0, DEFAULT, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("caption", "kind"), [(None, "null"), ({"en": "x"}, "an object"), (True, "true or false"), (3, "a number")], ids=str
+)
+def test_coco_caption_that_is_no_text_is_refused(tmp_path: Path, caption: object, kind: str):
+    (tmp_path / "c.json").write_text(json.dumps({"annotations": [{"image_id": 7, "caption": caption}]}))
+    with pytest.raises(UserError, match=f"the caption of image 7 must be a string, but it is {kind}"):
+        read_captions(f"coco={tmp_path / 'c.json'}", None, 0, DEFAULT, tmp_path)
+
+
+def test_folder_is_read_by_the_rules_of_data_preparation(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    for name in ("a.png", "b.png", "c.PNG", ".ipynb_checkpoints/a-checkpoint.png", "a.edge.png", "._b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name, format="PNG")
+    for name in ("a.txt", "b.TXT", "c.PNG.txt", "._b.txt"):
+        (tmp_path / name).write_text(f"caption in {name}")
+    images = read_reference(f"folder={tmp_path}", tmp_path, (8, 8))
+    assert [path.name for path in images if isinstance(path, Path)] == ["a.png", "b.png", "c.PNG"]
+    assert "files that are left out: 2 x hidden file" in caplog.text
+    captions = read_captions(f"folder={tmp_path}", None, 0, DEFAULT, tmp_path)
+    assert [r.prompt for r in captions] == ["caption in a.txt", "caption in b.TXT", "caption in c.PNG.txt"]
+
+
+def test_damaged_shard_and_bad_samples_are_counted_in_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    samples = [good(i) for i in range(10)]
+    samples[0][1]["png"] = b"no image"
+    whole = write_shard(tmp_path / "x.tar", samples).read_bytes()
+    assert read_captions(f"shards={tmp_path}/x.tar", None, 0, DEFAULT, tmp_path / "cache")
+    assert "samples that cannot be used and are left out: 1; the first is x.tar:" in caplog.text
+    assert "to the end" not in caplog.text
+    (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 3])
+    caplog.clear()
+    assert len(read_captions(f"shards={tmp_path}/cut.tar", None, 0, DEFAULT, tmp_path / "cache")) < 9
+    assert caplog.text.count("1 of 1 shards cannot be read to the end, so samples are missing; the first is cut.tar: ") == 1
 
 
 @pytest.mark.parametrize(
