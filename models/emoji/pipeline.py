@@ -1457,7 +1457,7 @@ def _file_config(file: Path) -> JsonObject | None:
     """Return the LoraConfig of the U-Net's adapters in the metadata of a safetensors file; None if it has none."""
     with safe_open(file, "pt") as opened:
         text = (opened.metadata() or {}).get(_METADATA)
-    return {key.removeprefix(_UNET): value for key, value in json.loads(text).items()} if text else None
+    return {key.removeprefix(_UNET): value for key, value in parse_json(text).items()} if text else None
 
 
 def _read_config(file: Path, option: str) -> JsonObject | None:

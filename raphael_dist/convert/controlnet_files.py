@@ -18,15 +18,17 @@ from torch import Tensor
 from raphael_dist.checkpoint.reader import CheckpointReader, check_architecture
 from raphael_dist.checkpoint.tensors import default_weights
 from raphael_dist.config.schema import Config
-from raphael_dist.convert.adapter_files import export_folder, open_run, read_tensors
+from raphael_dist.convert.adapter_files import export_folder, open_run
 from raphael_dist.convert.exported_code import model_code
+from raphael_dist.convert.layouts.canonical import gather
 from raphael_dist.convert.layouts.dense import STEM
 from raphael_dist.convert.layouts.diffusers import config_of_experts, expert_json
 from raphael_dist.convert.unet_config import unet_json
 from raphael_dist.errors import UserError
 from raphael_dist.model.controlnet import CONDITION_WIDTH, ControlNet
 from raphael_dist.model.diffusers_model import RaphaelControlNet
-from raphael_dist.storage.tensorfile import save_tensors
+from raphael_dist.storage.tensorfile import FileReader, save_tensors
+from raphael_dist.storage.weight_files import weight_files
 from raphael_dist.text import JsonObject, read_json, reason_unreadable
 
 CONFIG, CLASS = "config.json", RaphaelControlNet.__name__
@@ -47,7 +49,7 @@ def read_control(path: Path, config: Config, weights: str | None = None, option:
     Raises:
         UserError: there is no ControlNet at `path`, or it belongs to another model.
     """
-    if (path / CONFIG).is_file() and (path / f"{STEM}.safetensors").is_file():
+    if (path / CONFIG).is_file():
         values = _read_folder(path, option)
     else:
         reader = open_run(path, CONFIG, option)
@@ -140,4 +142,8 @@ def _read_folder(folder: Path, option: str) -> dict[str, Tensor]:
             f"{option} {folder}: _class_name in {CONFIG} must be {CLASS} or ControlNetModel, but it is {name}. Give "
             "the folder of an exported ControlNet."
         )
-    return read_tensors(folder / f"{STEM}.safetensors")
+    stored, reader = gather(weight_files(folder).paths), FileReader()
+    try:
+        return {name: reader.read([tensor], 0, tensor.numel).view(tensor.shape) for name, tensor in stored.items()}
+    finally:
+        reader.close()

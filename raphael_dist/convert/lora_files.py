@@ -10,7 +10,6 @@ the wrapper of w2 `LAYER`.
 diffusers' pytorch_lora_weights.safetensors has the same tensors; it may have the LoraConfig in its metadata.
 """
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Container, Mapping
@@ -30,7 +29,7 @@ from raphael_dist.convert.write_plan import Source
 from raphael_dist.errors import UserError
 from raphael_dist.model.lora import ATTENTION, import_peft, lora_scale, parse_adapter_name
 from raphael_dist.storage.tensorfile import save_tensors
-from raphael_dist.text import JsonObject, read_json, reason_unreadable
+from raphael_dist.text import JsonObject, parse_json, read_json, reason_unreadable
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DIFFUSERS_WEIGHTS, _METADATA, _UNET = "pytorch_lora_weights.safetensors", "lora_adapter_metadata", "unet."
@@ -275,7 +274,7 @@ def _file_config(file: Path) -> JsonObject | None:
     """Return the LoraConfig of the U-Net's adapters in the metadata of a safetensors file; None if it has none."""
     with safe_open(file, "pt") as opened:
         text = (opened.metadata() or {}).get(_METADATA)
-    return {key.removeprefix(_UNET): value for key, value in json.loads(text).items()} if text else None
+    return {key.removeprefix(_UNET): value for key, value in parse_json(text).items()} if text else None
 
 
 def _read_config(file: Path, option: str) -> JsonObject | None:

@@ -35,6 +35,12 @@ def read_requests(path: Path, default: Request) -> list[Request]:
     Raises:
         UserError: the file or a line is invalid; the message names them.
     """
+    suffix = path.suffix.lower()
+    if suffix == ".json":
+        raise UserError(
+            f"--prompts={path} must have one prompt per line, but a .json file is one value. Save it as .jsonl, with one "
+            'object such as {"prompt": "a red heart"} per line, or as .txt, with one prompt per line.'
+        )
     try:
         lines = split_lines(read_text(path, regular=False))
     except (OSError, ValueError) as error:
@@ -45,7 +51,7 @@ def read_requests(path: Path, default: Request) -> list[Request]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             where = f"--prompts={path}, line {number}"
-            fields = _fields(line, where) if path.suffix == ".jsonl" else {"prompt": line.strip()}
+            fields = _fields(line, where) if suffix == ".jsonl" else {"prompt": line.strip()}
             requests.append(_request(fields, len(requests), default, where))
     if not 0 < len(requests) <= MAX_PROMPTS:
         raise UserError(

@@ -3,7 +3,7 @@
 import os
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -19,7 +19,7 @@ from raphael_dist.data.fetch.remote import is_remote
 from raphael_dist.data.fetch.shard_cache import store_of
 from raphael_dist.data.open_streams import check_encoders, edge_encoder
 from raphael_dist.data.shards.open_index import find_shards, patterns_of, require_shards
-from raphael_dist.data.shards.tar_scan import EDGE_EXT, TAR_ERRORS, TarHeader
+from raphael_dist.data.shards.tar_scan import EDGE_EXT, FEATURES_EXT, TAR_ERRORS, TarHeader
 from raphael_dist.errors import UserError
 from raphael_dist.model.controlnet import add_control
 from raphael_dist.model.kernels.switch import require_triton
@@ -139,7 +139,12 @@ def _check_shards(config: Config, name: str) -> None:
     if is_remote(first):
         store_of(config.data).stamp(first)
         return
-    if config.edge.weight > 0 and config.data.edge_maps == "stored" and not any(_are_edge_maps(Path(first))):
+    if config.data.features == "stored" and not _has_member(Path(first), FEATURES_EXT):
+        raise UserError(
+            f"data.features=stored requires encoded features, but the first samples of {first} (data.{name}) have no "
+            f"{FEATURES_EXT}. Add them with tools/prepare_data.py --features, or set data.features=online."
+        )
+    if config.edge.weight > 0 and config.data.edge_maps == "stored" and not _has_member(Path(first), EDGE_EXT):
         raise UserError(
             f"edge.weight={config.edge.weight} requires edge maps, but the first samples of {first} (data.{name}) have no "
             f"{EDGE_EXT}. Add edge maps, set data.edge_maps=auto, or set edge.weight=0."
@@ -166,12 +171,11 @@ def _find_shards(config: Config, name: str) -> list[str]:
     raise UserError(*lines)
 
 
-def _are_edge_maps(shard: Path) -> Iterator[bool]:
-    """Yield for each of the first files in a shard (tar) whether it is an edge map. UserError if it is not a tar file."""
+def _has_member(shard: Path, ext: str) -> bool:
+    """Return whether one of the first files in a shard (tar) has the extension `ext`. UserError if it is not a tar file."""
     try:
         with tarfile.open(shard, tarinfo=TarHeader) as tar:
-            for member in islice(tar, _MEMBERS):
-                yield member.name.lower().endswith(f".{EDGE_EXT}")
+            return any(member.name.lower().endswith(f".{ext}") for member in islice(tar, _MEMBERS))
     except (OSError, EOFError, zlib.error, *TAR_ERRORS) as error:
         why = str(error).splitlines()[0].rstrip(":")
         raise UserError(

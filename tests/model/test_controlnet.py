@@ -76,6 +76,23 @@ def test_control_without_experts_equals_diffusers(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.control.parameters(), strict=True))
 
 
+@pytest.mark.parametrize(
+    "saved",
+    [{"variant": "fp16"}, {"safe_serialization": False}, {"max_shard_size": "100KB"}],
+    ids=["variant", "bin", "sharded"],
+)
+def test_control_is_read_from_all_weight_files_of_diffusers(tmp_path: Path, saved: dict[str, Any]) -> None:
+    sizes = {"space_experts": 0, "time_experts": 0, "time_activation": "geglu", "expert_width": [64, 96]}
+    config = tiny_config(model={**TREE["model"], **sizes}, **CONTROL)
+    control = adapted_model(config).control
+    assert isinstance(control, ControlNet)
+    write_control({name: p.detach() for name, p in control.named_parameters()}, config, tmp_path / "control")
+    ControlNetModel.from_pretrained(tmp_path / "control").save_pretrained(tmp_path / "other", **saved)
+    assert not (tmp_path / "other" / "diffusion_pytorch_model.safetensors").exists()
+    again = read_control(tmp_path / "other", config)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), control.parameters(), strict=True))
+
+
 # ---- ranks ----------------------------------------------------------------------------------------------------------
 
 

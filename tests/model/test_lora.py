@@ -18,7 +18,7 @@ from raphael_dist.config.schema import Config
 from raphael_dist.convert.conversion import convert
 from raphael_dist.convert.init_weights import adapted_base
 from raphael_dist.convert.layouts import open_checkpoint
-from raphael_dist.convert.lora_files import Adapter, MergedSource, adapter_of, read_adapter, write_adapter
+from raphael_dist.convert.lora_files import Adapter, MergedSource, adapter_of, read_adapter, read_lora_file, write_adapter
 from raphael_dist.convert.write_plan import Options
 from raphael_dist.errors import UserError
 from raphael_dist.model.lora import add_lora, parse_adapter_name
@@ -240,6 +240,13 @@ def test_tensors_of_another_rank_than_the_config_are_refused(factor: float, tmp_
 def canonical_base(folder: Path) -> Any:
     path = folder / "base"
     return open_checkpoint("auto", path if path.exists() else canonical(path, tiny_config()))
+
+
+def test_deeply_nested_metadata_is_refused_in_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file({"unet.x.lora_A.weight": torch.zeros(2, 4)}, file, {"lora_adapter_metadata": "[" * 100_000})
+    with pytest.raises(UserError, match=r"^--lora: .*\.safetensors cannot be read: nested too deeply\. Copy"):
+        read_lora_file(file, "--lora")
 
 
 def test_merging_gives_a_whole_checkpoint_and_leaves_the_base_as_it_is(trained: tuple[Path, Path], tmp_path: Path) -> None:

@@ -181,3 +181,16 @@ def test_sample_mistakes_are_one_line(folder: Path, tmp_path: Path, capsys: pyte
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_suffix_of_a_prompt_file_is_read_in_any_case(tmp_path: Path):
+    path = tmp_path / "p.JSONL"
+    path.write_text('{"prompt": "a"}\n')
+    assert [r.prompt for r in read_requests(path, Request("", (8, 8)))] == ["a"]
+
+
+@pytest.mark.parametrize("name", ["p.json", "p.JSON"])
+def test_json_file_as_prompt_file_is_refused(tmp_path: Path, name: str):
+    (tmp_path / name).write_text('["a", "b"]')
+    with pytest.raises(UserError, match=r"p.json must have one prompt per line, .* Save it as .jsonl|p.JSON must"):
+        read_requests(tmp_path / name, Request("", (8, 8)))

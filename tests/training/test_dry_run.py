@@ -81,6 +81,22 @@ def test_dry_run_reports_what_a_start_would_refuse(tmp_path: Path) -> None:
     assert "image.buckets=[10, 12] must be multiples of 4, the downsampling factor of the VAE" in line
 
 
+def test_dry_run_reports_shards_without_the_stored_features(tmp_path: Path) -> None:
+    lines = problems(small(tmp_path, "data.features=stored"))
+    assert [line.partition("the first samples of ")[2].partition(".tar")[0] for line in lines] == [
+        "data/emoji-demo/train-0000",
+        "data/emoji-demo/val-0000",
+    ]
+    assert all("have no features. Add them with tools/prepare_data.py --features" in line for line in lines)
+    whole = tmp_path / "whole.tar"
+    with tarfile.open("data/emoji-demo/train-0000.tar") as source, tarfile.open(whole, "w") as target:
+        for member in source:
+            target.addfile(member, source.extractfile(member))
+            if member.name.endswith(".edge.png"):
+                target.addfile(tarfile.TarInfo(member.name.replace(".edge.png", ".features")))
+    assert problems(small(tmp_path, "data.features=stored", f"data.shards={whole}", "data.val_shards=[]")) == []
+
+
 def test_dry_run_reports_endless_tar_headers(tmp_path: Path) -> None:
     for count, num_bytes in ((2000, 1), (1, 2 << 20)):
         path = tmp_path / f"{count}.tar"
