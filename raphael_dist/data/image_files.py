@@ -3,6 +3,7 @@
 from collections.abc import Container
 from pathlib import Path
 
+from raphael_dist.data.folder_files import ARCHIVE_SUFFIXES, files_below
 from raphael_dist.data.image import IMAGE_SUFFIXES
 from raphael_dist.data.shards.skipped import HIDDEN, SkipCounts, is_hidden
 from raphael_dist.data.shards.tar_scan import EDGE_EXT

@@ -11,7 +11,7 @@ from json import JSONDecodeError
 from pathlib import Path, PureWindowsPath
 
 from raphael_dist.data.captions import first_texts, texts_in
-from raphael_dist.data.folder_files import ARCHIVE_SUFFIXES, count_texts_without_image, files_below
+from raphael_dist.data.folder_files import count_texts_without_image, files_below
 from raphael_dist.data.image import IMAGE_SUFFIXES, reason_of
 from raphael_dist.data.image_files import UNSUPPORTED_SUFFIXES, CaptionFiles, image_files
 from raphael_dist.data.shards.skipped import SkipCounts
