@@ -531,7 +531,9 @@ INT_LIMIT = 2**63  # tensors and files hold 64-bit integers
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 CALLBACK_INPUTS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 Texts = str | Sequence[str] | None  # one for all images, or one for each
-Images = Image.Image | Sequence[Image.Image] | None  # one for all prompts, or one for each
+# One for all prompts, or one for each. Arrays are [H, W, 3], [H, W, 1] or [H, W], tensors [3, H, W], [1, H, W] or [H, W].
+# They contain floats in 0..1. A batch of B has B in front of the three dimensions.
+Images = Image.Image | np.ndarray | Tensor | Sequence[Image.Image | np.ndarray | Tensor] | None
 Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
 
 
@@ -577,12 +579,18 @@ class CallArguments:
     @property
     def images(self) -> list[Image.Image]:
         """The input images (argument `image`) as a list with one image for each prompt; [] if there are none."""
-        return [] if self.image is None else for_each("image", self.image, self.num_prompts)
+        return [] if self.image is None else _read_images("image", self.image, self.num_prompts)
 
     @property
     def masks(self) -> list[Image.Image]:
         """The masks for inpainting as a list with one mask for each prompt; [] if there are none."""
-        return [] if self.mask_image is None else for_each("mask_image", self.mask_image, self.num_prompts)
+        return [] if self.mask_image is None else _read_images("mask_image", self.mask_image, self.num_prompts)
+
+    @property
+    def callback_tensors(self) -> Sequence[str]:
+        """Names of the tensors for the callback. A PipelineCallback of diffusers has its own list."""
+        names: Sequence[str] = getattr(self.callback_on_step_end, "tensor_inputs", self.callback_on_step_end_tensor_inputs)
+        return names
 
     def check(self, factor: int, num_timesteps: int) -> None:
         """Check all arguments of the call. Raises UserError for a value that is not allowed.
@@ -616,14 +624,16 @@ class CallArguments:
         if self.output_type not in OUTPUT_TYPES:
             allowed = ", ".join(map(repr, OUTPUT_TYPES))
             raise UserError(f"output_type={self.output_type!r} must be one of {allowed}. Use e.g. output_type='pil'.")
-        if unknown := [name for name in self.callback_on_step_end_tensor_inputs if name not in CALLBACK_INPUTS]:
+        if unknown := [name for name in self.callback_tensors if name not in CALLBACK_INPUTS]:
+            name, remedy = "callback_on_step_end_tensor_inputs", f"Remove {unknown[0]!r}"
+            if hasattr(self.callback_on_step_end, "tensor_inputs"):
+                name = f"{type(self.callback_on_step_end).__name__}.tensor_inputs"
+                remedy = "Use a callback for StableDiffusionPipeline"
             raise UserError(
-                f"callback_on_step_end_tensor_inputs={list(self.callback_on_step_end_tensor_inputs)} must contain only "
-                f"{', '.join(CALLBACK_INPUTS)}, but it contains {unknown[0]!r}. Remove {unknown[0]!r}."
+                f"{name}={list(self.callback_tensors)} must contain only {', '.join(CALLBACK_INPUTS)}, but it contains "
+                f"{unknown[0]!r}. {remedy}."
             )
-        for name, images in (("image", self.images), ("mask_image", self.masks)):
-            for image in images:
-                _check_image(name, image)
+        _ = self.images, self.masks  # raises UserError for a value that is no image
 
 
 def check_texts(
@@ -773,13 +783,40 @@ def _check_schedule(name: str, values: Any) -> None:
         )
 
 
-def _check_image(name: str, image: object) -> None:
-    if not isinstance(image, Image.Image):
-        hint = "Image.fromarray(array)" if hasattr(image, "shape") else "Image.open(path)"
-        raise UserError(
-            f"{name} must be a PIL image, or a list of one for each prompt, but its type is {type(image).__name__}. Pass "
-            f"{name}={hint}."
-        )
+def _read_images(name: str, value: Any, count: int) -> list[Image.Image]:
+    """Return a PIL image for each of `count` prompts from the argument `name`, whose value has a type of `Images`."""
+    is_batch = isinstance(value, np.ndarray | Tensor) and value.ndim == 4
+    if is_batch or isinstance(value, list | tuple):
+        return for_each(name, [_to_pil(name, image) for image in value], count)
+    return for_each(name, _to_pil(name, value), count)
+
+
+def _to_pil(name: str, image: Any) -> Image.Image:
+    """Return a PIL image from one image of the argument `name`, as diffusers converts it. PIL images are not changed."""
+    if isinstance(image, Image.Image):
+        return image
+    kind = f"its type is {type(image).__name__}. Pass {name}=Image.open(path)"
+    if isinstance(image, np.ndarray | Tensor):
+        array = image.detach().cpu().double().numpy() if isinstance(image, Tensor) else image
+        array = array.transpose(1, 2, 0) if isinstance(image, Tensor) and image.ndim == 3 else array
+        array = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
+        is_shape = array.size and (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3))
+        is_float = image.is_floating_point() if isinstance(image, Tensor) else array.dtype.kind == "f"
+        if is_shape and is_float and array.min() >= 0 and array.max() <= 1:
+            return Image.fromarray((array * 255).round().astype(np.uint8))
+        limits = f" and values {array.min():g} to {array.max():g}" if array.size else ""
+        kind = f"it has shape {list(image.shape)}, {image.dtype}{limits}. Pass {name}=Image.fromarray(array), array as uint8"
+    raise UserError(
+        f"{name} must be a PIL image, an array [H, W, 3] or a tensor [3, H, W] of floats in 0..1, or one for each prompt, "
+        f"but {kind}."
+    )
+
+# ---- model.diffusers_model -------------------------------------------------------------------------------------------
+
+
+def uncompiled(model: Any) -> Any:
+    """Return the model inside a module that `torch.compile` returned, or `model` itself if it is no such module."""
+    return getattr(model, "_orig_mod", model)
 
 # ---- convert.exported_code -------------------------------------------------------------------------------------------
 
@@ -872,6 +909,7 @@ def read_json(path: Path) -> Any:
 
 
 _Pipeline: Any = DiffusionPipeline  # the type hints of DiffusionPipeline lack the methods of its mixins
+_HUB_OPTIONS = ("repo_id", "commit_message", "private", "create_pr", "token")
 
 
 class PipelineFiles(_Pipeline):
@@ -881,10 +919,15 @@ class PipelineFiles(_Pipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         """Load a pipeline from a local folder or a model hub, with diffusers' arguments.
 
+        With `text_encoder=None`, a text encoder that the folder names instead of containing it is not loaded either.
+
         Raises UserError if the local folder does not contain a pipeline, or lacks files.
         """
+        if kwargs.get("text_encoder", cls) is None:
+            kwargs.setdefault("text", None)
         folder = Path(pretrained_model_name_or_path)
-        if folder.exists() or str(folder).count("/") != 1:  # otherwise it may be the name of a repository
+        # Another path with one slash may be the name of a repository.
+        if folder.exists() or str(folder).count("/") != 1 or folder.parent.is_dir():
             check_pipeline_folder(folder)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
@@ -917,6 +960,8 @@ class PipelineFiles(_Pipeline):
         dtype = kwargs.pop("dtype", None) or torch_dtype
         names, settings = cls._get_signature_keys(cls)
         parts = {name: part for name, part in pipeline.components.items() if name in names} | kwargs
+        if parts.get("text_encoder") is None:
+            parts.setdefault("text", None)  # otherwise an encoder that the settings name would be loaded
         if missing := sorted(set(names) - parts.keys() - set(cls._optional_components)):
             raise UserError(
                 f"{cls.__name__}.from_pipe requires {missing[0]}. Pass it: from_pipe(pipeline, {missing[0]}=...)."
@@ -924,28 +969,47 @@ class PipelineFiles(_Pipeline):
         made = cls(**{name: pipeline.config[name] for name in settings if name in pipeline.config} | parts)
         return made if dtype is None else made.to(dtype=dtype)
 
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
         """Save the pipeline to the folder `save_directory`, with diffusers' arguments.
 
         The folder also contains the Python code of the pipeline, so that it can be loaded without this package.
+
+        Args:
+            save_directory: the folder; it is created if it does not exist.
+            safe_serialization: whether to write safetensors files.
+            variant: added to the names of weight files, such as "fp16".
+            max_shard_size: size at which a weight file is divided, in bytes or as in "5GB".
+            push_to_hub: whether to upload the pipeline afterwards, as the method `push_to_hub` does.
+            kwargs: arguments of `push_to_hub`; by default `repo_id` is the name of the folder.
         """
+        hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
         # The encoder "characters" has no files, and its code is in pipeline.py. Its model_type is compared: if this code was
         # imported twice, the class of the encoder exists twice.
         if self.text_encoder is not None and self.text_encoder.config.model_type == CHARACTERS:
             self.register_to_config(text=CHARACTERS, text_encoder=(None, None), tokenizer=(None, None))
-        super().save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
         folder = Path(save_directory)
         index = json.loads((folder / "model_index.json").read_text())
         index["_class_name"] = [CODE, type(self).__name__]
         code = {CODE: self._own_code(type(self))}
         for name, part in self.components.items():
-            kind: Any = type(part)
+            kind: Any = type(uncompiled(part))
             if index[name] != [None, None] and kind.__module__.startswith(("raphael_dist.", "diffusers_modules.")):
                 library = kind.__module__.rpartition(".")[2]
                 index[name], code[f"{name}/{library}"] = [library, kind.__name__], self._own_code(kind)
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         for path, text in code.items():
             (folder / f"{path}.py").write_text(text)
+        if push_to_hub:  # which saves again, to a temporary folder
+            self.push_to_hub(**{"repo_id": folder.name, **hub}, safe_serialization=safe_serialization, variant=variant)
 
     @staticmethod
     def _own_code(kind: Any) -> str:
@@ -1208,6 +1272,7 @@ class Denoiser(PipelineFiles):
                 f"{settings} must be supported by {type(scheduler).__name__}, but it reports: {reason}. {remedy}, "
                 "or another scheduler."
             ) from None
+        self._seed_scheduler(call, len(noise))
         if inputs.start is None or (inputs.mask is not None and call.strength == 1):
             if inputs.start is None and (late := late_start_warning(scheduler)):
                 _log.warning("%s", late)
@@ -1247,24 +1312,43 @@ class Denoiser(PipelineFiles):
         callback = call.callback_on_step_end
         if callback is None:
             return latents, prompts
-        # diffusers' PipelineCallback has its own list of tensor names.
-        names = getattr(callback, "tensor_inputs", call.callback_on_step_end_tensor_inputs)
         values = (latents, prompts.embeds, prompts.negative_embeds)
         tensors: JsonObject = dict(zip(CALLBACK_INPUTS, values, strict=True))
-        tensors |= callback(self, number, t, {name: tensors[name] for name in names})
+        changes = callback(self, number, t, {name: tensors[name] for name in call.callback_tensors})
+        if not isinstance(changes, dict):
+            raise UserError(
+                "callback_on_step_end must return a dict of the tensors to replace, but it returned "
+                f"{type(changes).__name__}. Return {{}} to replace none."
+            )
+        tensors |= changes
         replaced = (tensors["prompt_embeds"], tensors["negative_prompt_embeds"])
         return tensors["latents"], prompts.with_embeds(*replaced, len(latents), self._is_guided(prompts))
 
     def _is_guided(self, prompts: Prompts) -> bool:
         return self.do_classifier_free_guidance and prompts.negative_embeds is not None
 
+    def _generator(self, call: CallArguments) -> Any:
+        """Return the generators of the call's noise after the initial one: one, a list of one for each image, or None."""
+        if call.generator is None and call.seed is not None:
+            return torch.Generator(self._execution_device).manual_seed(call.seed)
+        return call.generator
+
+    def _seed_scheduler(self, call: CallArguments, batch: int) -> None:
+        """Set the seeds of a scheduler that makes its own noise, one for each of `batch` images (DPMSolverSDEScheduler).
+
+        Seeds in the scheduler's configuration are kept. Without a generator or a seed in the call, the noise is random.
+        """
+        if self.scheduler.config.get("noise_sampler_seed", 0) is None:
+            generators, seeds = as_list(self._generator(call)), None
+            if generators != [None]:
+                each = generators * batch if len(generators) == 1 else generators
+                seeds = [int(torch.randint(2**31, (1,), generator=g, device=g.device)) for g in each]
+            self.scheduler.noise_sampler_seed = seeds
+
     def _step_options(self, call: CallArguments) -> JsonObject:
         """Return those of the options `eta` and `generator` that the method `step` of this scheduler accepts."""
-        generator = call.generator
-        if generator is None and call.seed is not None:
-            generator = torch.Generator(self._execution_device).manual_seed(call.seed)
         known = inspect.signature(self.scheduler.step).parameters
-        return {k: v for k, v in {"eta": call.eta, "generator": generator}.items() if k in known}
+        return {k: v for k, v in {"eta": call.eta, "generator": self._generator(call)}.items() if k in known}
 
     def _predict(self, call: CallArguments, latents: Tensor, t: Tensor, inputs: ImageInputs, prompts: Prompts) -> Tensor:
         """Return the prediction with guidance, eps_null + guidance * (eps_text - eps_null), float32 [B, C, h, w]."""
@@ -1288,7 +1372,7 @@ class Denoiser(PipelineFiles):
         """
         unet, options = self.unet.eval(), JsonObject()
         text, timestep = text.to(unet.dtype), torch.full((len(x),), t.item(), device=x.device)
-        if not isinstance(unet, UNet2DConditionModel):  # diffusers' U-Net is trained without a mask
+        if not isinstance(uncompiled(unet), UNet2DConditionModel):  # diffusers' U-Net is trained without a mask
             options["encoder_attention_mask"] = mask
         if inputs.small is not None:
             small = inputs.small.repeat(len(x) // len(inputs.small), 1, 1, 1)
@@ -1622,9 +1706,10 @@ class LoraLoader(LoraFiles):
 
     @property
     def _lora(self) -> LoraState:
-        if not hasattr(self.unet, "lora_state"):
-            self.unet.lora_state = LoraState()
-        state: LoraState = self.unet.lora_state
+        unet = uncompiled(self.unet)
+        if not hasattr(unet, "lora_state"):
+            unet.lora_state = LoraState()
+        state: LoraState = unet.lora_state
         return state
 
     def load_lora_weights(
@@ -1675,7 +1760,7 @@ class LoraLoader(LoraFiles):
             adapter = adapter_of_tensors(source, None, Path("the tensors"), "load_lora_weights")
         else:
             adapter = read_adapters(Path(source) / (subfolder or ""), weight_name)
-        shapes = {name: tuple(p.shape) for name, p in self.unet.named_parameters()}
+        shapes = {name: tuple(p.shape) for name, p in uncompiled(self.unet).named_parameters()}
         adapter.check(shapes, "load_lora_weights")
         state.adapters[name] = adapter
         if hotswap:
@@ -1813,7 +1898,7 @@ class LoraLoader(LoraFiles):
 
         Raises UserError if the weights have been moved by sequential offload.
         """
-        parameters, state = dict(self.unet.named_parameters()), self._lora
+        parameters, state = dict(uncompiled(self.unet).named_parameters()), self._lora
         added = active if enabled else {}
         names = {name for adapter in added for name in state.adapters[adapter].factors}
         if any(parameters[name].is_meta for name in names | state.own.keys()):
@@ -2276,7 +2361,8 @@ class RaphaelImg2ImgPipeline(RaphaelPipeline):
 
         Args:
             prompt: one caption or several.
-            image: a PIL image, or one for each prompt; it is resized and cropped to height x width.
+            image: a PIL image, an array [H, W, 3] or a tensor [3, H, W] of floats in 0..1, or one for each prompt; it is
+                resized and cropped to height x width.
             strength: share of the denoising steps, 0 to 1, that are applied to the image. 0 returns the image, 1 starts from
                 almost pure noise.
             options: other arguments of RaphaelPipeline.
@@ -2303,9 +2389,10 @@ class RaphaelInpaintPipeline(RaphaelPipeline):
 
         Args:
             prompt: one caption or several.
-            image: a PIL image, or one for each prompt; it is resized and cropped to height x width.
-            mask_image: a PIL image of the same size, or one for each prompt: white where the image is drawn, black or
-                transparent where it is kept.
+            image: a PIL image, an array [H, W, 3] or a tensor [3, H, W] of floats in 0..1, or one for each prompt; it is
+                resized and cropped to height x width.
+            mask_image: the same, also without channels ([H, W]), of the size of the image: white (1) where the image is
+                drawn, black (0) or transparent where it is kept.
             strength: share of the denoising steps, 0 to 1, that are applied to the image. 1: the masked part starts from
                 pure noise.
             options: other arguments of RaphaelPipeline.
@@ -2362,7 +2449,8 @@ class RaphaelControlNetPipeline(RaphaelPipeline):
 
         Args:
             prompt: one caption or several.
-            image: edge map with white lines on black, a PIL image, or one for each prompt.
+            image: edge map with white lines on black, a PIL image, an array [H, W, 3] or a tensor [3, H, W] of floats in
+                0..1, or one for each prompt.
             controlnet_conditioning_scale: factor of the ControlNet's outputs; 0: no effect.
             options: other arguments of RaphaelPipeline.
         """
@@ -2388,7 +2476,8 @@ class RaphaelUpscalePipeline(RaphaelPipeline):
 
         Args:
             prompt: one caption or several.
-            image: a small PIL image, or one for each prompt, `upscale.factor` times smaller than height x width.
+            image: a small PIL image, array [H, W, 3] or tensor [3, H, W] of floats in 0..1, or one for each prompt,
+                `upscale.factor` times smaller than height x width.
             options: other arguments of RaphaelPipeline.
         """
         return self._draw(prompt=prompt, image=image, **options)

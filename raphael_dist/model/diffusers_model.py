@@ -69,6 +69,11 @@ def sections_of(fields: Any) -> Sections:
 _HOOKS = ("_hf_hook", "_diffusers_hook")
 
 
+def uncompiled(model: Any) -> Any:
+    """Return the model inside a module that `torch.compile` returned, or `model` itself if it is no such module."""
+    return getattr(model, "_orig_mod", model)
+
+
 class _Wrapper(ModelMixin, ConfigMixin):
     """Base class that wraps a network of this package as a model of diffusers, which can load, save and offload it."""
 

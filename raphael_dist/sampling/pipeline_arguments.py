@@ -20,7 +20,9 @@ from raphael_dist.errors import UserError
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 CALLBACK_INPUTS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 Texts = str | Sequence[str] | None  # one for all images, or one for each
-Images = Image.Image | Sequence[Image.Image] | None  # one for all prompts, or one for each
+# One for all prompts, or one for each. Arrays are [H, W, 3], [H, W, 1] or [H, W], tensors [3, H, W], [1, H, W] or [H, W].
+# They contain floats in 0..1. A batch of B has B in front of the three dimensions.
+Images = Image.Image | np.ndarray | Tensor | Sequence[Image.Image | np.ndarray | Tensor] | None
 Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]]
 
 
@@ -66,12 +68,18 @@ class CallArguments:
     @property
     def images(self) -> list[Image.Image]:
         """The input images (argument `image`) as a list with one image for each prompt; [] if there are none."""
-        return [] if self.image is None else for_each("image", self.image, self.num_prompts)
+        return [] if self.image is None else _read_images("image", self.image, self.num_prompts)
 
     @property
     def masks(self) -> list[Image.Image]:
         """The masks for inpainting as a list with one mask for each prompt; [] if there are none."""
-        return [] if self.mask_image is None else for_each("mask_image", self.mask_image, self.num_prompts)
+        return [] if self.mask_image is None else _read_images("mask_image", self.mask_image, self.num_prompts)
+
+    @property
+    def callback_tensors(self) -> Sequence[str]:
+        """Names of the tensors for the callback. A PipelineCallback of diffusers has its own list."""
+        names: Sequence[str] = getattr(self.callback_on_step_end, "tensor_inputs", self.callback_on_step_end_tensor_inputs)
+        return names
 
     def check(self, factor: int, num_timesteps: int) -> None:
         """Check all arguments of the call. Raises UserError for a value that is not allowed.
@@ -105,14 +113,16 @@ class CallArguments:
         if self.output_type not in OUTPUT_TYPES:
             allowed = ", ".join(map(repr, OUTPUT_TYPES))
             raise UserError(f"output_type={self.output_type!r} must be one of {allowed}. Use e.g. output_type='pil'.")
-        if unknown := [name for name in self.callback_on_step_end_tensor_inputs if name not in CALLBACK_INPUTS]:
+        if unknown := [name for name in self.callback_tensors if name not in CALLBACK_INPUTS]:
+            name, remedy = "callback_on_step_end_tensor_inputs", f"Remove {unknown[0]!r}"
+            if hasattr(self.callback_on_step_end, "tensor_inputs"):
+                name = f"{type(self.callback_on_step_end).__name__}.tensor_inputs"
+                remedy = "Use a callback for StableDiffusionPipeline"
             raise UserError(
-                f"callback_on_step_end_tensor_inputs={list(self.callback_on_step_end_tensor_inputs)} must contain only "
-                f"{', '.join(CALLBACK_INPUTS)}, but it contains {unknown[0]!r}. Remove {unknown[0]!r}."
+                f"{name}={list(self.callback_tensors)} must contain only {', '.join(CALLBACK_INPUTS)}, but it contains "
+                f"{unknown[0]!r}. {remedy}."
             )
-        for name, images in (("image", self.images), ("mask_image", self.masks)):
-            for image in images:
-                _check_image(name, image)
+        _ = self.images, self.masks  # raises UserError for a value that is no image
 
 
 def check_texts(
@@ -262,10 +272,30 @@ def _check_schedule(name: str, values: Any) -> None:
         )
 
 
-def _check_image(name: str, image: object) -> None:
-    if not isinstance(image, Image.Image):
-        hint = "Image.fromarray(array)" if hasattr(image, "shape") else "Image.open(path)"
-        raise UserError(
-            f"{name} must be a PIL image, or a list of one for each prompt, but its type is {type(image).__name__}. Pass "
-            f"{name}={hint}."
-        )
+def _read_images(name: str, value: Any, count: int) -> list[Image.Image]:
+    """Return a PIL image for each of `count` prompts from the argument `name`, whose value has a type of `Images`."""
+    is_batch = isinstance(value, np.ndarray | Tensor) and value.ndim == 4
+    if is_batch or isinstance(value, list | tuple):
+        return for_each(name, [_to_pil(name, image) for image in value], count)
+    return for_each(name, _to_pil(name, value), count)
+
+
+def _to_pil(name: str, image: Any) -> Image.Image:
+    """Return a PIL image from one image of the argument `name`, as diffusers converts it. PIL images are not changed."""
+    if isinstance(image, Image.Image):
+        return image
+    kind = f"its type is {type(image).__name__}. Pass {name}=Image.open(path)"
+    if isinstance(image, np.ndarray | Tensor):
+        array = image.detach().cpu().double().numpy() if isinstance(image, Tensor) else image
+        array = array.transpose(1, 2, 0) if isinstance(image, Tensor) and image.ndim == 3 else array
+        array = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
+        is_shape = array.size and (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3))
+        is_float = image.is_floating_point() if isinstance(image, Tensor) else array.dtype.kind == "f"
+        if is_shape and is_float and array.min() >= 0 and array.max() <= 1:
+            return Image.fromarray((array * 255).round().astype(np.uint8))
+        limits = f" and values {array.min():g} to {array.max():g}" if array.size else ""
+        kind = f"it has shape {list(image.shape)}, {image.dtype}{limits}. Pass {name}=Image.fromarray(array), array as uint8"
+    raise UserError(
+        f"{name} must be a PIL image, an array [H, W, 3] or a tensor [3, H, W] of floats in 0..1, or one for each prompt, "
+        f"but {kind}."
+    )

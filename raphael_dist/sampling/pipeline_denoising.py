@@ -7,7 +7,7 @@ Y text tokens, D text width.
 import inspect
 import logging
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -17,11 +17,13 @@ from torch import Tensor
 
 from raphael_dist.data.features.encoder_files import Model
 from raphael_dist.errors import UserError
+from raphael_dist.model.diffusers_model import uncompiled
 from raphael_dist.model.diffusion import late_start_warning
 from raphael_dist.model.super_resolution import append_small_image
 from raphael_dist.sampling.pipeline_arguments import (
     CALLBACK_INPUTS,
     CallArguments,
+    as_list,
 )
 from raphael_dist.sampling.pipeline_files import PipelineFiles
 from raphael_dist.sampling.sampler import initial_noise
@@ -156,6 +158,7 @@ class Denoiser(PipelineFiles):
                 f"{settings} must be supported by {type(scheduler).__name__}, but it reports: {reason}. {remedy}, "
                 "or another scheduler."
             ) from None
+        self._seed_scheduler(call, len(noise))
         if inputs.start is None or (inputs.mask is not None and call.strength == 1):
             if inputs.start is None and (late := late_start_warning(scheduler)):
                 _log.warning("%s", late)
@@ -195,24 +198,43 @@ class Denoiser(PipelineFiles):
         callback = call.callback_on_step_end
         if callback is None:
             return latents, prompts
-        # diffusers' PipelineCallback has its own list of tensor names.
-        names = getattr(callback, "tensor_inputs", call.callback_on_step_end_tensor_inputs)
         values = (latents, prompts.embeds, prompts.negative_embeds)
         tensors: JsonObject = dict(zip(CALLBACK_INPUTS, values, strict=True))
-        tensors |= callback(self, number, t, {name: tensors[name] for name in names})
+        changes = callback(self, number, t, {name: tensors[name] for name in call.callback_tensors})
+        if not isinstance(changes, dict):
+            raise UserError(
+                "callback_on_step_end must return a dict of the tensors to replace, but it returned "
+                f"{type(changes).__name__}. Return {{}} to replace none."
+            )
+        tensors |= changes
         replaced = (tensors["prompt_embeds"], tensors["negative_prompt_embeds"])
         return tensors["latents"], prompts.with_embeds(*replaced, len(latents), self._is_guided(prompts))
 
     def _is_guided(self, prompts: Prompts) -> bool:
         return self.do_classifier_free_guidance and prompts.negative_embeds is not None
 
+    def _generator(self, call: CallArguments) -> Any:
+        """Return the generators of the call's noise after the initial one: one, a list of one for each image, or None."""
+        if call.generator is None and call.seed is not None:
+            return torch.Generator(self._execution_device).manual_seed(call.seed)
+        return call.generator
+
+    def _seed_scheduler(self, call: CallArguments, batch: int) -> None:
+        """Set the seeds of a scheduler that makes its own noise, one for each of `batch` images (DPMSolverSDEScheduler).
+
+        Seeds in the scheduler's configuration are kept. Without a generator or a seed in the call, the noise is random.
+        """
+        if self.scheduler.config.get("noise_sampler_seed", 0) is None:
+            generators, seeds = as_list(self._generator(call)), None
+            if generators != [None]:
+                each = generators * batch if len(generators) == 1 else generators
+                seeds = [int(torch.randint(2**31, (1,), generator=g, device=g.device)) for g in each]
+            self.scheduler.noise_sampler_seed = seeds
+
     def _step_options(self, call: CallArguments) -> JsonObject:
         """Return those of the options `eta` and `generator` that the method `step` of this scheduler accepts."""
-        generator = call.generator
-        if generator is None and call.seed is not None:
-            generator = torch.Generator(self._execution_device).manual_seed(call.seed)
         known = inspect.signature(self.scheduler.step).parameters
-        return {k: v for k, v in {"eta": call.eta, "generator": generator}.items() if k in known}
+        return {k: v for k, v in {"eta": call.eta, "generator": self._generator(call)}.items() if k in known}
 
     def _predict(self, call: CallArguments, latents: Tensor, t: Tensor, inputs: ImageInputs, prompts: Prompts) -> Tensor:
         """Return the prediction with guidance, eps_null + guidance * (eps_text - eps_null), float32 [B, C, h, w]."""
@@ -236,7 +258,7 @@ class Denoiser(PipelineFiles):
         """
         unet, options = self.unet.eval(), JsonObject()
         text, timestep = text.to(unet.dtype), torch.full((len(x),), t.item(), device=x.device)
-        if not isinstance(unet, UNet2DConditionModel):  # diffusers' U-Net is trained without a mask
+        if not isinstance(uncompiled(unet), UNet2DConditionModel):  # diffusers' U-Net is trained without a mask
             options["encoder_attention_mask"] = mask
         if inputs.small is not None:
             small = inputs.small.repeat(len(x) // len(inputs.small), 1, 1, 1)

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from raphael_dist.convert.exported_code import CODE, model_code, pipeline_code
 from raphael_dist.data.features.characters import CHARACTERS
 from raphael_dist.errors import UserError
-from raphael_dist.model.diffusers_model import RaphaelControlNet, RaphaelUNet2D
+from raphael_dist.model.diffusers_model import RaphaelControlNet, RaphaelUNet2D, uncompiled
 from raphael_dist.sampling.own_code import IN_PACKAGE
 from raphael_dist.storage.files import apply_umask
 from raphael_dist.storage.weight_files import DIFFUSERS, TRANSFORMERS, weight_files
@@ -21,6 +21,7 @@ _Pipeline: Any = DiffusionPipeline  # the type hints of DiffusionPipeline lack t
 # Components that are classes of this package. The installed package uses them instead of the code in a folder.
 OWN_COMPONENTS = {kind.__name__: kind for kind in (RaphaelUNet2D, RaphaelControlNet)}
 _STEMS = {"text_encoder": TRANSFORMERS} | dict.fromkeys(("unet", "vae", "controlnet"), DIFFUSERS)  # of weight files
+_HUB_OPTIONS = ("repo_id", "commit_message", "private", "create_pr", "token")
 
 
 class PipelineFiles(_Pipeline):
@@ -30,10 +31,15 @@ class PipelineFiles(_Pipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         """Load a pipeline from a local folder or a model hub, with diffusers' arguments.
 
+        With `text_encoder=None`, a text encoder that the folder names instead of containing it is not loaded either.
+
         Raises UserError if the local folder does not contain a pipeline, or lacks files.
         """
+        if kwargs.get("text_encoder", cls) is None:
+            kwargs.setdefault("text", None)
         folder = Path(pretrained_model_name_or_path)
-        if folder.exists() or str(folder).count("/") != 1:  # otherwise it may be the name of a repository
+        # Another path with one slash may be the name of a repository.
+        if folder.exists() or str(folder).count("/") != 1 or folder.parent.is_dir():
             check_pipeline_folder(folder)
             if IN_PACKAGE:
                 index = read_json(folder / "model_index.json")
@@ -75,6 +81,8 @@ class PipelineFiles(_Pipeline):
         dtype = kwargs.pop("dtype", None) or torch_dtype
         names, settings = cls._get_signature_keys(cls)
         parts = {name: part for name, part in pipeline.components.items() if name in names} | kwargs
+        if parts.get("text_encoder") is None:
+            parts.setdefault("text", None)  # otherwise an encoder that the settings name would be loaded
         if missing := sorted(set(names) - parts.keys() - set(cls._optional_components)):
             raise UserError(
                 f"{cls.__name__}.from_pipe requires {missing[0]}. Pass it: from_pipe(pipeline, {missing[0]}=...)."
@@ -82,22 +90,39 @@ class PipelineFiles(_Pipeline):
         made = cls(**{name: pipeline.config[name] for name in settings if name in pipeline.config} | parts)
         return made if dtype is None else made.to(dtype=dtype)
 
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
         """Save the pipeline to the folder `save_directory`, with diffusers' arguments.
 
         The folder also contains the Python code of the pipeline, so that it can be loaded without this package.
+
+        Args:
+            save_directory: the folder; it is created if it does not exist.
+            safe_serialization: whether to write safetensors files.
+            variant: added to the names of weight files, such as "fp16".
+            max_shard_size: size at which a weight file is divided, in bytes or as in "5GB".
+            push_to_hub: whether to upload the pipeline afterwards, as the method `push_to_hub` does.
+            kwargs: arguments of `push_to_hub`; by default `repo_id` is the name of the folder.
         """
+        hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
         # The encoder "characters" has no files, and its code is in pipeline.py. Its model_type is compared: if this code was
         # imported twice, the class of the encoder exists twice.
         if self.text_encoder is not None and self.text_encoder.config.model_type == CHARACTERS:
             self.register_to_config(text=CHARACTERS, text_encoder=(None, None), tokenizer=(None, None))
-        super().save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
         folder = Path(save_directory)
         index = json.loads((folder / "model_index.json").read_text())
         index["_class_name"] = [CODE, type(self).__name__]
         code = {CODE: self._own_code(type(self))}
         for name, part in self.components.items():
-            kind: Any = type(part)
+            kind: Any = type(uncompiled(part))
             if index[name] != [None, None] and kind.__module__.startswith(("raphael_dist.", "diffusers_modules.")):
                 library = kind.__module__.rpartition(".")[2]
                 if IN_PACKAGE:
@@ -108,6 +133,8 @@ class PipelineFiles(_Pipeline):
             (folder / f"{path}.py").write_text(text)
         if IN_PACKAGE:
             apply_umask(folder)
+        if push_to_hub:  # which saves again, to a temporary folder
+            self.push_to_hub(**{"repo_id": folder.name, **hub}, safe_serialization=safe_serialization, variant=variant)
 
     @staticmethod
     def _own_code(kind: Any) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from raphael_dist.convert.lora_files import Adapter, adapter_of_tensors
 from raphael_dist.errors import UserError, did_you_mean
+from raphael_dist.model.diffusers_model import uncompiled
 from raphael_dist.sampling.pipeline_arguments import as_list
 from raphael_dist.sampling.pipeline_lora_files import LoraFiles, read_adapters
 
@@ -53,9 +54,10 @@ class LoraLoader(LoraFiles):
 
     @property
     def _lora(self) -> LoraState:
-        if not hasattr(self.unet, "lora_state"):
-            self.unet.lora_state = LoraState()
-        state: LoraState = self.unet.lora_state
+        unet = uncompiled(self.unet)
+        if not hasattr(unet, "lora_state"):
+            unet.lora_state = LoraState()
+        state: LoraState = unet.lora_state
         return state
 
     def load_lora_weights(
@@ -106,7 +108,7 @@ class LoraLoader(LoraFiles):
             adapter = adapter_of_tensors(source, None, Path("the tensors"), "load_lora_weights")
         else:
             adapter = read_adapters(Path(source) / (subfolder or ""), weight_name)
-        shapes = {name: tuple(p.shape) for name, p in self.unet.named_parameters()}
+        shapes = {name: tuple(p.shape) for name, p in uncompiled(self.unet).named_parameters()}
         adapter.check(shapes, "load_lora_weights")
         state.adapters[name] = adapter
         if hotswap:
@@ -244,7 +246,7 @@ class LoraLoader(LoraFiles):
 
         Raises UserError if the weights have been moved by sequential offload.
         """
-        parameters, state = dict(self.unet.named_parameters()), self._lora
+        parameters, state = dict(uncompiled(self.unet).named_parameters()), self._lora
         added = active if enabled else {}
         names = {name for adapter in added for name in state.adapters[adapter].factors}
         if any(parameters[name].is_meta for name in names | state.own.keys()):

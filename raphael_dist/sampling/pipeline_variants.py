@@ -47,7 +47,8 @@ class RaphaelImg2ImgPipeline(RaphaelPipeline):
 
         Args:
             prompt: one caption or several.
-            image: a PIL image, or one for each prompt; it is resized and cropped to height x width.
+            image: a PIL image, an array [H, W, 3] or a tensor [3, H, W] of floats in 0..1, or one for each prompt; it is
+                resized and cropped to height x width.
             strength: share of the denoising steps, 0 to 1, that are applied to the image. 0 returns the image, 1 starts from
                 almost pure noise.
             options: other arguments of RaphaelPipeline.
@@ -74,9 +75,10 @@ class RaphaelInpaintPipeline(RaphaelPipeline):
 
         Args:
             prompt: one caption or several.
-            image: a PIL image, or one for each prompt; it is resized and cropped to height x width.
-            mask_image: a PIL image of the same size, or one for each prompt: white where the image is drawn, black or
-                transparent where it is kept.
+            image: a PIL image, an array [H, W, 3] or a tensor [3, H, W] of floats in 0..1, or one for each prompt; it is
+                resized and cropped to height x width.
+            mask_image: the same, also without channels ([H, W]), of the size of the image: white (1) where the image is
+                drawn, black (0) or transparent where it is kept.
             strength: share of the denoising steps, 0 to 1, that are applied to the image. 1: the masked part starts from
                 pure noise.
             options: other arguments of RaphaelPipeline.
@@ -133,7 +135,8 @@ class RaphaelControlNetPipeline(RaphaelPipeline):
 
         Args:
             prompt: one caption or several.
-            image: edge map with white lines on black, a PIL image, or one for each prompt.
+            image: edge map with white lines on black, a PIL image, an array [H, W, 3] or a tensor [3, H, W] of floats in
+                0..1, or one for each prompt.
             controlnet_conditioning_scale: factor of the ControlNet's outputs; 0: no effect.
             options: other arguments of RaphaelPipeline.
         """
@@ -159,7 +162,8 @@ class RaphaelUpscalePipeline(RaphaelPipeline):
 
         Args:
             prompt: one caption or several.
-            image: a small PIL image, or one for each prompt, `upscale.factor` times smaller than height x width.
+            image: a small PIL image, array [H, W, 3] or tensor [3, H, W] of floats in 0..1, or one for each prompt,
+                `upscale.factor` times smaller than height x width.
             options: other arguments of RaphaelPipeline.
         """
         return self._draw(prompt=prompt, image=image, **options)

@@ -322,7 +322,7 @@ def test_wrong_pipeline_arguments_are_reported_with_their_value(exported: Raphae
         "seed": [-1, 2**63, 0.5, "1"],
         "negative_prompt": [[None, None], [3, "x"], 7],
         "guidance_scale": [float("nan"), float("inf"), -1.0, "4"],
-        "image": ["heart.png", np.zeros((64, 64, 3), np.uint8), [Image.new("RGB", (64, 64)), None], torch.zeros(3, 64, 64)],
+        "image": ["heart.png", np.zeros((64, 64, 3), np.uint8), [Image.new("RGB", (64, 64)), None], torch.zeros(64, 64, 3)],
         "num_inference_steps": [0, 2.5, "20", True],
         "strength": [float("nan"), "half", -0.1],
         "height": [0, 63, 64.0, "64"],

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
+from diffusers.callbacks import SDCFGCutoffCallback, SDXLCFGCutoffCallback
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from PIL import Image
 from torch import Tensor
@@ -151,8 +152,27 @@ def test_every_karras_scheduler_draws(parts: dict[str, Any], name: str) -> None:
     assert np.isfinite(first).all()
     assert np.array_equal(first, again)
     assert pipeline.num_timesteps == len(pipeline.scheduler.timesteps)
+    generators = [[torch.Generator().manual_seed(3)] for _ in range(2)]
+    pair = [draw(pipeline, num_inference_steps=5, seed=None, generator=generator) for generator in generators]
+    assert np.array_equal(*pair)
     changed = draw(RaphaelImg2ImgPipeline.from_pipe(pipeline), image=picture(), strength=0.5, num_inference_steps=6)
     assert np.isfinite(changed).all()
+
+
+def test_noise_of_a_scheduler_without_generator_is_fixed_by_the_call(parts: dict[str, Any]) -> None:
+    scheduler = EulerDiscreteScheduler.from_config(parts["scheduler"].config)
+    scheduler.register_to_config(noise_sampler_seed=None)  # as DPMSolverSDEScheduler has
+    pipeline, seeds = build(parts, scheduler=scheduler), []
+    for arguments in ({"seed": 1}, {"seed": 1}, {"seed": 2}, {"seed": None}):
+        draw(pipeline, PROMPTS, num_inference_steps=1, **arguments)
+        seeds.append(scheduler.noise_sampler_seed)
+    assert seeds[0] == seeds[1] != seeds[2]
+    assert len(set(seeds[0])) == 2  # one for each image
+    assert seeds[3] is None
+    scheduler.register_to_config(noise_sampler_seed=7)
+    scheduler.noise_sampler_seed = 7
+    draw(pipeline, PROMPTS, num_inference_steps=1)
+    assert scheduler.noise_sampler_seed == 7
 
 
 def test_timesteps_and_sigmas_replace_those_of_the_scheduler(parts: dict[str, Any]) -> None:
@@ -270,6 +290,22 @@ def test_callback_replaces_negative_embeddings_and_reports_a_wrong_shape(pipelin
     with pytest.raises(UserError, match=r"prompt_embeds of shape \[4, 12, 32\], but it is \[2, 12, 32\]") as error:
         drawn(lambda tensors: {"prompt_embeds": tensors["prompt_embeds"][2:]})
     assert "\n" not in str(error.value)
+
+
+def test_callbacks_of_diffusers_turn_guidance_off_or_are_refused(pipeline: Any) -> None:
+    def latents(callback: Any) -> Tensor:
+        options = {**stop_guidance(0.5), "callback_on_step_end": callback, "num_inference_steps": 4}
+        return pipeline("a cat", seed=1, output_type="latent", **options).images
+
+    cutoff = SDCFGCutoffCallback(cutoff_step_ratio=0.5)
+    assert torch.equal(latents(cutoff), latents(stop_guidance(0.5)["callback_on_step_end"]))
+    for wrong, message in (
+        (SDXLCFGCutoffCallback(), r"SDXLCFGCutoffCallback.tensor_inputs=\[.*\] must contain only .*'add_text_embeds'"),
+        (lambda *_: None, r"callback_on_step_end must return a dict .* but it returned NoneType. Return \{\}"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            latents(wrong)
+        assert "\n" not in str(error.value)
 
 
 # ---- pipelines with shared parts ---------------------------------------------------------------------------------------

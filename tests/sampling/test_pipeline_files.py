@@ -9,7 +9,9 @@ import accelerate
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
+from raphael_dist.data.features.characters import CharacterModel, CharacterTokenizer
 from raphael_dist.errors import UserError
 from raphael_dist.pipeline import RaphaelPipeline
 from tests.sampling.small_pipeline import PROMPTS, build, build_from, copy_of, draw, make_adapter
@@ -85,6 +87,52 @@ def test_layerwise_casting_keeps_the_image(pipeline: Any) -> None:
     other.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     assert other.unet.down_blocks[0].resnets[0].conv1.weight.dtype == torch.float8_e4m3fn
     assert np.abs(draw(other) - expected).mean() < 0.05
+
+
+def test_pipeline_is_uploaded_after_it_is_complete(pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploads: list[tuple[str, dict[str, Any]]] = []
+
+    def upload(self: Any, folder: str, repo_id: str, **options: Any) -> None:
+        assert json.loads((Path(folder) / "model_index.json").read_text())["_class_name"] == ["pipeline", "RaphaelPipeline"]
+        assert (Path(folder) / "pipeline.py").is_file()
+        assert (Path(folder) / "unet" / "modeling_raphael.py").is_file()
+        uploads.append((repo_id, options))
+
+    created = type("Created", (), {"repo_id": "me/blue"})
+    for module in ("diffusers.utils.hub_utils", "diffusers.pipelines.pipeline_utils"):
+        monkeypatch.setattr(f"{module}.create_repo", lambda *_, **__: created)
+        monkeypatch.setattr(f"{module}.load_or_create_model_card", lambda *_, **__: ModelCard(""))
+    monkeypatch.setattr(RaphaelPipeline, "_upload_folder", upload)
+    pipeline.save_pretrained(tmp_path / "blue", push_to_hub=True, commit_message="blue", token="x")
+    pipeline.push_to_hub("me/blue")
+    assert [repo for repo, _ in uploads] == ["me/blue"] * 2
+    assert uploads[0][1]["commit_message"] == "blue"
+    assert (tmp_path / "blue" / "pipeline.py").is_file()
+
+
+def test_named_text_encoder_is_left_out_on_request(
+    parts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text_model = (CharacterModel(), CharacterTokenizer())
+    monkeypatch.setattr("raphael_dist.sampling.pipeline.packaged_text_model", lambda _: text_model)
+    build(parts, text_encoder=None, tokenizer=None, text="minilm").save_pretrained(tmp_path / "named")
+    index = tmp_path / "named" / "model_index.json"
+    fields = {"text_encoder": [None, None], "tokenizer": [None, None], "text": "minilm"}
+    index.write_text(json.dumps(json.loads(index.read_text()) | fields))
+    named = build_from(tmp_path / "named")
+    assert named.text_encoder is not None
+    without = build_from(tmp_path / "named", text_encoder=None, tokenizer=None)
+    assert (without.text_encoder, without.config.text) == (None, None)
+    other = RaphaelPipeline.from_pipe(named, text_encoder=None, tokenizer=None)
+    assert (other.text_encoder, other.config.text) == (None, None)
+    assert RaphaelPipeline.from_pipe(named).text_encoder is named.text_encoder
+
+
+def test_missing_folder_in_an_existing_one_is_no_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"runs/absent must be the folder of a pipeline.*No such file"):
+        RaphaelPipeline.from_pretrained("runs/absent")
 
 
 # ---- damaged folders --------------------------------------------------------------------------------------------------
