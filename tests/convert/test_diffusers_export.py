@@ -2,6 +2,8 @@
 
 import inspect
 import json
+import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -105,6 +107,24 @@ def test_model_card_has_a_row_for_each_fact(tmp_path: Path) -> None:
     rows = rows_of(card_of(emoji_large(config), tmp_path / "large", Progress(20, 1280, 20, {})))
     assert rows["super-resolution"] == "2 times, from images of 32 x 32"
     assert not {"training loss", "held-out loss"} & rows.keys()
+
+
+def test_model_card_shows_the_newest_samples_up_to_its_step(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    trained(emoji(), run / "checkpoints" / "step")
+    (run / "samples").mkdir()
+    step = open_checkpoint("canonical", run / "checkpoints" / "step").progress.step
+    for number, colour in ((max(step - 1, 0), "red"), (step, "green"), (step + 1, "blue")):
+        Image.new("RGB", (8, 8), colour).save(run / "samples" / f"step-{number:08d}.png")
+    (run / "samples" / "other.png").write_bytes(b"")
+    convert("canonical", run / "checkpoints" / "step", "diffusers", tmp_path / "exported", Options(text_by_name=True))
+    link = re.search(r"!\[[^]]*\]\(([^)]+)\)", (tmp_path / "exported" / "README.md").read_text())
+    assert link is not None
+    assert (tmp_path / "exported" / link[1]).read_bytes() == (run / "samples" / f"step-{step:08d}.png").read_bytes()
+    shutil.rmtree(run / "samples")
+    convert("canonical", run / "checkpoints" / "step", "diffusers", tmp_path / "plain", Options(text_by_name=True))
+    assert "![" not in (tmp_path / "plain" / "README.md").read_text()
+    assert not (tmp_path / "plain" / "samples.png").exists()
 
 
 @pytest.mark.parametrize("kind", ["text", "upscale"])
