@@ -244,7 +244,8 @@ def parquet_stamp(store: ShardStore, name: str) -> Stamp | None:
     except ShardError as error:
         if error.absent:
             return None
-        raise ShardError(base_name(name), f"its parquet file {error.reason}") from error
+        reason = f"its parquet file {error.reason} (only the status 404 or 410 means that there is none)"
+        raise ShardError(base_name(name), reason) from error
     return None if not remote.is_remote(parquet) and Path(parquet).is_dir() else stamp
 
 
