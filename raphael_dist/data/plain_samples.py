@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from raphael_dist.data.shards.build_index import build_index
-from raphael_dist.data.shards.dataset_index import BadSample
+from raphael_dist.data.shards.dataset_index import BadSample, DatasetIndex
 from raphael_dist.data.shards.decode_sample import BadSampleError, DecodedSample, ImageDataset
 from raphael_dist.data.shards.shard_names import expand_shards, name_option
+from raphael_dist.runtime.launcher_env import rank_of
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +35,12 @@ def read_samples(
         index = build_index(expand_shards(patterns), cache_dir / "index")
     unreadable: list[BadSample] = []
     yield from itertools.islice(_good_samples(ImageDataset(index, [size_hw], "none"), unreadable), limit)
+    if rank_of() == "0":
+        _warn(option, index, unreadable)
+
+
+def _warn(option: str, index: DatasetIndex, unreadable: Sequence[BadSample]) -> None:
+    """Log the number of damaged shards and of samples that cannot be used. `unreadable`: those not in `index.bad`."""
     for shard, reason in itertools.islice(index.damaged.items(), 1):
         count = len(index.damaged)
         _log.warning(

@@ -12,6 +12,7 @@ from raphael_dist.data.image_files import CaptionFiles, image_files
 from raphael_dist.data.plain_samples import read_samples
 from raphael_dist.errors import UserError
 from raphael_dist.evaluation.lettering import normalise_text, requested_text
+from raphael_dist.runtime.launcher_env import rank_of
 from raphael_dist.sampling.prompts import read_requests
 from raphael_dist.sampling.sampler import Request
 from raphael_dist.text import json_type, read_json, read_text
@@ -158,8 +159,10 @@ def list_images(folder: Path, option: str) -> list[Path]:
 
     `option`: the command line option that named the folder, e.g. "--reference", for messages.
     """
+    if not folder.is_dir():
+        raise UserError(f"{option}=folder={folder} must be a folder, but there is none. Correct the path.")
     paths, skipped = image_files(folder)
-    if skipped.counts:
+    if skipped.counts and rank_of() == "0":
         _log.warning("%s=folder=%s: files that are left out: %s", option, folder, "; ".join(skipped.lines()))
     if len(paths) < 2:
         raise UserError(
