@@ -64,7 +64,25 @@ def test_short_failure_is_retried_after_retry_after(local: list[Path], tmp_path:
     assert faults.injected == 2
 
 
-@pytest.mark.parametrize("status", ["403", "503"])
+def test_parquet_without_access_is_asked_for_again(local: list[Path], tmp_path: Path, caplog) -> None:  # noqa: F811
+    """S3 answers 403 also if there is no such file and the bucket may not be listed."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    keys = [f"{n:09d}" for n in range(5)]
+    parquet.write_table(pyarrow.table({"key": keys, "pwatermark": [0.5] * 5}), local[0].with_suffix(".parquet"))
+    faults = Faults(of={"00000.parquet": ["403"] * 99}, heads={"00000.parquet": ["403"] * 99})
+    with http_files(local[0].parent, faults) as address:
+        assert build_index(names(address), store=store_in(tmp_path)).num_samples == 15
+        assert not caplog.records, "no filter needs a column"
+        build_index(names(address), store=store_in(tmp_path), columns=["pwatermark"])
+        assert "denies access to the parquet files of 1 shards" in caplog.text
+        faults.of, faults.heads = {}, {}
+        index = build_index(names(address), store=store_in(tmp_path), columns=["pwatermark"])
+        assert index.arrays["column.pwatermark"][:5].tolist() == [0.5] * 5
+
+
+@pytest.mark.parametrize("status", ["500", "503"])
 def test_parquet_that_cannot_be_read_is_not_taken_for_missing(local: list[Path], tmp_path: Path, status: str) -> None:  # noqa: F811
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet

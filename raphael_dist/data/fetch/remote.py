@@ -39,11 +39,12 @@ class RemoteError(Exception):
     Attributes:
         final: Whether a repeated request cannot succeed.
         absent: Whether the server reports that the file does not exist.
+        denied: Whether the server denies access to it.
     """
 
-    def __init__(self, text: str, final: bool = False, absent: bool = False) -> None:
+    def __init__(self, text: str, final: bool = False, absent: bool = False, denied: bool = False) -> None:
         super().__init__(text)
-        self.final, self.absent = final, absent
+        self.final, self.absent, self.denied = final, absent, denied
 
 
 @dataclass(frozen=True)
@@ -204,13 +205,17 @@ def _with_retries(url: str, retry: RetryPolicy, request: Callable[[], T]) -> T:
             if final or attempt == retry.retries:
                 attempts = f" ({attempt + 1} attempts)" if attempt else ""
                 absent = isinstance(error, FileNotFoundError)
-                raise RemoteError(f"{hide_secrets(url)}: {reason}{attempts}", final, absent) from error
+                raise RemoteError(f"{hide_secrets(url)}: {reason}{attempts}", final, absent, _is_denied(error)) from error
             wait = min(getattr(error, "retry_after_s", 0.0), _MAX_WAIT_S)
             _log.info("%s: %s; retry in %.1f s", hide_secrets(url), reason, max(wait, pause))
         # Random, so that a thousand rejected ranks do not return at the same time.
         time.sleep(wait + pause * random.Random(os.urandom(8)).uniform(0.5, 1.0))
         pause = min(2 * pause, _MAX_PAUSE_S)
     raise AssertionError("unreachable")
+
+
+def _is_denied(error: Exception) -> bool:
+    return isinstance(error, PermissionError) or getattr(error, "status", None) in (401, 403)
 
 
 def _is_final(error: Exception) -> bool:

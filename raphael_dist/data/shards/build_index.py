@@ -15,6 +15,7 @@ from raphael_dist.data.fetch import remote
 from raphael_dist.data.fetch.shard_cache import ShardError, ShardStore, Stamp
 from raphael_dist.data.shards.dataset_index import VERSION, BadSample, DatasetIndex, open_table
 from raphael_dist.data.shards.shard_record import (
+    DENIED,
     UNREACHED,
     ShardRecord,
     load_record,
@@ -64,7 +65,10 @@ def open_index(names: Sequence[str], store: ShardStore, columns: Sequence[str] =
     stamps = [Stamp(*stamp) for stamp in index.about["stamps"]]
     if UNREACHED in stamps:
         return None
-    indexed = list(zip(stamps, (stamp and Stamp(*stamp) for stamp in index.about["parquets"]), strict=True))
+    parquets = [stamp and Stamp(*stamp) for stamp in index.about["parquets"]]
+    if columns and DENIED in parquets:  # ask again
+        return None
+    indexed = list(zip(stamps, parquets, strict=True))
     return index if all(new in (None, old) for new, old in zip(current, indexed, strict=True)) else None
 
 
@@ -148,17 +152,24 @@ def join_records(
             yield load_record(index_folder, name) or unreached_record(name, "is missing")
 
     digest = hashlib.sha256(json.dumps([VERSION, sorted(columns)]).encode())
-    num_samples = 0
+    num_samples = denied = 0
     first_damage = first_bad = ""
     for record in records():
         digest.update(f"{record.name} {record.stamp} {record.parquet} {record.content}".encode())
         num_samples += record.num_samples
+        denied += record.parquet == DENIED
         if record.bad and not first_bad:
             first_bad = str(BadSample(record.name, *record.bad[0]))
         if record.damage and not first_damage:
             first_damage = f"{record.name} {record.damage}"
     if num_samples == 0:
         raise _nothing_usable(names, first_damage, first_bad)
+    if columns and denied:
+        _log.warning(
+            "data.filters: the server denies access to the parquet files of %d shards, if there are any, so their columns "
+            "are not known",
+            denied,
+        )
     folder = index_folder / "tables" / digest.hexdigest()[:32]
     try:
         if folder_damage(folder):

@@ -26,6 +26,7 @@ from raphael_dist.text import hide_secrets, parse_json
 _VERSION = 6
 BLOCK = 512
 UNREACHED = Stamp(0, "")
+DENIED = Stamp(-1, "denied")  # of a parquet file for which a server answers 401 or 403: S3 does so also if there is none
 MAX_PARQUET_BYTES = 256 << 20
 _ABOUT = ("num_bytes", "bad", "damage", "fingerprint", "content", "text_digest", "skipped")
 
@@ -144,7 +145,7 @@ def scan_shard(store: ShardStore, name: str) -> ShardRecord:
         raise ShardError(base_name(name), f"{error.filename or name}: {error.strerror or error}") from error
     record = rows.record(name, stamp, num_bytes)
     parquet = parquet_stamp(store, name)
-    if parquet is not None and record.keys:
+    if parquet not in (None, DENIED) and record.keys:
         record.columns.update(_read_parquet(store, name, parquet, record.keys))
     return replace(record, parquet=parquet)
 
@@ -233,8 +234,8 @@ def _content(fingerprint: str, texts: str, sizes: np.ndarray, members: list[dict
 def parquet_stamp(store: ShardStore, name: str) -> Stamp | None:
     """Return the present version of the parquet file that img2dataset writes next to a shard; None if there is none.
 
-    `store`: provides the shard. `name`: path or URL of the shard. A URL with a query has no parquet file. Raises ShardError
-    if it is unknown whether there is one, for example since access is denied.
+    `store`: provides the shard. `name`: path or URL of the shard. A URL with a query has no parquet file. DENIED: the server
+    does not tell whether there is one. Raises ShardError if the server fails.
     """
     if not name.endswith(base_name(name)):
         return None
@@ -244,6 +245,8 @@ def parquet_stamp(store: ShardStore, name: str) -> Stamp | None:
     except ShardError as error:
         if error.absent:
             return None
+        if isinstance(error.__cause__, RemoteError) and error.__cause__.denied:
+            return DENIED
         reason = f"its parquet file {error.reason} (only the status 404 or 410 means that there is none)"
         raise ShardError(base_name(name), reason) from error
     return None if not remote.is_remote(parquet) and Path(parquet).is_dir() else stamp
