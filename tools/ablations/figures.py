@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from ablations.results import ROUTING, Interval, RunResult, Summary, interval
@@ -17,6 +19,7 @@ CURVES = {
     "edges": ("edge.max_timestep", "T_c (edge.max_timestep)"),
 }
 COLOUR, LOSS = "#0072b2", "held-out loss"
+COLOURS = colormaps["tab20"]  # of curves: ten dark ones, each followed by a light one
 
 
 def draw(base: Base, summaries: Sequence[Summary], out: Path) -> list[Path]:
@@ -54,8 +57,8 @@ def draw_curves(runs: Sequence[RunResult], out: Path) -> None:
                 curves = [dict(run.curves.get(tag, ())) for run in own]
             else:
                 curves = [_minus(dict(run.curves["val/loss"]), full[run.seed]) for run in own if run.seed in full]
-            _band(axes, curves, f"C{number % 10}", name)
-    all_axes[0].legend(fontsize=7)
+            _band(axes, curves, to_hex(COLOURS((2 * number + number // 10) % 20)), name)
+    all_axes[0].legend(fontsize=7, ncol=2)
     _save(figure, all_axes, out / "curves.png")
 
 
