@@ -228,7 +228,7 @@ class _Worker:
                 last_cpu_s, last_progress = cpu_s, clock.now()
             if cpu_s - began > LIMIT_S:
                 self._process.kill()
-                raise _WorkerLostError(f"decoding the sample took over {LIMIT_S:g} s of processor time", is_endless=True)
+                raise _WorkerLostError(f"decoding needs longer than {LIMIT_S:g} s of processor time", is_endless=True)
             if clock.now() - last_progress > LIMIT_S:
                 self._process.kill()
                 raise _WorkerLostError(f"the worker process made no progress for {LIMIT_S:g} s")

@@ -268,8 +268,9 @@ class _Files:
         if stated != computed:
             name = min(n for n in stated.keys() | computed.keys() if stated.get(n) != computed.get(n))
             raise UserError(
-                f"{file}: the flat buffer must have {name} at (first element, number of elements) "
-                f"{computed.get(name) or 'nowhere'}, but the file states {stated.get(name) or 'nowhere'}. {_OTHER_CONFIG}"
+                f"{file}: the model of --config requires {name} at {computed.get(name) or 'no place'} in the flat buffer, "
+                f"but the file has it at {stated.get(name) or 'no place'} (first element, number of elements). "
+                f"{_OTHER_CONFIG}"
             )
         return group
 
