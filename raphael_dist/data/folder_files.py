@@ -1,7 +1,7 @@
 """Lists the files in a folder of the user, and counts those that may be meant as input but are not used."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from raphael_dist.data.shards.skipped import HIDDEN, SkipCounts, is_hidden
@@ -32,10 +32,10 @@ def files_below(folder: Path) -> list[Path]:
     return sorted(paths)
 
 
-def count_unused_archives(folder: Path, shards: Iterable[str]) -> SkipCounts:
-    """Count the archives in a folder and its subfolders that are not used. `shards`: paths of those that are used."""
+def count_unused_archives(folder: Path, files: Iterable[Path], shards: Iterable[str]) -> SkipCounts:
+    """Count the archives among the files of a folder (`files_below`) that are not among `shards`, the paths in use."""
     used, skipped = {Path(shard) for shard in shards}, SkipCounts()
-    for path in files_below(folder):
+    for path in files:
         if path in used or not path.name.lower().endswith(ARCHIVE_SUFFIXES):
             continue
         name = str(path.relative_to(folder))
@@ -48,9 +48,9 @@ def count_unused_archives(folder: Path, shards: Iterable[str]) -> SkipCounts:
     return skipped
 
 
-def count_texts_without_image(folder: Path) -> SkipCounts:
-    """Count the .txt and .json files in a folder and its subfolders next to which no other file has the same name."""
-    files, skipped = files_below(folder), SkipCounts()
+def count_texts_without_image(folder: Path, files: Sequence[Path]) -> SkipCounts:
+    """Count the .txt and .json among the files of a folder (`files_below`) that have no other file of the same name."""
+    skipped = SkipCounts()
     others = [path for path in files if path.suffix.lower() not in _CAPTION_SUFFIXES]
     named = {*others, *(path.with_suffix("") for path in others)}
     for path in files:

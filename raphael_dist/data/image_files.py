@@ -1,9 +1,9 @@
 """Finds the images in a folder, and the files with their captions."""
 
-from collections.abc import Container
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 
-from raphael_dist.data.folder_files import ARCHIVE_SUFFIXES, files_below
+from raphael_dist.data.folder_files import ARCHIVE_SUFFIXES
 from raphael_dist.data.image import IMAGE_SUFFIXES
 from raphael_dist.data.shards.skipped import HIDDEN, SkipCounts, is_hidden
 from raphael_dist.data.shards.tar_scan import EDGE_EXT
@@ -15,13 +15,12 @@ UNSUPPORTED_SUFFIXES = {
 _TEXT_SUFFIXES = {".txt", ".json", ".jsonl", ".csv", ".parquet", ".arrow"}  # captions and tables
 
 
-def image_files(folder: Path) -> tuple[list[Path], SkipCounts]:
-    """Return (paths of the images in a folder and its subfolders, sorted; counts of the files that are not used).
+def image_files(folder: Path, files: Sequence[Path]) -> tuple[list[Path], SkipCounts]:
+    """Return (paths of the images among the files of a folder (`files_below`); counts of the files that are not used).
 
     A symbolic link to a file is used; a symbolic link to a folder is not followed. Edge maps NAME.edge.png are not images.
     """
     paths, skipped = [], SkipCounts()
-    files = files_below(folder)
     captioned = {path.with_suffix("") for path in files if path.suffix.lower() in (".txt", ".json")}
     for path in files:
         name, reason = str(path.relative_to(folder)), _skip_reason(path, captioned)
@@ -62,12 +61,11 @@ def _skip_reason(path: Path, captioned: Container[Path]) -> str:
 
 
 class CaptionFiles:
-    """The files with captions in a folder and its subfolders. The file of a.png is a.txt, a.TXT or a.png.txt."""
+    """The files with captions in a folder. The file of a.png is a.txt, a.TXT or a.png.txt."""
 
-    def __init__(self, folder: Path, suffix: str) -> None:
-        """List the files of `folder` whose names end in `suffix` (".txt" or ".json"), in capital or small letters."""
-        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() == suffix and path.is_file())
-        self._by_stem = {path.with_suffix(""): path for path in files}
+    def __init__(self, files: Iterable[Path], suffix: str) -> None:
+        """Select the `files` whose names end in `suffix` (".txt" or ".json"), in capital or small letters."""
+        self._by_stem = {path.with_suffix(""): path for path in files if path.suffix.lower() == suffix and path.is_file()}
 
     def of(self, image: Path) -> Path | None:
         """Return the file with the captions of an image; None if it has none."""

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from raphael_dist.data.folder_files import files_below
 from raphael_dist.data.shards.columns import check_expansion
 from raphael_dist.data.shards.skipped import is_hidden
 from raphael_dist.data.shards.tar_scan import expanded_limit
@@ -19,8 +18,11 @@ _FEW_ROWS = 8  # that are in memory at a time: a long string in each row may be 
 _EXAMPLE_LINE = '{"file_name": "heart.png", "text": "a red heart"}'
 
 
-def find_table(folder: Path) -> tuple[Path, Iterable[Row]] | None:
-    """Return (path, rows) of the table with the captions of a folder's images; None if there is no table."""
+def find_table(folder: Path, files: Iterable[Path]) -> tuple[Path, Iterable[Row]] | None:
+    """Return (path, rows) of the table with the captions of a folder's images; None if there is no table.
+
+    `files`: the files in the folder and its subfolders (`files_below`).
+    """
     if (folder / "dataset_dict.json").is_file():
         raise UserError(
             f"SOURCE={folder} must be one split of a data set, but it contains several. Use one of them, for example "
@@ -31,7 +33,7 @@ def find_table(folder: Path) -> tuple[Path, Iterable[Row]] | None:
     for name, rows in (("metadata.jsonl", _json_rows), ("metadata.csv", _csv_rows)):
         if (folder / name).is_file():
             return folder / name, rows(folder / name)
-    if parquets := _visible(folder, (path for path in files_below(folder) if path.suffix == ".parquet")):
+    if parquets := _visible(folder, (path for path in files if path.suffix == ".parquet")):
         return parquets[0], _parquet_rows(parquets)
     tables = _visible(folder, [*folder.glob("*.csv"), *folder.glob("*.jsonl")])
     if len(tables) > 1:

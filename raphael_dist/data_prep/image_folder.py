@@ -4,7 +4,7 @@ Captions come from a txt or json file next to each image, or from a table: metad
 parquet files of a Hugging Face data set. File names in a table must be relative paths inside the folder.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from json import JSONDecodeError
@@ -60,11 +60,12 @@ def find_images(folder: Path, caption: str | None = None) -> tuple[list[SourceIm
     Raises:
         UserError: There are no images or no captions, or a table cannot be read.
     """
-    table = find_table(folder)
-    paths, skipped = image_files(folder)
+    files = files_below(folder)
+    table = find_table(folder, files)
+    paths, skipped = image_files(folder, files)
     if table is None:
-        images = _with_caption_files(folder, paths, caption)
-        skipped.merge(count_texts_without_image(folder))
+        images = _with_caption_files(folder, files, paths, caption)
+        skipped.merge(count_texts_without_image(folder, files))
     else:
         table_path, rows = table
         images = _from_table(folder, table_path, rows, caption)
@@ -73,7 +74,7 @@ def find_images(folder: Path, caption: str | None = None) -> tuple[list[SourceIm
             if name not in named:
                 skipped.add(f"image that is not in {table_path.name}", name)
     if not images:
-        others = sorted({p.suffix.lower() for p in files_below(folder) if p.suffix.lower() in UNSUPPORTED_SUFFIXES})
+        others = sorted({p.suffix.lower() for p in files if p.suffix.lower() in UNSUPPORTED_SUFFIXES})
         hint = f" Convert the images in {', '.join(others)}." if others else ""
         hint += "".join(f" Skipped: {line}." for line in skipped.lines())
         raise UserError(
@@ -90,12 +91,14 @@ def find_images(folder: Path, caption: str | None = None) -> tuple[list[SourceIm
     return images, skipped
 
 
-def _with_caption_files(folder: Path, paths: Iterable[Path], caption: str | None) -> list[SourceImage]:
-    """Return the images at `paths`, each with the captions in the .txt or .json of the same name.
+def _with_caption_files(
+    folder: Path, files: Sequence[Path], paths: Iterable[Path], caption: str | None
+) -> list[SourceImage]:
+    """Return the images at `paths`, each with the captions in the .txt or .json of the same name among `files`.
 
     `caption`: the json's field with the captions, or None.
     """
-    texts, jsons = CaptionFiles(folder, ".txt"), CaptionFiles(folder, ".json")
+    texts, jsons = CaptionFiles(files, ".txt"), CaptionFiles(files, ".json")
     return [_file_image(path, folder, *_read_captions(texts.of(path), jsons.of(path), caption)) for path in paths]
 
 

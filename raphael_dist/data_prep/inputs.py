@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from raphael_dist.data.captions import clean_caption
 from raphael_dist.data.fetch.remote import is_remote
 from raphael_dist.data.fetch.shard_cache import base_name
-from raphael_dist.data.folder_files import count_unused_archives
+from raphael_dist.data.folder_files import count_unused_archives, files_below
 from raphael_dist.data.image import image_ext, reason_of
 from raphael_dist.data.image_files import image_files
 from raphael_dist.data.shards.build_index import build_index
@@ -94,9 +94,10 @@ def parts_of(
         raise UserError(f"--out={out} must differ from SOURCE, so that output does not mix with input. Choose a new folder.")
     skipped = SkipCounts()
     if folders and tars:
-        for path in image_files(folders[0])[0]:
+        files = files_below(folders[0])
+        for path in image_files(folders[0], files)[0]:
             skipped.add("image in a folder with tars; move it to another folder", str(path.relative_to(folders[0])))
-        skipped.merge(count_unused_archives(folders[0], tars))
+        skipped.merge(count_unused_archives(folders[0], files, tars))
     return _shard_parts(tars, held_out, skipped) if tars else _folder_parts(folders[0], per_shard, held_out, caption)
 
 

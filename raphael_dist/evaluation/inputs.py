@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from raphael_dist.data.folder_files import files_below
 from raphael_dist.data.image import IMAGE_SUFFIXES
 from raphael_dist.data.image_files import CaptionFiles, image_files
 from raphael_dist.data.plain_samples import read_samples
@@ -87,7 +88,7 @@ def _coco_captions(path: Path, seed: int) -> list[str]:
 
 
 def _folder_captions(folder: Path) -> list[str]:
-    images, files = list_images(folder, "--captions"), CaptionFiles(folder, ".txt")
+    images, files = list_images(folder, "--captions"), CaptionFiles(files_below(folder), ".txt")
     texts = [path for path in map(files.of, images) if path is not None]
     if not texts:
         raise UserError(
@@ -161,7 +162,7 @@ def list_images(folder: Path, option: str) -> list[Path]:
     """
     if not folder.is_dir():
         raise UserError(f"{option}=folder={folder} must be a folder, but there is none. Correct the path.")
-    paths, skipped = image_files(folder)
+    paths, skipped = image_files(folder, files_below(folder))
     if skipped.counts and rank_of() == "0":
         _log.warning("%s=folder=%s: files that are left out: %s", option, folder, "; ".join(skipped.lines()))
     if len(paths) < 2:

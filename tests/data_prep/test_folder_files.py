@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from raphael_dist.data.folder_files import files_below
 from raphael_dist.data.image import IMAGE_SUFFIXES
 from raphael_dist.data_prep.caption_tables import find_table
 from raphael_dist.data_prep.inputs import parts_of
@@ -68,8 +69,8 @@ def test_subfolder_that_cannot_be_listed_is_refused(tmp_path: Path, monkeypatch:
 
 def test_hidden_tables_are_passed_over(tmp_path: Path) -> None:
     touch(tmp_path, "._captions.csv", ".ipynb_checkpoints/a-checkpoint.parquet", ".old.arrow")
-    assert find_table(tmp_path) is None
+    assert find_table(tmp_path, files_below(tmp_path)) is None
     (tmp_path / "captions.csv").write_text("file,text\na.png,a\n")
-    table = find_table(tmp_path)
+    table = find_table(tmp_path, files_below(tmp_path))
     assert table is not None
     assert table[0].name == "captions.csv"
