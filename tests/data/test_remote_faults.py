@@ -64,13 +64,18 @@ def test_short_failure_is_retried_after_retry_after(local: list[Path], tmp_path:
     assert faults.injected == 2
 
 
-def test_parquet_without_access_is_asked_for_again(local: list[Path], tmp_path: Path, caplog) -> None:  # noqa: F811
-    """S3 answers 403 also if there is no such file and the bucket may not be listed."""
+def write_parquet(shard: Path) -> None:
+    """Write the parquet file of the first local shard, with a column `pwatermark`."""
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
     keys = [f"{n:09d}" for n in range(5)]
-    parquet.write_table(pyarrow.table({"key": keys, "pwatermark": [0.5] * 5}), local[0].with_suffix(".parquet"))
+    parquet.write_table(pyarrow.table({"key": keys, "pwatermark": [0.5] * 5}), shard.with_suffix(".parquet"))
+
+
+def test_parquet_without_access_is_asked_for_again(local: list[Path], tmp_path: Path, caplog) -> None:  # noqa: F811
+    """S3 answers 403 also if there is no such file and the bucket may not be listed."""
+    write_parquet(local[0])
     faults = Faults(of={"00000.parquet": ["403"] * 99}, heads={"00000.parquet": ["403"] * 99})
     with http_files(local[0].parent, faults) as address:
         assert build_index(names(address), store=store_in(tmp_path)).num_samples == 15
@@ -84,11 +89,7 @@ def test_parquet_without_access_is_asked_for_again(local: list[Path], tmp_path: 
 
 @pytest.mark.parametrize("status", ["500", "503"])
 def test_parquet_that_cannot_be_read_is_not_taken_for_missing(local: list[Path], tmp_path: Path, status: str) -> None:  # noqa: F811
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    keys = [f"{n:09d}" for n in range(5)]
-    parquet.write_table(pyarrow.table({"key": keys, "pwatermark": [0.5] * 5}), local[0].with_suffix(".parquet"))
+    write_parquet(local[0])
     faults = Faults(of={"00000.parquet": [status] * 99}, heads={"00000.parquet": [status] * 99})
     retry = RetryPolicy(retries=1, timeout_s=1.0, pause_s=0.01)
     with http_files(local[0].parent, faults) as address:

@@ -34,7 +34,7 @@ from raphael_dist.model.losses import compute_losses
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.parallel.async_collectives import Traffic
 from raphael_dist.parallel.batch_plan import BatchPlan
-from raphael_dist.planning.communication import Cluster, Scheme, communications
+from raphael_dist.planning.communication import Cluster, Communication, Scheme, communications
 from raphael_dist.planning.memory import persistent_elements
 from raphael_dist.runtime.ranks import Ranks, discover, initialise
 from raphael_dist.storage.files import replace_bytes
@@ -232,15 +232,34 @@ def planned_bytes(case: Case, config_name: str) -> float:
     """Return the bytes that a node sends in a step as predicted by the planner; 0.0 for trainers other than ours."""
     if case.who != "ours":
         return 0.0
+    parts = planned_communication(case, config_name, Cluster(case.nodes * case.per_node, case.per_node))
+    return sum(part.network_gb for part in parts) * 1e9 * case.per_node
+
+
+def planned_communication(case: Case, config_name: str, links: Cluster) -> list[Communication]:
+    """Return the planner's prediction of all communication of a step of our trainer over some links."""
     config, world = case.config(config_name), case.nodes * case.per_node
     plan, reductions = BatchPlan.of(config, world), case.accumulation if case.stage >= 2 else 1
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in RaphaelUNet(config).named_parameters()}
-    links, parameters = Cluster(world, case.per_node), sum(map(prod, shapes.values()))
+    parameters = sum(map(prod, shapes.values()))
     # DeepSpeed's default threshold is the planner's PERSISTENT.
     scheme, persistent = SCHEMES[case.stage], persistent_elements(shapes)
-    parts = communications(config, plan, links, parameters, scheme, reductions, persistent)
-    return sum(part.network_gb for part in parts) * 1e9 * case.per_node
+    return communications(config, plan, links, parameters, scheme, reductions, persistent)
+
+
+def run_ranks(words: list[str], links: list[Any], per_node: int = 1) -> None:
+    """Run `python tools/bench.py WORDS` as ranks, on a simulated node for each of the `links` (tests.lib.netns.Link).
+
+    Ends this program with a message if no nodes can be made or a rank fails.
+    """
+    netns = importlib.import_module("tests.lib.netns")
+    if reason := netns.missing():
+        raise SystemExit(f"no nodes can be made: {reason}")
+    with netns.Network(links) as network:
+        codes, outputs = netns.finish(network.start_ranks(["tools/bench.py", *words], per_node), 3600)
+    if any(codes):
+        raise SystemExit(f"exit codes {codes}:\n" + "\n".join(outputs)[-3000:])
 
 
 def bench_network(config_name: str, topologies: list[tuple[int, int]], everything: bool = False) -> Iterator[Row]:
@@ -251,19 +270,14 @@ def bench_network(config_name: str, topologies: list[tuple[int, int]], everythin
         topologies: (nodes, ranks per node) of each.
         everything: whether to measure all settings on all topologies.
     """
-    netns = importlib.import_module("tests.lib.netns")
-    if reason := netns.missing():
-        raise SystemExit(f"no nodes can be made: {reason}")
+    link = importlib.import_module("tests.lib.netns").Link()
     todo = list(cases(topologies, everything))
     for nodes, per_node in topologies:
         here = [case for case in todo if (case.nodes, case.per_node) == (nodes, per_node)]
-        with tempfile.TemporaryDirectory() as folder, netns.Network([netns.Link()] * nodes) as network:
+        with tempfile.TemporaryDirectory() as folder:
             spec, out = Path(folder, "cases.json"), f"{folder}/out"
             spec.write_text(json.dumps([asdict(case) for case in here]))
-            command = ["tools/bench.py", "network", "--config", config_name, "--cases", str(spec), out]
-            codes, outputs = netns.finish(network.start_ranks(command, per_node), 3600)
-            if any(codes):
-                raise SystemExit(f"exit codes {codes}:\n" + "\n".join(outputs)[-3000:])
+            run_ranks(["network", "--config", config_name, "--cases", str(spec), out], [link] * nodes, per_node)
             yield from read_rows(here, config_name, out)
 
 

@@ -13,17 +13,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
-from math import prod
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from benchmarks.network import SCHEMES, Case, contender
-from raphael_dist.model.unet import RaphaelUNet
-from raphael_dist.parallel.batch_plan import BatchPlan
-from raphael_dist.planning.communication import Cluster, communications
-from raphael_dist.planning.memory import persistent_elements
+from benchmarks.network import Case, contender, planned_communication, run_ranks
+from raphael_dist.planning.communication import Cluster
 from raphael_dist.runtime.ranks import discover, initialise
 from raphael_dist.storage.files import replace_bytes
 
@@ -77,27 +73,18 @@ def measure(config_name: str, nodes: int, out: str) -> None:
 
 def communication_s(case: Case, config_name: str, mbit_s: float, delay_ms: float) -> float:
     """Return the planner's seconds of all communication of a step over these links."""
-    config = case.config(config_name)
-    with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in RaphaelUNet(config).named_parameters()}
     links = Cluster(case.nodes, 1, net_gb_s=mbit_s / 8e3, net_hop_us=1e3 * delay_ms)
-    plan, parameters = BatchPlan.of(config, case.nodes), sum(map(prod, shapes.values()))
-    parts = communications(config, plan, links, parameters, SCHEMES[case.stage], 1, persistent_elements(shapes))
-    return sum(part.seconds for part in parts)
+    return sum(part.seconds for part in planned_communication(case, config_name, links))
 
 
 def bench(config_name: str, nodes: int, rates: list[float], delays: list[float]) -> Iterator[Row]:
     """Time steps over links of each bandwidth (Mbit/s) and one-way latency (ms); yield a row for each and each stage."""
     netns = importlib.import_module("tests.lib.netns")
-    if reason := netns.missing():
-        raise SystemExit(f"no nodes can be made: {reason}")
 
     def seconds(link: object) -> dict[str, float]:
-        with tempfile.TemporaryDirectory() as folder, netns.Network([link] * nodes) as network:
-            command = ["tools/bench.py", "network-time", "--config", config_name, "--measure", str(nodes), f"{folder}/out"]
-            codes, outputs = netns.finish(network.start_ranks(command), 3600)
-            if any(codes):
-                raise SystemExit(f"exit codes {codes}:\n" + "\n".join(outputs)[-3000:])
+        with tempfile.TemporaryDirectory() as folder:
+            words = ["network-time", "--config", config_name, "--measure", str(nodes), f"{folder}/out"]
+            run_ranks(words, [link] * nodes)
             times: dict[str, float] = json.loads(Path(folder, "out").read_text())
             return times
 

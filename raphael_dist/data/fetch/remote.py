@@ -231,7 +231,7 @@ def _reason(error: Exception) -> str:
     status = getattr(error, "status", None)
     if isinstance(error, FileNotFoundError):
         return "it does not exist"
-    if isinstance(error, PermissionError) or status in (401, 403):
+    if _is_denied(error):
         return "access is denied"
     if isinstance(error, TimeoutError):
         return "no answer in time"
