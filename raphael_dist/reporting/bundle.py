@@ -18,8 +18,8 @@ from raphael_dist.reporting.run_files import paths_in
 from raphael_dist.storage.files import atomic_path
 from raphael_dist.text import HIDDEN, hide_secrets_in_text, open_regular, redact
 
-LOG_BYTES = 1 << 20  # the end of each log
-METRIC_BYTES = 8 << 20  # the end of metrics.jsonl
+LOG_BYTES = 1 << 20  # the last bytes of each log are kept
+METRIC_BYTES = 8 << 20  # the last bytes of metrics.jsonl are kept
 # The folder and the pattern of each kind of log.
 LOGS = (("", "train.log"), ("logs", "rank-*.log"), ("logs", "stacks-rank-*.txt"), ("logs/heartbeats", "rank-*"))
 MAX_LOGS = 64  # of each kind
@@ -103,7 +103,7 @@ def _members(examined: Examined, report: str, folder: Path) -> Iterator[tuple[st
     yield "doctor.txt", report
     yield "plan.txt", "\n".join([*plan_lines(examined.plan), examined.plan_note]) + "\n"
     if examined.run.config:
-        config = _hide_values(redact(examined.run.config), os.environ)  # before YAML escapes and folds them
+        config = _hide_values(redact(examined.run.config), os.environ)  # before YAML escapes or folds secrets
         yield "config.yaml", yaml.safe_dump(config, sort_keys=False)
     if examined.run.versions:
         yield "versions.txt", "".join(f"{name} {version}\n" for name, version in examined.run.versions.items())
@@ -121,7 +121,7 @@ def _members(examined: Examined, report: str, folder: Path) -> Iterator[tuple[st
 
 
 def _tail(path: Path, limit: int) -> str:
-    """Return the last `limit` bytes of a file as text, from the beginning of a line on."""
+    """Return the last `limit` bytes of a file as text, without a first line that is cut off."""
     with open(open_regular(path), "rb") as file:
         start = max(0, os.fstat(file.fileno()).st_size - limit)
         file.seek(start)

@@ -8,7 +8,7 @@ from statistics import median
 
 from raphael_dist.reporting.run_files import LogLine, RunFiles
 
-# Kinds of events by a pattern of their line. The first that matches counts.
+# For each kind of event, a regular expression of its log line. If several match a line, the first counts.
 KINDS = {
     "start": r"from scratch|new, from",
     "restart": r"resumed at step",
@@ -27,8 +27,9 @@ KINDS = {
 FAULTS = tuple(KINDS)[5:]
 UNCLEAN = "killed or crashed"  # a process whose log does not state how it ended
 STARTS, ENDS = ("start", "restart"), ("complete", "stopped")
-CLOSE = timedelta(minutes=5)  # within this time, ranks log the same hang or damaged checkpoint
-SILENT_S, SILENT_START_S = 600, 3600  # a log without new lines for this long: after two lines of progress, and before
+CLOSE = timedelta(minutes=5)  # lines of several ranks within this time are about the same hang or damaged checkpoint
+# Seconds without a new log line after which a run has stalled: if it has logged two lines of progress, and if not yet.
+SILENT_S, SILENT_START_S = 600, 3600
 _PATTERNS = {kind: re.compile(pattern) for kind, pattern in KINDS.items()}
 _PROGRESS = re.compile(r"step (\d{1,15})/\d+ ")
 _STEP = re.compile(r"step[ -]0*(\d{1,15})(?!\d)")
@@ -80,8 +81,8 @@ class History:
 def read_history(run: RunFiles, now: datetime) -> History:
     """Read the events and the progress of a run from the lines of its logs.
 
-    All ranks log a hang or a damaged checkpoint, but it is one event. `now`: the current time. If the last process has
-    stopped writing to its log, it counts as killed or crashed.
+    A hang or a damaged checkpoint that several ranks log is one event. If the log does not state how the run ended, and has
+    no new lines up to `now`, the current time, the last process counts as killed or crashed.
     """
     events: list[Event] = []
     progress: list[tuple[datetime, int]] = []
@@ -120,7 +121,7 @@ def _unclean(time: datetime, step: int) -> Event:
 def _is_repetition(event: Event, events: list[Event]) -> bool:
     """Return whether one of the earlier `events` since the last start is the same event, logged by another rank.
 
-    A hang ends the processes of all ranks. Of one damaged checkpoint, rank 0 also logs that it is skipped.
+    All ranks log a hang, which ends them. Of a damaged checkpoint, rank 0 logs that it is skipped and that it was moved.
     """
     if event.kind not in ("hang", "damaged checkpoint"):
         return False
@@ -133,10 +134,10 @@ def _is_repetition(event: Event, events: list[Event]) -> bool:
 
 
 def silent_seconds(run: RunFiles, history: History, now: datetime) -> float | None:
-    """Return for how many seconds a run that has not ended has written nothing to its log; None if that is usual.
+    """Return the seconds since a run's last log line if they are unusually many; None otherwise, or if the run has ended.
 
-    Usual is less than 10 minutes, or less than 20 times the median time between two lines of progress. Before there are two
-    such lines, it is less than an hour.
+    They are if they are at least 10 minutes and at least 20 times the median time between two lines of progress. Before
+    there are two such lines, they are from an hour on.
     """
     if not run.log or _last_end(history) in ENDS:
         return None

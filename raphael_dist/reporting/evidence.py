@@ -1,4 +1,4 @@
-"""What the rules of `doctor` look at (`RunEvidence`), and what they return (`Finding`)."""
+"""Input (`RunEvidence`) and result (`Finding`) of the rules by which `raphael_dist doctor` detects problems of a run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from raphael_dist.reporting.run_files import RunFiles
 if TYPE_CHECKING:
     from raphael_dist.reporting.data_sample import DataSample
 
-MIN_LINES = 8  # of metrics; fewer show no trend
+MIN_LINES = 8  # log lines with metrics; fewer show no trend
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,12 @@ class RunEvidence:
     """What is known about a run, for the rules that look for problems.
 
     Attributes:
-        run: its files.
+        run: contents of the run directory.
         history: events from its logs.
         now: the current time.
         free_bytes: free disk space for the run directory, in bytes; None: unknown.
         checkpoint_bytes: size of the newest checkpoint in bytes; 0: there is none.
-        data: result of checking some samples of its data; None: they were not read.
+        data: result of checking some samples of the training data; None: they were not read.
     """
 
     run: RunFiles

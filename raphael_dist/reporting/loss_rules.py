@@ -1,4 +1,4 @@
-"""Rules of `doctor` about the training loss: not finite, not falling, or rising again after it has fallen."""
+"""Rules of `raphael_dist doctor` about the training loss: not finite, not falling, or rising again after it has fallen."""
 
 import math
 from dataclasses import dataclass
@@ -8,9 +8,9 @@ from statistics import fmean, median
 from raphael_dist.reporting.evidence import MIN_LINES, Finding, RunEvidence
 from raphael_dist.reporting.run_files import RunFiles, Series
 
-FALLEN = 0.95  # a loss below this share of its beginning has fallen
-RISEN = 0.2  # a loss has risen if it is by this share above the lowest eighth of the log lines,
-DEVIATIONS = 4  # and by so many standard errors of the difference of the two medians
+FALLEN = 0.95  # a loss has fallen if it is below this share of its first values
+RISEN = 0.2  # a loss has risen if its median exceeds that of the lowest eighth of the log lines by more than this share,
+DEVIATIONS = 4  # and by more than so many standard errors of the difference of the two medians
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,9 @@ def heading(runs: Sequence[object], run: RunFiles) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Row]) -> str:
-    """Return an HTML table. Numbers are aligned to the right. A sentence follows if rows are left out, since there are many.
+    """Return an HTML table of the first MAX_ROWS rows; a sentence after it states how many are left out.
+
+    Numbers are aligned to the right.
 
     `header`: names of the columns. `rows`: (CSS class, cells) of each row.
     """

@@ -19,7 +19,7 @@ from raphael_dist.text import JsonObject, redact
 
 MAX_BYTES = 5_000_000
 IMAGE_BYTES = 2_500_000  # for all sample grids of the page
-ROUTES_BYTES = 1_000_000  # for all routes of the page
+ROUTES_BYTES = 1_000_000  # for all routes of the page: which expert processes each word and timestep
 NOTE_BYTES = 2_000  # for the sentences next to the sample grids of a run
 MAX_EVENTS = 200  # of all runs
 MIN_EVENTS = 20  # of each run
@@ -42,8 +42,9 @@ SECTIONS = {
 def build_page(runs: Sequence[Examined]) -> str:
     """Return the HTML report of one or more runs, as the text of one file with figures, scripts and styles inside.
 
-    It has at most MAX_BYTES bytes. Curves are thinned out for that, and sample grids and routes get the space that the rest
-    leaves: images are scaled down, and steps between the first and the last are left out. The page states what is left out.
+    The page has at most MAX_BYTES bytes. Therefore curves are drawn with fewer points. The remaining bytes are for sample
+    grids, whose images are scaled down, and for routes (which expert processes each word and timestep). Both are shown for
+    fewer training steps if necessary. The page states what is left out.
 
     `runs`: for each run, its metrics, logs, detected problems and predictions.
 
@@ -64,9 +65,9 @@ def build_page(runs: Sequence[Examined]) -> str:
 
 
 def with_labels(runs: Sequence[Examined]) -> list[Examined]:
-    """Return the runs, each named by the shortest end of its path that no other run's path has, e.g. "a/demo" and "b/demo".
+    """Return the runs with a label each: the last parts of its path, as few as no other run's path ends with.
 
-    If a folder is given several times, a number follows: "demo (2)".
+    Examples are "a/demo" and "b/demo". If a folder is given several times, a number follows: "demo (2)".
     """
     paths = [examined.run.folder.resolve().parts for examined in runs]
     labelled = []
@@ -87,7 +88,7 @@ def _bytes_left(runs: Sequence[Examined], parts: Mapping[str, str], data: JsonOb
 
 
 def _document(runs: Sequence[Examined], parts: Mapping[str, str], data: JsonObject) -> str:
-    """Return the page. `parts`: HTML of its sections by name. `data`: what its scripts draw."""
+    """Return the HTML of the page. `parts`: HTML of its sections by name. `data`: values that its scripts draw."""
     sections = "".join(
         f'<section id="{name}"><h2>{title}</h2>{parts.get(name, "")}</section>' for name, title in SECTIONS.items()
     )
@@ -185,9 +186,10 @@ def _experts(runs: Sequence[Examined], data: JsonObject) -> str:
     for examined in runs:
         tables += [heading(runs, examined.run), sentence(summary.expert_health(examined.run)), _health(examined.run)]
     legend = (
-        "Loads are means over the last fifth of the log lines; 1 is an even share. A block is marked if an expert has under "
-        f"{DEAD_SHARE} (dead) or over {OVERLOADED:.0%} of the load (overloaded) in each of these lines. Block 0 is the "
-        "first."
+        "The table has the smallest (min) and largest (max) load of an expert in each block; 1 is the mean load of the "
+        "block's experts. Loads are means over the last fifth of the log lines. A block is marked if, in each of these "
+        f"lines, an expert has a load under {DEAD_SHARE} (dead) or gets over {OVERLOADED:.0%} of the block's work "
+        "(overloaded). Block 0 is the first."
     )
     return _charts("experts", runs, data) + "".join(tables) + sentence(legend)
 
@@ -216,10 +218,11 @@ def _memory(runs: Sequence[Examined], data: JsonObject) -> str:
             rows.append(("", [row.name, shown_number(row.measured), shown_number(row.planned), ratio]))
         parts += [heading(runs, examined.run), table(["quantity", "measured", "planned", "measured / planned"], rows)]
         if examined.plan_note:
-            parts.append(sentence(f"There is no plan: {examined.plan_note}."))
+            parts.append(sentence(f"There is no prediction: {examined.plan_note}."))
     note = (
-        "On a CPU, the measured memory is that of the whole process. The plan assumes that its cores have no other work, "
-        "but the run measures their peak FLOP/s at its start, with the other work."
+        "Planned values are predictions for the same settings. On a CPU, the measured memory is that of the whole process, "
+        "and the measured MFU refers to the peak FLOP/s that the run measured at its start, while other processes may have "
+        "used the same cores; the planned MFU refers to the peak of idle cores."
     )
     return "".join(parts) + sentence(note)
 

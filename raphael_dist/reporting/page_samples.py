@@ -1,4 +1,7 @@
-"""The sections of the HTML report with sample grids and routes, which are reduced until they fit into the page."""
+"""The sections of the HTML report with sample grids and routes, of which some are left out if the page would be too large.
+
+Routes state which expert processes each word and timestep.
+"""
 
 import base64
 import io
@@ -23,7 +26,7 @@ QUALITIES = (85, 60, 35)  # of JPEG, in the order in which they are tried; then 
 
 
 def payload_of(value: object) -> str:
-    """Return a value as JSON for a script element of the page: no text in it can end the element."""
+    """Return a value as JSON for an HTML script element; "<" is escaped, so that no text in it can close the element."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
@@ -48,7 +51,7 @@ def samples_section(runs: Sequence[Examined], data: JsonObject, limit: int) -> s
 
 
 def routes_section(runs: Sequence[Examined], data: JsonObject, limit: int) -> str:
-    """Return the HTML of the routes, and add their values to `data`, in at most `limit` bytes."""
+    """Return the HTML of the routes (experts of words and timesteps); add them to `data`, in at most `limit` bytes."""
     parts = []
     for number, examined in enumerate(runs):
         parts.append(heading(runs, examined.run))
@@ -61,8 +64,9 @@ def routes_section(runs: Sequence[Examined], data: JsonObject, limit: int) -> st
         if not routes:
             parts.append(
                 sentence(
-                    "The run has no routes. A model with experts writes them with each sample grid (train.sample_every). To "
-                    "make them from a checkpoint: python -m raphael_dist routes --checkpoint "
+                    "The run has no routes (which expert processes each word and timestep). A model with experts writes "
+                    "them with each sample grid (train.sample_every). To make them from a checkpoint: python -m "
+                    "raphael_dist routes --checkpoint "
                     f"{shlex.quote(str(examined.run.folder))} --out paths"
                 )
             )
@@ -153,7 +157,7 @@ def _route_entries(paths: Mapping[int, Path], limit: int) -> tuple[list[JsonObje
     unreadable = []
     for step in reversed(spread(sorted(paths), MAX_STEPS)):
         try:
-            if paths[step].stat().st_size > 4 * limit:  # its JSON would not fit, whatever spaces it has
+            if paths[step].stat().st_size > 4 * limit:  # too large even without the whitespace in it
                 continue
             routes = read_routes(paths[step])
         except (OSError, ValueError) as error:

@@ -46,8 +46,8 @@ def compare(run: RunFiles, config: Config, cluster_name: str) -> list[PlanRow]:
     Args:
         run: the files of the run.
         config: the run's configuration.
-        cluster_name: the hardware, as for `tools/plan_run.py --cluster`. "auto": "cpu" if the run used CPUs; for a run on
-            GPUs it is an error.
+        cluster_name: the hardware, a value of `tools/plan_run.py --cluster` such as "h100x8". "auto": "cpu" if the run used
+            CPUs; a UserError if it used GPUs.
 
     Raises:
         UserError: the log does not state how the run started or which GPU it used, the cluster is unknown, or the planner

@@ -1,4 +1,4 @@
-"""Checks the routes in a file of a run before the HTML report shows them."""
+"""Checks a file of routes (which expert processes each word and timestep) before the HTML report shows them."""
 
 import math
 from collections.abc import Callable
@@ -10,9 +10,9 @@ MAX_SIDE = 256  # of a region, in cells
 
 
 def checked_routes(routes: object) -> JsonObject:
-    """Return the routes of a parsed file with the keys that the report reads, if they have the form that it can draw.
+    """Check the types and shapes of routes that were read from a JSON file; return those keys that the report draws.
 
-    `routes`: the content of the file, as `analysis.route_report.trace_values` describes it.
+    `routes`: the parsed file, as `analysis.route_report.trace_values` describes it: experts of words and timesteps.
 
     Raises ValueError if something is missing or has another form, such as a timestep that is NaN.
     """

@@ -1,4 +1,4 @@
-"""Rules of `doctor` that detect problems of a run, such as a loss that does not fall. `RULES` lists them.
+"""Rules by which `raphael_dist doctor` detects problems of a run, such as a loss that does not fall. `RULES` lists them.
 
 Each rule is a small function. It returns a `Finding` (a problem and its remedy), or None if there is no problem or the run
 has no data about it.
@@ -18,7 +18,7 @@ from raphael_dist.reporting.run_files import RunFiles
 from raphael_dist.training.data_timer import KINDS, REMEDIES
 from raphael_dist.training.stragglers import SLOW_RATIO
 
-DATA_BOUND = 0.1  # share of the time that waits for data
+DATA_BOUND = 0.1  # share of the time spent waiting for data
 CLIPPED = 0.8  # share of the log lines with clipped gradients
 TRUNCATED = 0.05  # share of the captions
 EMPTY = 0.2  # share of the edge maps
@@ -149,7 +149,7 @@ def wrong_schedule(evidence: RunEvidence) -> Finding | None:
 def disk_nearly_full(evidence: RunEvidence) -> Finding | None:
     """Return a finding (problem and remedy) if the disk of the run directory is nearly full, else None.
 
-    It is if the free space is less than two checkpoints take, or less than 256 MiB.
+    A disk is nearly full if its free space is less than two checkpoints take, or less than 256 MiB.
     """
     need = DISK_SAVES * evidence.checkpoint_bytes
     if evidence.free_bytes is None or evidence.free_bytes >= max(need, 1 << 28):
@@ -164,9 +164,9 @@ def disk_nearly_full(evidence: RunEvidence) -> Finding | None:
 def truncated_captions(evidence: RunEvidence) -> Finding | None:
     """Return a finding (problem and remedy) if at least 5% of the captions are longer than the encoder reads, else None.
 
-    If samples of the data were checked, their captions count. Otherwise those count that the run's processes had encoded
-    when each of them logged its only warning about them: all captions of the shards if data.features=cached, the first
-    ones if data.features=online.
+    If samples of the data were checked, the share is that of their captions. Otherwise it is taken from the log: each
+    process warns once, and states how many captions it had encoded by then and how many of them were too long. With
+    data.features=cached these are all captions of the shards, with data.features=online the first ones.
     """
     remedy = "shorten the captions, or raise text.max_tokens in a new run if the encoder allows more"
     data = evidence.data
@@ -178,7 +178,7 @@ def truncated_captions(evidence: RunEvidence) -> Finding | None:
         return Finding(f"{share:.0%} of the captions ({counts}) are longer than {limit}", remedy)
     lines = [match for line in evidence.run.log if (match := _TRUNCATED.match(line.text))]
     truncated, total = (sum(int(match[group]) for match in lines) for group in (2, 3))
-    # A process counts until it has truncated a caption, so that this last one says nothing about the share (Haldane 1945).
+    # A process stops counting at its first truncated caption, so this one must not count (inverse sampling, Haldane 1945).
     if truncated == len(lines) or truncated - len(lines) < TRUNCATED * (total - len(lines)):
         return None
     counts = f"{truncated} of {total} that were encoded before the warnings in the logs"
@@ -190,7 +190,7 @@ def truncated_captions(evidence: RunEvidence) -> Finding | None:
 def empty_edge_maps(evidence: RunEvidence) -> Finding | None:
     """Return a finding (problem and remedy) if the edge loss is on, but many edge maps have no edges, else None.
 
-    They are many if more than 20% of the checked maps have none, or if the edge loss has fallen to 0.001 or less.
+    This is so if more than 20% of the checked maps have none, or if the edge loss has fallen to 0.001 or less.
     """
     if not evidence.run.number("edge.weight"):
         return None
@@ -227,8 +227,8 @@ def skipped_steps(evidence: RunEvidence) -> Finding | None:
 def stalled(evidence: RunEvidence) -> Finding | None:
     """Return a finding (problem and remedy) if the run is not complete but no longer writes to its log, else None.
 
-    It no longer does if its log is silent for 10 minutes and for 20 times the usual time between two lines of progress. If
-    there are no two such lines, it no longer does if its log is silent for an hour.
+    This is so if its log has no new line for 10 minutes and for 20 times the usual time between two lines of progress. If
+    there are fewer than two lines of progress, it is so after an hour.
     """
     silent = silent_seconds(evidence.run, evidence.history, evidence.now)
     if silent is None:
@@ -242,7 +242,7 @@ def stalled(evidence: RunEvidence) -> Finding | None:
 def crashes(evidence: RunEvidence) -> Finding | None:
     """Return a finding (problem and remedy) if the run was killed, crashed or hung, else None.
 
-    If it was only its last process, and nothing has started since, `stalled` reports it.
+    If only the run's last process was killed or crashed, and the run was not started again, `stalled` reports it instead.
     """
     unclean, hangs = len(evidence.history.of(UNCLEAN)), len(evidence.history.of("hang"))
     if not hangs and (not unclean or (unclean == 1 and stalled(evidence))):
@@ -307,5 +307,5 @@ def _has(evidence: RunEvidence, need: str) -> bool:
 
 
 def longest_wait(run: RunFiles) -> str:
-    """Return the kind of work on its data for which a run waits longest: "reading", "decoding", "encoding" or "copying"."""
+    """Return the kind of data loading for which a run waits longest: "reading", "decoding", "encoding" or "copying"."""
     return max(KINDS, key=lambda kind: run.last(f"time/data_wait_{kind}", share=0.5) or 0.0)

@@ -19,7 +19,7 @@ from raphael_dist.storage.files import free_bytes
 if TYPE_CHECKING:
     from raphael_dist.reporting.data_sample import DataSample
 
-NO_PLAN = "none"  # value of --cluster
+NO_PLAN = "none"  # value of --cluster that turns the prediction off
 
 
 @dataclass(frozen=True)

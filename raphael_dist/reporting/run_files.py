@@ -28,7 +28,7 @@ _START = re.compile(r"(from scratch|new, from|resumed at step (\d+)).*?\b([1-9]\
 MARKS = ("config.yaml", "metrics.jsonl", "train.log")  # a folder with one of them is a run directory
 MAX_LINE = 1000  # characters of a log line
 MAX_KEYS, MAX_DEPTH = 1000, 20  # of a configuration, which has about 150 keys
-# The settings that the rules and the report compute with.
+# Numeric settings of config.yaml that the report and the rules of `doctor` use.
 NUMBERS = (
     "edge.weight", "model.gate_noise", "model.gate_noise_steps", "model.space_experts", "model.time_experts",
     "optim.max_grad_norm", "optim.warmup_steps", "text.max_tokens", "train.global_batch_size", "train.log_every",
@@ -83,7 +83,7 @@ class RunFiles:
         checkpoints: steps of the checkpoints.
         damaged: names of the folders of damaged checkpoints.
         missing: a sentence about each file, or part of a file, that could not be read.
-        label: what reports call the run; "": the name of its folder.
+        label: name of the run in reports; "": the name of its folder.
     """
 
     folder: Path
@@ -174,7 +174,7 @@ def read_run(folder: Path) -> RunFiles:
     )
     for key in NUMBERS:
         if not _is_number(value := run.option(key, 0)) and value is not None:
-            missing.append(f"config.yaml: {key}={value_text(value)} is not a number; what depends on it is left out.")
+            missing.append(f"config.yaml: {key}={value_text(value)} is not a number; checks that need it are left out.")
     return run
 
 
@@ -217,14 +217,14 @@ def _config(path: Path) -> JsonObject:
     try:
         tree = yaml.safe_load(read_text(path))
         check_tree(tree)
-        json.dumps(tree, default=str, ensure_ascii=False).encode()  # what cannot be written here cannot be shown either
+        json.dumps(tree, default=str, ensure_ascii=False).encode()  # raises if the report could not show it
     except UNREADABLE as error:
         raise ValueError(error) from None
     if not isinstance(tree, dict):
         raise ValueError("it is not a mapping of sections")
     count = sum(len(section) if isinstance(section, dict) else 1 for section in tree.values())
     if count > MAX_KEYS or _depth(tree) > MAX_DEPTH:
-        raise ValueError(f"it has over {MAX_KEYS:,} keys, or values that are nested over {MAX_DEPTH} times")
+        raise ValueError(f"it has over {MAX_KEYS:,} keys, or values that are nested more than {MAX_DEPTH} levels deep")
     return tree
 
 

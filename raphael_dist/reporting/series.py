@@ -1,4 +1,4 @@
-"""The charts of the HTML report: which metrics each shows, and their values, thinned out for a page."""
+"""The charts of the HTML report: which metrics each shows, and their values, downsampled to fit into the page."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from raphael_dist.reporting.run_files import RunFiles, Series
 
 BUCKETS = 250  # number of intervals of a curve; each has two points
 MIN_BUCKETS = 8
-POINTS = 60_000  # of all curves of a page, which take about 1 MB
+POINTS = 60_000  # of all curves of a page together; they take about 1 MB
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Chart:
     Attributes:
         section: the section of the page, e.g. "loss".
         title: title of the chart.
-        tags: from the name of each metric, e.g. "train/loss", to the label of its curve.
+        tags: label of each curve, by the name of its metric, e.g. "train/loss".
     """
 
     section: str
@@ -46,16 +46,16 @@ class Curve(TypedDict):
 CHARTS = (
     Chart("loss", "Loss without weights", {"train/loss": "training", "val/loss": "validation"}),
     Chart("loss", "Validation loss by timestep", {f"val/loss_t{i}": f"quarter {i}" for i in range(4)}),
-    Chart("loss", "Loss that the optimizer lowers", {"train/loss_weighted": "weighted", "train/loss_edge": "edges"}),
+    Chart("loss", "Loss that the optimizer minimises", {"train/loss_weighted": "weighted", "train/loss_edge": "edges"}),
     Chart("loss", "Learning rate", {"optim/lr": "learning rate"}),
     Chart("loss", "Gradient norm before clipping", {"optim/grad_norm": "norm"}),
     Chart("speed", "Images per second", {"throughput/samples_per_s": "images/s"}),
     Chart(
         "speed",
-        "Share of the time that waits for data",
+        "Share of the time spent waiting for data",
         {"time/data_wait_frac": "all"} | {f"time/data_wait_{k}": k for k in ("reading", "decoding", "encoding", "copying")},
     ),
-    Chart("speed", "Slowest rank against the median", {"time/slowest_rank_ratio": "ratio"}),
+    Chart("speed", "Time of the slowest rank / median rank", {"time/slowest_rank_ratio": "ratio"}),
     Chart(
         "experts",
         "Entropy of the experts' loads (1: even)",
@@ -66,15 +66,15 @@ CHARTS = (
         "Entropy of the gates' probabilities (1: undecided, 0: certain)",
         {"moe/space/gate_entropy": "space", "moe/time/gate_entropy": "time"},
     ),
-    Chart("experts", "Space experts: load over an even share", {f"moe/space/load_{e}": f"{e}imum" for e in ("max", "min")}),
-    Chart("experts", "Time experts: load over an even share", {f"moe/time/load_{e}": f"{e}imum" for e in ("max", "min")}),
+    Chart("experts", "Space experts: load / mean load", {f"moe/space/load_{e}": f"{e}imum" for e in ("max", "min")}),
+    Chart("experts", "Time experts: load / mean load", {f"moe/time/load_{e}": f"{e}imum" for e in ("max", "min")}),
     Chart("experts", "Dead experts", {"moe/dead_experts": "experts"}),
     Chart("memory", "Peak memory of a rank, GiB", {"memory/peak_gib": "GiB"}),
 )
 
 
 def buckets_for(runs: Sequence[RunFiles]) -> int:
-    """Return the number of intervals of a curve with which the curves of these runs have at most POINTS points together."""
+    """Return into how many intervals to divide each curve (two points per interval): at most POINTS points in all curves."""
     curves = sum(tag in run.series for chart in CHARTS for tag in chart.tags for run in runs)
     return min(BUCKETS, max(MIN_BUCKETS, POINTS // (2 * max(1, curves))))
 
@@ -82,7 +82,7 @@ def buckets_for(runs: Sequence[RunFiles]) -> int:
 def chart_data(chart: Chart, runs: Sequence[RunFiles], buckets: int = BUCKETS) -> list[Curve]:
     """Return the curves of a chart, one for each run and metric. x are steps, y are values of the metric.
 
-    Long curves are thinned out to `buckets` intervals of two points. [] if no run has values for the chart.
+    Long curves are downsampled to two points in each of `buckets` intervals. [] if no run has values for the chart.
     """
     curves: list[Curve] = []
     for run in runs:
@@ -122,8 +122,8 @@ def timeline_data(histories: list[tuple[str, History]], buckets: int = BUCKETS) 
 def thinned(series: Series, buckets: int = BUCKETS) -> Series:
     """Return the points (step, value) of a series with the smallest and the largest value in each of `buckets` intervals.
 
-    So spikes stay visible. A series of at most twice as many points is returned unchanged. Values that are not finite are
-    left out of an interval that also has finite ones.
+    So spikes stay visible. A series of at most 2 x `buckets` points is returned unchanged. Values that are not finite are
+    left out of an interval that also has finite values.
     """
     size = -(-len(series) // buckets)
     if size <= 2:

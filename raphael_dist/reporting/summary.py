@@ -62,7 +62,7 @@ def expert_health(run: RunFiles) -> str:
         return "Unknown: no expert loads were logged. A dense model has none."
     dead, scalar = dead_blocks(run), run.last("moe/dead_experts", share=0.01)
     if scalar is not None and not dead:
-        return f"Yes: {scalar:.0f} by the last count." if scalar else "No expert is dead by the last count."
+        return f"Yes: {scalar:.0f} in the last log lines." if scalar else "No expert is dead in the last log lines."
     if not dead and not any(experts_are_judged(run, kind) for kind in ("space", "time")):
         return (
             "Unknown: there are too few images between two log lines to tell a dead expert from chance. Raise "
@@ -71,7 +71,7 @@ def expert_health(run: RunFiles) -> str:
     if not dead:
         return "No expert is dead in the last fifth of the log lines."
     where = "; ".join(f"{kind} experts in blocks {', '.join(map(str, blocks))}" for kind, blocks in dead.items())
-    count = f" The last count is {scalar:.0f}." if scalar else ""
+    count = f" Number of dead experts in the last log lines: {scalar:.0f}." if scalar else ""
     return f"Yes, at least one in each of these: {where}.{count}"
 
 
@@ -102,8 +102,8 @@ def speed(examined: Examined) -> str:
     planned = next((row for row in examined.plan if row.measured == rate and row.ratio), None)
     if planned is not None and planned.planned and rate < SLOWER * planned.planned:
         text += (
-            f" The plan expects {planned.planned:,.3g} images per second: other programs use these devices, or they are "
-            "slower than those of the plan."
+            f" The planner predicts {planned.planned:,.3g} images per second: other programs use these devices, or the "
+            "devices are slower than the planner assumes."
         )
     return text
 

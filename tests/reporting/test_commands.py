@@ -95,6 +95,6 @@ def test_run_without_configuration_has_one_line_about_it(tmp_path: Path, capsys:
     assert lines[0] == "No problem was found."
     assert report.main([str(run), "--out", str(out)]) == 0
     text = text_of(out.read_text())
-    assert "There is no plan: config.yaml is missing or cannot be read." in text
+    assert "There is no prediction: config.yaml is missing or cannot be read." in text
     assert "There is no config.yaml." in text
     assert capsys.readouterr().err == ""

@@ -145,7 +145,7 @@ def test_value_of_the_wrong_type_is_named(tmp_path: Path, capsys: pytest.Capture
     run = plant(tmp_path / "run", options={"train.max_steps": "many", "train.log_every": [3]})
     assert doctor.main([str(run), "--no-data"]) == 0
     out = capsys.readouterr().out
-    assert "config.yaml: train.max_steps=many is not a number; what depends on it is left out." in out
+    assert "config.yaml: train.max_steps=many is not a number; checks that need it are left out." in out
     assert "This version does not accept the run's configuration: train.max_steps=many" in out
     text = text_of_report(run, tmp_path)
     assert "At step 400 the learning rate is at 5% of its peak." in text

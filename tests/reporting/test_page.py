@@ -88,8 +88,8 @@ def test_noise_is_not_taken_for_an_answer(tmp_path: Path) -> None:
     examined = examine(noisy, with_data=False, cluster="none")
     assert summary.convergence(examined.run).startswith("Unclear, the loss varies more between log lines than it changes")
     slow = replace(examined, plan=[PlanRow("images per second", 40.0, 100.0)])
-    assert "The plan expects 100 images per second" in summary.speed(slow)
-    assert "The plan expects" not in summary.speed(replace(examined, plan=[PlanRow("images per second", 40.0, 70.0)]))
+    assert "The planner predicts 100 images per second" in summary.speed(slow)
+    assert "The planner predicts" not in summary.speed(replace(examined, plan=[PlanRow("images per second", 40.0, 70.0)]))
 
 
 def test_page_is_small_and_asks_no_server(tmp_path: Path) -> None:
@@ -163,12 +163,12 @@ def test_timeline_has_each_start_and_fault_at_its_minute_and_step() -> None:
 
 def test_plan_is_compared_with_the_run(two_runs: list[Path], tmp_path: Path) -> None:
     examined = examine(two_runs[0], "none", with_data=False)
-    assert "There is no plan: --cluster none" in text_of(build_page([examined]))
+    assert "There is no prediction: --cluster none" in text_of(build_page([examined]))
     rows = [PlanRow("images per second", 40.0, 80.0), PlanRow("peak memory of a rank, GiB", 1.5, None)]
     text = text_of(build_page([replace(examined, plan=rows, plan_note="")]))
     assert "quantity measured planned measured / planned images per second 40 80 0.50" in text
     assert "peak memory of a rank, GiB 1.5 unknown unknown" in text
-    assert "There is no plan" not in text
+    assert "There is no prediction" not in text
 
 
 def test_entropies_of_loads_and_of_gates_are_named_apart(tmp_path: Path) -> None:
