@@ -1,8 +1,8 @@
 """Train a model, variants without one of its parts, and variants of equal size: `python tools/ablate.py --out
 runs/ablation`.
 
-The same command continues a campaign (the set of these runs) that was stopped. docs/evaluation.md describes the variants and
-the comparison.
+The same command continues a campaign (all these training runs) that was stopped. docs/evaluation.md describes the variants
+and the comparison.
 """
 
 import argparse
@@ -30,8 +30,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default="main",
         help="variants or groups of them (see --list), separated by commas; NAME:N: N seeds for this variant",
     )
-    parser.add_argument("--seeds", type=int, default=3, help="seeds of every other variant, counted from 0 (default 3)")
-    parser.add_argument("--images", type=int, help="images of each run (default: train.max_steps x train.global_batch_size)")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds of variants given without N (default 3)")
+    parser.add_argument("--images", type=int, help="images to train on (default: train.max_steps x train.global_batch_size)")
     parser.add_argument("--ranks", type=int, default=1, help="processes of each run (default 1)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (default 1)")
     parser.add_argument(
@@ -41,7 +41,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--read",
         metavar="SOURCE",
-        help="also measure quoted text in each run's images; SOURCE as in evaluate text --captions",
+        help="also draw captions that quote text, and score it by OCR; SOURCE as in evaluate text --captions",
     )
     parser.add_argument("--list", action="store_true", help="list the variants with their sizes and exit")
     parser.add_argument("--table", action="store_true", help="write the results of finished runs and exit")

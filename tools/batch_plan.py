@@ -1,4 +1,4 @@
-"""Print micro-steps and padding for many cluster sizes: `python tools/batch_plan.py --config raphael-3b`."""
+"""Print micro-steps and padding of a batch for many numbers of ranks: `python tools/batch_plan.py --config raphael-3b`."""
 
 import sys
 
@@ -13,10 +13,11 @@ EPS = ((1, 1), (2, 2), (2, 4), (3, 2), (6, 4))
 
 
 def table(config_name: str, overrides: list[str]) -> list[str]:
-    """Return a Markdown table: one row for each number of ranks, one column for each (space_ep, time_ep).
+    """Return a Markdown table: a row per number of ranks, a column per expert parallelism (space_ep, time_ep).
 
     A cell has the micro-steps per optimizer step and in brackets the share of empty slots (samples with weight 0 that fill
-    up batches); "-": impossible. `config_name`: preset or file. `overrides`: as on the command line.
+    up batches); "-": impossible. space_ep and time_ep are the numbers of ranks over which space and time experts are
+    sharded. `config_name`: preset or file. `overrides`: as on the command line.
     """
     header = "| ranks | " + " | ".join(f"ep {space},{time}" for space, time in EPS) + " |"
     lines = [header, "|---" * (len(EPS) + 1) + "|"]
@@ -40,7 +41,7 @@ def main() -> int:
     """Read the command line of this process, print the table of batch sizes that it asks for, and return the exit code."""
     parser = Parser(
         example="python tools/batch_plan.py --config raphael-3b",
-        description="Print micro-steps and empty slots of a global batch, for many numbers of ranks.",
+        description="Print micro-steps per optimizer step and the padding of batches, for many numbers of ranks.",
     )
     parser.add_argument("--config", default="raphael-3b", help="preset or YAML file (default raphael-3b)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.global_batch_size=512")

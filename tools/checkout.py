@@ -8,7 +8,7 @@ _root = Path(__file__).resolve().parent.parent
 if (_root / "raphael_dist" / "__init__.py").is_file():  # in a wheel the tools are inside the package
     sys.path.insert(0, str(_root))
 
-with suppress(ImportError):  # the installed package is older
+with suppress(ImportError):  # an older installed package does not have this function
     from raphael_dist.cli.installed import report_missing_packages
 
     report_missing_packages()

@@ -49,7 +49,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     ranks = parser.add_argument_group("layouts with files per rank")
     ranks.add_argument(
-        "--ep", default="1,1", metavar="S,T", help="ranks over which space and time experts are sharded, e.g. 2,1"
+        "--ep", default="1,1", metavar="S,T", help="numbers of ranks over which space and time experts are sharded, e.g. 2,1"
     )
     ranks.add_argument("--world", type=int, default=1, help="number of ranks (default 1)")
     ranks.add_argument("--zero", type=int, default=1, choices=(0, 1, 2, 3), help="ZeRO stage (default 1)")
@@ -70,7 +70,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     model.add_argument(
         "--lora", type=Path, metavar="PATH", help="merge these LoRA adapters: a peft folder, or a run that trained them"
     )
-    model.add_argument("--lora-scale", type=float, default=1.0, help="strength of the adapters (default 1)")
+    model.add_argument("--lora-scale", type=float, default=1.0, help="factor of the LoRA adapters (default 1)")
     pipeline = parser.add_argument_group("diffusers pipelines")
     pipeline.add_argument(
         "--unet-only", action="store_true", help="export only the U-Net, without VAE, text encoder and scheduler"
@@ -78,7 +78,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     pipeline.add_argument(
         "--text-by-name",
         action="store_true",
-        help="store the name of a text encoder that comes in a Python package, not its weights",
+        help="for a text encoder whose weights a Python package contains: store its name instead of its weights",
     )
     pipeline.add_argument("--license", default="unknown", help="license in the model card, e.g. apache-2.0")
     return parser.parse_args(argv)

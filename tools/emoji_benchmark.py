@@ -1,7 +1,8 @@
 """The emoji benchmark: `python tools/emoji_benchmark.py --checkpoint RUN_DIR --out FOLDER`. It downloads nothing.
 
-It draws the held-out combinations of a thing and a style, compares the images with the real ones, and prints a table. Ranks
-of a launcher divide the work. The same command continues a benchmark that was stopped.
+It draws emoji of a thing ("red heart") in a drawing style ("noto") for combinations that training has not seen, compares
+them with the real emoji, and prints a table. Ranks of a launcher divide the work. The same command continues a benchmark
+that was stopped.
 """
 
 import argparse
@@ -22,12 +23,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         prog="emoji_benchmark.py",
         example="python tools/emoji_benchmark.py --checkpoint models/emoji --out runs/emoji-benchmark",
         usage="%(prog)s --checkpoint PATH --out DIR [options]",
-        description="Sample pairs of a thing and a style that training did not combine; compare with the real emoji.",
+        description="Draw things in styles (red heart, noto) that training did not combine; compare with the real emoji.",
     )
     add_common_arguments(parser)
     parser.add_argument("--shards", nargs="+", help="training images (default: data.shards of the run)")
     parser.add_argument("--val-shards", nargs="+", help="held-out images (default: data.val_shards of the run)")
-    parser.add_argument("--per-pair", type=int, default=1, help="images of each held-out pair (default 1)")
+    parser.add_argument("--per-pair", type=int, default=1, help="images of each pair of thing and style (default 1)")
     parser.set_defaults(study="emoji")
     return parser.parse_args(argv)
 

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("shards", nargs="+", help="shards as in data.shards: paths, URLs, globs, {000..999} ranges")
     parser.add_argument("--cache-dir", type=Path, default=Data().cache_dir, help="data.cache_dir of the run")
     parser.add_argument("--shard-cache", type=Path, help="folder for downloaded shards")
-    parser.add_argument("--columns", nargs="*", default=[], help="columns to index, for data.filters")
+    parser.add_argument("--columns", nargs="*", default=[], help="metadata columns that data.filters needs")
     parser.add_argument("--processes", type=int, default=1, help="number of processes that read shards (default 1)")
     parser.add_argument("--part", type=int, help="number of this part, from 0 (default: from the environment)")
     parser.add_argument("--parts", type=int, help="number of parts")

@@ -26,9 +26,9 @@ from words_data.drawing import FONTS, HEIGHT, HELD_OUT_FONT, WIDTH, Font, Look, 
 from words_data.vocabulary import HELD_OUT_STRINGS, MIN_HELD_OUT, Vocabulary, emoji_words
 
 SHARD_SAMPLES = 5000
-# Prompts per set.
+# Number of prompts in each set of held-out (or trained) texts, one file prompts-NAME.txt each.
 PROMPTS = 300
-# Prompts of each set in the grid of prompts.txt, which has six columns.
+# How many prompts of each set are in prompts.txt, whose images form a grid of six columns.
 GRID = {"trained-words": 6, "held-out-words": 12, "held-out-strings": 6, "held-out-font": 6}
 _TRAIN, _VAL, _PROMPTS = range(3)  # streams of random numbers
 
@@ -210,9 +210,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="PIXELS",
         help=f"height of an image (default {HEIGHT}; 16 suffices for --simple)",
     )
-    parser.add_argument("--simple", action="store_true", help="one font in one size in the centre, evenly spaced")
-    parser.add_argument("--monochrome", action="store_true", help="black on white")
-    parser.add_argument("--prompts-only", action="store_true", help="write only the prompts-*.txt")
+    parser.add_argument("--simple", action="store_true", help="draw all text in one font and size, centred, evenly spaced")
+    parser.add_argument("--monochrome", action="store_true", help="draw all text black on white")
+    parser.add_argument("--prompts-only", action="store_true", help="write only prompts*.txt, no shards")
     return parser.parse_args(argv)
 
 

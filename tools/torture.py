@@ -32,7 +32,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="KIND",
         help="only this kind, group or place of faults (see --list); may be repeated",
     )
-    parser.add_argument("--again", metavar="SEED", help="repeat the trial of --only with this seed, which was printed")
+    parser.add_argument("--again", metavar="SEED", help="with --only: repeat the trial that printed this seed")
     parser.add_argument("--list", action="store_true", help="list the kinds of faults")
     return parser.parse_args(argv)
 

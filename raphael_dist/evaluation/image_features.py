@@ -22,7 +22,7 @@ from raphael_dist.storage.weight_files import TRANSFORMERS, weight_files
 if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPProcessor
 
-# uint8 [B, 3, H, W] to float32 [B, D] on the CPU.
+# From images, uint8 [B, 3, H, W], to their features, float32 [B, D] on the CPU.
 Features = Callable[[Tensor], Tensor]
 BATCH = 32
 INSTALL = 'Run `pip install "raphael_dist[eval]"`.'
@@ -87,9 +87,9 @@ def make_inception_features(path: Path, device: torch.device) -> Features:
 def make_hed_features(device: torch.device) -> Features:
     """Return a function that computes features of images with the edge detector HED: uint8 [B, 3, H, W] to float32 [B, 768].
 
-    They are the outputs of HED's stages 3 and 4, averaged over the image and divided by 100, to be about 1. HED is a VGG-16
-    fine-tuned for edges, and its weights need no download. Distances of these features cannot be compared with published
-    FID.
+    They are the outputs of HED's stages 3 and 4, averaged over the image and divided by 100, so that they are about 1. HED
+    is a VGG-16 fine-tuned for edges, and its weights need no download. Distances of these features cannot be compared with
+    published FID.
     """
     stages = make_hed_stages(device)
     return lambda images: torch.cat([stage.mean(dim=(2, 3)) for stage in stages(images)[2:]], dim=1).cpu() / 100

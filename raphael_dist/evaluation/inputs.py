@@ -156,7 +156,7 @@ def read_lettering(spec: str, cache_dir: Path, size_hw: tuple[int, int]) -> list
 def list_images(folder: Path, option: str) -> list[Path]:
     """Return the paths of all images in a folder and its subfolders, sorted. Raises UserError if there are fewer than two.
 
-    The same files count as images as in data preparation: no hidden files and no edge maps. A warning counts those left out.
+    Hidden files and edge maps are left out, as in data preparation. A warning states how many files are left out, and why.
 
     `option`: the command line option that named the folder, e.g. "--reference", for messages.
     """

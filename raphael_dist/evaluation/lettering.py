@@ -10,7 +10,7 @@ import numpy as np
 from raphael_dist.evaluation.distances import bootstrap, wilson
 from raphael_dist.text import quoted_parts
 
-# Emoji captions that name the text on the image; letters are capitals there.
+# Captions of emoji that show letters or digits: the group of each pattern is this text. Letters are drawn as capitals.
 _EMOJI = (
     re.compile(r"keycap with the number (\d+)"),
     re.compile(r"button with the letters? (\w+)"),

@@ -18,9 +18,9 @@ from raphael_dist.evaluation.lettering import normalise_text
 # From an image, uint8 [H, W, 3], to the text in it.
 Reader = Callable[[np.ndarray], str]
 WEIGHTS = "PP-OCRv6_rec_small.onnx"
-# Pixels: the height of PP-OCRv6's input, and the width that shorter lines are padded to, as in its training.
+# Pixels: height of the input of PP-OCRv6, and the width to which shorter lines are padded, as in the network's training.
 LINE_HW = (48, 320)
-TESSERACT_SIDE = 400  # pixels that a small image is enlarged to: tesseract expects scans
+TESSERACT_SIDE = 400  # pixels to which small images are enlarged, since tesseract expects the resolution of scans
 
 
 def load_reader(spec: str, alphabet: Collection[str]) -> Reader:

@@ -33,7 +33,7 @@ from raphael_dist.sampling.sampler import Request
 from raphael_dist.storage.checksummed import read_array, write_array
 from raphael_dist.storage.files import atomic_path, replace_bytes
 
-# A row for each image number: numbers, or the text that was read.
+# From indices of images to an array with a row for each: numbers such as features, or the text that OCR has read.
 Scorer = Callable[[Sequence[int]], np.ndarray]
 
 

@@ -214,7 +214,7 @@ class Denoiser(PipelineFiles):
         return self.do_classifier_free_guidance and prompts.negative_embeds is not None
 
     def _generator(self, call: CallArguments) -> Any:
-        """Return the generators of the call's noise after the initial one: one, a list of one for each image, or None."""
+        """Return the generators of the noise that the steps add: one generator, a list with one per image, or None."""
         if call.generator is None and call.seed is not None:
             return torch.Generator(self._execution_device).manual_seed(call.seed)
         return call.generator

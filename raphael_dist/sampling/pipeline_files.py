@@ -31,14 +31,14 @@ class PipelineFiles(_Pipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         """Load a pipeline from a local folder or a model hub, with diffusers' arguments.
 
-        With `text_encoder=None`, a text encoder that the folder names instead of containing it is not loaded either.
+        With `text_encoder=None`, no text encoder is loaded, not even one of which the folder has only the name.
 
         Raises UserError if the local folder does not contain a pipeline, or lacks files.
         """
         if kwargs.get("text_encoder", cls) is None:
             kwargs.setdefault("text", None)
         folder = Path(pretrained_model_name_or_path)
-        # Another path with one slash may be the name of a repository.
+        # A path that does not exist and has one slash may be the name of a repository (owner/name) of the hub.
         if folder.exists() or str(folder).count("/") != 1 or folder.parent.is_dir():
             check_pipeline_folder(folder)
             if IN_PACKAGE:
@@ -112,8 +112,8 @@ class PipelineFiles(_Pipeline):
             kwargs: arguments of `push_to_hub`; by default `repo_id` is the name of the folder.
         """
         hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
-        # The encoder "characters" has no files, and its code is in pipeline.py. Its model_type is compared: if this code was
-        # imported twice, the class of the encoder exists twice.
+        # The encoder "characters" has no files, and its code is in pipeline.py. It is recognised by its model_type and not
+        # by its class, because importing this code twice creates two such classes.
         if self.text_encoder is not None and self.text_encoder.config.model_type == CHARACTERS:
             self.register_to_config(text=CHARACTERS, text_encoder=(None, None), tokenizer=(None, None))
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
@@ -133,7 +133,7 @@ class PipelineFiles(_Pipeline):
             (folder / f"{path}.py").write_text(text)
         if IN_PACKAGE:
             apply_umask(folder)
-        if push_to_hub:  # which saves again, to a temporary folder
+        if push_to_hub:  # this method saves the pipeline again, to a temporary folder
             self.push_to_hub(**{"repo_id": folder.name, **hub}, safe_serialization=safe_serialization, variant=variant)
 
     @staticmethod
@@ -147,7 +147,7 @@ class PipelineFiles(_Pipeline):
 def check_pipeline_folder(folder: Path) -> None:
     """Raise UserError unless `folder` is that of a saved pipeline: its model_index.json names a class as "_class_name".
 
-    This is the name of a class, or the names of a module and of a class in it.
+    The value of "_class_name" is the name of a class, or a list of the names of a module and of a class in it.
     """
     problem = None
     try:

@@ -77,8 +77,8 @@ class RaphaelInpaintPipeline(RaphaelPipeline):
             prompt: one caption or several.
             image: a PIL image, an array [H, W, 3] or a tensor [3, H, W] of floats in 0..1, or one for each prompt; it is
                 resized and cropped to height x width.
-            mask_image: the same, also without channels ([H, W]), of the size of the image: white (1) where the image is
-                drawn, black (0) or transparent where it is kept.
+            mask_image: a mask, of the types of `image` or without channels ([H, W]), and of the size of the image: white (1)
+                where the image is drawn, black (0) or transparent where it is kept.
             strength: share of the denoising steps, 0 to 1, that are applied to the image. 1: the masked part starts from
                 pure noise.
             options: other arguments of RaphaelPipeline.

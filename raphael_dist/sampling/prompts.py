@@ -142,7 +142,7 @@ def read_edges(path: Path, size_hw: tuple[int, int], kind: str, option: str = "-
     if kind == "map":
         return pixels_HW3.mean(axis=2).astype(np.float32) / 255
     image = torch.from_numpy(pixels_HW3).permute(2, 0, 1).unsqueeze(0)
-    if kind == "hed":  # the method of training data without edge maps
+    if kind == "hed":  # as training detects the edges of images that have no edge map
         return EdgeEncoder(None, torch.device("cpu")).encode(image.float() / 127.5 - 1)[0].numpy()
     return edge_map(image, kind)[0, 0].numpy()
 

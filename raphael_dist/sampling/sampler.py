@@ -229,7 +229,7 @@ class Sampler:
         strength: float = 0.8,
         on_step: OnStep | None = None,
     ) -> np.ndarray:
-        """Draw one image for each request. All must have one size, and either all or none have a start image.
+        """Draw one image for each request. All must have the same size, and either all or none have a start image.
 
         Args:
             requests: descriptions of B images: caption, size, seed, input images.

@@ -31,8 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 FINISHED = "finished.json"
 BENCHMARK, TEXT = "benchmark", "text"
 VALIDATIONS = 20  # points of the curves over images seen, unless train.val_every is set
-LOCK_WAIT_S = 86_400  # how long to wait for a run that a killed campaign left running
-# Beginnings of fields that may change between runs of a campaign, except those of AFFECTS_RESULTS.
+LOCK_WAIT_S = 86_400  # seconds to wait for the end of a run that a killed campaign has left running
+# Fields that begin with one of FREE may change when a campaign is continued, except those in AFFECTS_RESULTS.
 FREE, AFFECTS_RESULTS = ("run.", "train.max_steps"), {"run.init_from", "run.reinit"}
 Reporter = Callable[[str], None]
 

@@ -19,11 +19,11 @@ CURVES = {
     "edges": ("edge.max_timestep", "T_c (edge.max_timestep)"),
 }
 COLOUR, LOSS = "#0072b2", "held-out loss"
-COLOURS = colormaps["tab20"]  # of curves: ten dark ones, each followed by a light one
+COLOURS = colormaps["tab20"]  # of curves: ten dark colours, each followed by a light one of the same hue
 
 
 def draw(base: Base, summaries: Sequence[Summary], out: Path) -> list[Path]:
-    """Write variants.png and, for each setting in CURVES with at least two values, a curve of the loss.
+    """Write variants.png, and a figure of the loss against each setting in CURVES for which two values were trained.
 
     Returns the files. `base`: the configuration that variants change. `out`: the folder.
     """

@@ -8,7 +8,7 @@ from ablations.size import matched_widths
 from raphael_dist.config.schema import Config, load_config
 from raphael_dist.errors import UserError, did_you_mean
 
-# Fields that a campaign sets for each run, and the option of each.
+# Fields that a campaign sets for each run, and the option of tools/ablate.py that determines each.
 OWN = {"run.dir": "--out", "run.seed": "--seeds", "train.max_steps": "--images"}
 WIDTH = "model.expert_width"
 _FLOW = {"diffusion.prediction": "flow", "diffusion.zero_terminal_snr": "false", "diffusion.min_snr_gamma": "0"}
@@ -93,20 +93,20 @@ def groups_of(base: Base, steps: int) -> dict[str, list[Variant]]:
             Variant(f"alpha-{a:g}", f"alpha {a:g}", {"model.mask_threshold": f"{a:g}"}) for a in (0, 0.2, 0.4, 0.6, 0.8)
         ],
         "edges": [
-            Variant(f"edges-{t}", f"edge loss below timestep {t}", {"edge.max_timestep": str(t)})
+            Variant(f"edges-{t}", f"edge loss only below timestep {t}", {"edge.max_timestep": str(t)})
             for t in (last * quarter // 4 for quarter in (1, 2, 3, 4))
         ],
         "later": [
-            Variant("shared", "a shared expert, all narrower, at equal FLOPs", shared, "flops"),
+            Variant("shared", "with a shared expert, narrower, at equal FLOPs", shared, "flops"),
             Variant("finer", f"{2 * space} space and {2 * time} time experts, narrower, at equal FLOPs", finer, "flops"),
-            Variant("shared-finer", "both of these, at equal FLOPs", {**shared, **finer}, "flops"),
+            Variant("shared-finer", "with shared and twice as many experts, at equal FLOPs", {**shared, **finer}, "flops"),
             Variant("time-boundaries", "time experts with fixed boundaries", bands),
         ],
         "gates": [
             Variant("balanced", "balance loss over attended tokens", {**attended, "model.balance_weight": "0.01"}),
             Variant("unbalanced", "without balance loss", {"model.balance_weight": "0"}),
             Variant("annealed", "gate noise falls to 0 at half of the steps", {"model.gate_noise_steps": str(steps // 2)}),
-            Variant("noisy", "gate noise to the end", {"model.gate_noise_steps": "0"}),
+            Variant("noisy", "gate noise in all steps", {"model.gate_noise_steps": "0"}),
             Variant("quiet", "a tenth of the gate noise", {"model.gate_noise": f"{config.model.gate_noise / 10:g}"}),
             Variant("padding", "padding tokens are routed as well", {"model.mask_padding": "false"}),
         ],

@@ -55,7 +55,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print how evenly time experts are loaded by independent and stratified timesteps, and those that the trainer draws."""
+    """Print how evenly time experts are loaded if timesteps are independent, stratified, or drawn as by the trainer."""
     config, seed = load_config("raphael-3b").diffusion, 0
     total, T = args.global_batch_size, config.num_timesteps
 
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     draws = {
         "independent": lambda step: bins(np.random.default_rng(step).random(total)),
         "strata in random order": lambda step: bins((np.random.default_rng(step).permutation(total) + 0.5) / total),
-        "strata, runs even (ours)": lambda step: bins(
+        "strata as in training (ours)": lambda step: bins(
             [draw_timestep(config, seed, step * total + i, total) / T for i in range(total)]
         ),
     }

@@ -109,7 +109,7 @@ def rounding(config: Config, shards: list[Path], encoders: Encoders) -> dict[str
     if edges:
         errors["edge float16"] = _error(torch.stack(edges).half().float(), torch.stack(edges))
     if not encoders.image.deterministic:
-        errors["std left out, of the latents"] = float(std.square().mean().sqrt() / mean.square().mean().sqrt())
+        errors["latents without their std"] = float(std.square().mean().sqrt() / mean.square().mean().sqrt())
     return errors
 
 

@@ -27,7 +27,7 @@ from raphael_dist.storage.files import replace_bytes
 from raphael_dist.storage.versions import versions
 
 KERNELS: tuple[str, ...] = get_args(Kernel)
-ROUNDS = 2  # of all measurements
+ROUNDS = 2  # how often each measurement is taken
 _GRAPHS = "train.cuda_graphs=true"
 _NO_RECOMPUTE = "model.checkpoint_activations=none"
 Record = dict[str, Any]
@@ -151,7 +151,7 @@ def measure_all(
         record = measure(pending[0], left)
         longest = max(longest, clock() - start)
         if record.get("error") == TIME_IS_UP and left < seconds:
-            break  # a new call gives it more time
+            break  # not recorded: a new call of the tool measures it again, with the full time
         results.add({"case": pending[0].name, **record})
         pending = results.pending(chosen)
     return len(pending)

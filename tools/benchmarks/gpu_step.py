@@ -51,7 +51,7 @@ class StepTime:
     Attributes:
         seconds: seconds of a step, the median of several rounds.
         flops: FLOPs of the model per sample, with every space expert on every image token, as they are computed.
-        useful_flops: the same without experts on tokens that do not need them.
+        useful_flops: `flops` without the work of space experts on image tokens whose weight for the expert is 0.
         peak_gib: largest memory of the device in GiB; 0 on a CPU.
     """
 

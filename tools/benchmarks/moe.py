@@ -50,7 +50,7 @@ class MoeRow:
 class Blocking(ExpertGroup):
     """An expert-parallel group that waits for each exchange at once, without overlapping it with computation.
 
-    Its additional time is what overlapping saves.
+    The time that it takes longer is the time that overlapping saves.
     """
 
     def all_to_all(self, *arguments: Any) -> tuple[Tensor, Any]:

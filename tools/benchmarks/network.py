@@ -81,7 +81,7 @@ class Row:
 
     Attributes:
         case: the measurement.
-        wire: bytes that the network interface sent, with headers, acknowledgements and what TCP sent again.
+        wire: bytes that the network interface sent, with headers, acknowledgements and TCP retransmissions.
         payload: bytes of data that the other nodes have acknowledged.
         counted: bytes that the node's ranks counted (`comm/*`); 0 for other trainers, which do not count.
         planned: bytes that the planner predicts; 0: it cannot.
@@ -117,7 +117,7 @@ def cases(topologies: list[tuple[int, int]], everything: bool) -> Iterator[Case]
             yield replace(base, who="DeepSpeed MoE")
 
 
-# ---- on a rank ------------------------------------------------------------------------------
+# ---- code that runs on a rank ------------------------------------------------------------------------------
 
 
 def measure(config_name: str, todo: list[Case], out: str) -> None:
@@ -152,7 +152,7 @@ def _count(step: Callable[[], object], traffic: Traffic) -> tuple[float, float, 
 def _sent() -> tuple[int, int]:
     """Return the bytes so far that this node's interface has sent, and that other nodes have acknowledged. Collective."""
     dist.barrier()
-    time.sleep(0.2)  # the last acknowledgements
+    time.sleep(0.2)  # until the last acknowledgements have arrived
     line = next(line for line in Path("/proc/self/net/dev").read_text().splitlines() if "eth0" in line)
     connections = subprocess.run(["ss", "-tniOH"], capture_output=True, text=True, check=True).stdout
     acknowledged = 0
@@ -225,7 +225,7 @@ def _deepspeed_step(case: Case, config: Config, ranks: Ranks, loss: Callable[...
     return step
 
 
-# ---- on the host ----------------------------------------------------------------------------
+# ---- code that starts the ranks ----------------------------------------------------------------------------
 
 
 def planned_bytes(case: Case, config_name: str) -> float:
@@ -243,7 +243,7 @@ def planned_communication(case: Case, config_name: str, links: Cluster) -> list[
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in RaphaelUNet(config).named_parameters()}
     parameters = sum(map(prod, shapes.values()))
-    # DeepSpeed's default threshold is the planner's PERSISTENT.
+    # DeepSpeed's default for stage3_param_persistence_threshold equals the planner's constant PERSISTENT.
     scheme, persistent = SCHEMES[case.stage], persistent_elements(shapes)
     return communications(config, plan, links, parameters, scheme, reductions, persistent)
 

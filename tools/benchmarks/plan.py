@@ -55,7 +55,7 @@ class Published:
     cluster: str
     ranks: int
     micro: int
-    images_per_s: float  # of one GPU
+    images_per_s: float  # measured speed of one GPU
     source: str
 
 

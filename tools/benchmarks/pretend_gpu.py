@@ -63,7 +63,7 @@ class PretendGpu:
     def __init__(self) -> None:
         self.notes = Notes()
         self.noting = True  # False while nothing is recorded, which is faster
-        self._origin: dict[int, str] = {}  # the place in the forward pass by the number of its autograd node
+        self._origin: dict[int, str] = {}  # line of code of the forward pass, by sequence number of its autograd node
         self._stack = ExitStack()
 
     def take(self) -> Notes:

@@ -105,7 +105,7 @@ def measure(ranks: Ranks, ep: int, repeats: int, folder: Path) -> dict[str, floa
     often: dict[str, Callable[[], Any]] = {
         "raise_on_all_ranks": lambda: raise_on_all_ranks(lambda: None),
         "gather a table row": lambda: rank_table(ranks, device),
-        "together, no work": lambda: long_work.run_on_all_ranks("nothing", lambda _: None),
+        "run_on_all_ranks, no work": lambda: long_work.run_on_all_ranks("nothing", lambda _: None),
         "run_on_rank0": lambda: long_work.run_on_rank0("nothing", lambda _: ["a path"] * 100),
         "step: sum of three numbers": lambda: all_reduce_sum([1.0, 0.0, 0.0], device),
         "save: agree on room": lambda: gather_objects((1, 1, None)),

@@ -1,6 +1,7 @@
-"""Runs the emoji benchmark: draws the held-out pairs of a thing and a style, measures the images, and writes one table.
+"""Runs the emoji benchmark: draws pairs of a thing ("red heart") and a style ("noto") that training has not seen.
 
-The table also has two references: what a perfect model and what copying a training image would reach.
+It measures the images and writes one table. For comparison, the table has the values of a perfect model, and those of
+copying a training image of the same thing.
 """
 
 import json

@@ -1,7 +1,8 @@
 """The captioned emoji data set: all 1,906 emoji in up to three drawing styles, as webdataset shards.
 
-One sample is one concept in one style: `<concept>__<style>.{webp,json,edge.png}`. A concept may be held out in exactly
-one of its styles: the validation shards combine a known concept with a known style in a way that training has not seen.
+One sample is one concept (thing, e.g. a red heart) in one style: `<concept>__<style>.{webp,json,edge.png}`. A concept may
+be held out in exactly one of its styles: the validation shards combine a known concept with a known style in a way that
+training has not seen.
 """
 
 import gzip

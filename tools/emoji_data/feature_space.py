@@ -1,8 +1,8 @@
 """The fixed feature space in which the emoji benchmark compares generated images with real ones.
 
-For a held-out pair of a thing and a style, training had the thing in other styles and the style with other things. A model
-can draw the pair only by combining the two. The features are fixed and need no download. How well they separate things and
-styles is measured on the real images.
+For a held-out pair of a thing ("red heart") and a drawing style ("noto"), training had the thing in other styles and the
+style with other things. A model can draw the pair only by combining the two. The features are fixed and need no download.
+How well they separate things and styles is measured on the real images.
 
 Shape legend: P pairs (generated images), N real images, B images, D features, S styles.
 """
@@ -25,14 +25,14 @@ from raphael_dist.evaluation.image_features import Features, compute_features, m
 from raphael_dist.sampling.sampler import to_pixels, to_tensor
 from raphael_dist.storage.checksummed import read_array, write_array
 
-PRINCIPAL = 32  # directions of the Frechet distance: there are only about a hundred held-out pairs
+PRINCIPAL = 32  # principal components of the Frechet distance: few, as there are about a hundred held-out pairs
 PENALTY = 0.1  # of the style classifier's ridge regression
-PARTS = {"style": 2080, "stage 3": 256 * 16, "stage 4": 512 * 4}  # widths of the parts of `make_part_features`
+PARTS = {"style": 2080, "stage 3": 256 * 16, "stage 4": 512 * 4}  # columns of each part of the features
 
 
 @dataclass(frozen=True, eq=False)
 class TrueImages:
-    """The N images of the data set (real, not generated), each with its thing, its style and its first caption.
+    """The N images of the data set (real, not generated), each with its thing (e.g. "red-heart"), style and first caption.
 
     `pixels`: uint8 [H, W, 3] each. `held_out`: bool [N], whether an image is held out from training.
     """
@@ -245,16 +245,17 @@ def _frechet_row(space: FeatureSpace, features: ScaledFeatures, draws: int = 100
     for _ in range(draws):
         a, b = (torch.from_numpy(draw.integers(0, len(x), len(x))) for x in (drawn, true))
         resampled.append(space.distance(drawn[a], true[b]))
-    # A resample repeats images, which changes means and covariances and so raises the distance. Its spread around its own
-    # mean is used, not its values.
+    # A resample repeats images, which changes means and covariances and so raises the distance. Therefore the interval is
+    # the spread of the resampled distances around their own mean, placed around the distance of all images.
     low, high = np.quantile(resampled, [0.025, 0.975]) - np.mean(resampled) + value
     return Row("Frechet distance", value, max(0.0, float(low)), float(high))
 
 
 def judge_references(space: FeatureSpace, image: ImageEncoder) -> dict[str, list[Row]]:
-    """Measure two references by name: what a perfect model reaches, and what copying a training image reaches.
+    """Return the table rows of two references, by name: of a perfect model, and of copying a training image.
 
-    The first uses the real held-out images after the autoencoder, the second images of the same things in a trained style.
+    The perfect model "draws" the real held-out images, encoded and decoded by the autoencoder. The copy of a held-out image
+    is a training image of the same thing in another style.
     """
     true = space.images
     held_out = np.flatnonzero(true.held_out)

@@ -13,9 +13,9 @@ from raphael_dist.errors import UserError
 
 HEIGHT, WIDTH = 32, 128
 MARGIN = 4
-# Of capitals, in pixels.
+# Smallest and largest height of capital letters, in pixels.
 CAP_HEIGHTS = (14, 17)
-# Of simple looks, in pixels.
+# With --simple: height of capital letters, and distance between the middles of two characters, in pixels.
 SIMPLE_CAP_HEIGHT, SIMPLE_ADVANCE = 13, 16
 CAPTIONS = 4
 
@@ -63,7 +63,7 @@ class Look:
         place: "centre", "left" or "right".
         cap_height: height of capitals in pixels.
         shift: offset of the text from `place`: (down, right) in pixels.
-        advance: pixels between the middles of two characters; 0: as the font has it.
+        advance: pixels between the middles of two characters; 0: the font's own spacing.
     """
 
     font: Font
