@@ -122,7 +122,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--config", default="emoji-tiny")
     command.add_argument("--batches", type=int, default=10)
     command.add_argument("--threads", type=int, default=2)
-    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings as for training")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of the run, as for train.py")
 
 
 def run(args: argparse.Namespace) -> None:

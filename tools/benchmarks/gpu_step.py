@@ -188,12 +188,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--micro-batch", type=int, nargs="+", default=[2, 8, 16])
     command.add_argument("--deepspeed_config", help="DeepSpeed configuration (default: as in training)")
     command.add_argument("--steps", type=int, default=10, help="steps in each of three rounds (default 10)")
-    command.add_argument("--step-of", nargs="+", choices=STEPS, default=["ours", "diffusers"], help="whose step is measured")
+    command.add_argument("--step-of", nargs="+", choices=STEPS, default=["ours", "diffusers"], help="models to measure")
     command.add_argument("--json", action="store_true", help="print a line of JSON per measurement instead of a table")
     command.add_argument("--all", action="store_true", help="measure all presets and kernels; a second call continues")
     command.add_argument("--out", type=Path, default=Path("build/gpu.json"), help="file with the results of --all")
     command.add_argument("--minutes", type=float, default=9, help="time after which --all ends (default 9)")
-    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.compile=true")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings, e.g. train.compile=true")
 
 
 def run(args: argparse.Namespace) -> None:

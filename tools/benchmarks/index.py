@@ -26,9 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--per-shard", type=int, default=10_000, help="samples per shard (default 10,000, as img2dataset writes)"
     )
-    parser.add_argument("--folder", type=Path, help="keep the index in this folder, or use the one that is there")
+    parser.add_argument("--folder", type=Path, help="folder to keep the index in; an index that it has is used")
     parser.add_argument(
-        "--ranks", type=int, default=2, help="number of processes that open the index, first in turn and then at once"
+        "--ranks", type=int, default=2, help="number of processes that open the index: one by one, then all at once"
     )
 
 

@@ -150,7 +150,7 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark to its parser `command`."""
-    command.add_argument("--targets", type=int, nargs="+", default=list(TARGETS), help="compute capabilities")
+    command.add_argument("--targets", type=int, nargs="+", default=list(TARGETS), help="compute capabilities, 90 for 9.0")
     command.add_argument("--switches", nargs="+", help="names of kernels, as in train.kernels (default: all)")
 
 

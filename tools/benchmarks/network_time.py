@@ -101,7 +101,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark to its parser `command`."""
     command.add_argument("--config", default=str(Path(__file__).with_name("network.yaml")))
     command.add_argument("--nodes", type=int, default=2)
-    command.add_argument("--mbit", type=float, nargs="+", default=[50, 200, 1000], help="Mbit/s of the links")
+    command.add_argument("--mbit", type=float, nargs="+", default=[50, 200, 1000], help="bandwidths in Mbit/s")
     command.add_argument("--delay", type=float, nargs="+", default=[0, 5, 50], help="one-way latencies in ms")
     command.add_argument("--out", type=Path, help="also write the rows to this JSON file")
     command.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)  # on a rank

@@ -196,7 +196,7 @@ def _sd2_profile() -> Profile:
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark to its parser `command`."""
-    command.add_argument("--cluster", default="cpu", help="cpu, or a YAML file from tools/plan_run.py --calibrate")
+    command.add_argument("--cluster", default="cpu", help="this machine: cpu, or a YAML file from plan_run.py --calibrate")
     command.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     command.add_argument(
         "--resident", metavar="NAME", help="internal: one configuration's resident memory, in a new process"

@@ -36,7 +36,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
     command.add_argument("--steps", type=int, default=10)
     command.add_argument("--rounds", type=int, default=2)
-    command.add_argument("--cluster", default="cpu", help="cpu, or a YAML file from tools/plan_run.py --calibrate")
+    command.add_argument("--cluster", default="cpu", help="this machine: cpu, or a YAML file from plan_run.py --calibrate")
 
 
 def overrides(kind: str, ranks: int) -> list[str]:

@@ -143,7 +143,7 @@ def add_sizes(command: argparse.ArgumentParser, batch: int, masks: list[float]) 
     for name, default in (("batch", batch), ("tokens", 256), ("text-tokens", 77), ("dim", 128), ("experts", 6)):
         command.add_argument(f"--{name}", type=int, default=default)
     command.add_argument("--repeats", type=int, default=7)
-    command.add_argument("--config", help="use the sizes of every attention level of this preset instead")
+    command.add_argument("--config", help="use the sizes of the U-Net levels with attention of this preset")
     command.add_argument(
         "--latent", type=int, default=16, help="with --config: height and width of the latents (default 16)"
     )

@@ -95,7 +95,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark to its parser `command`."""
     command.add_argument("--config", default="emoji-tiny")
     command.add_argument("--zero", choices=CONFIGURATIONS, default="zero2")
-    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.dtype=bfloat16")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings, e.g. train.dtype=bfloat16")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -175,7 +175,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         default=25,
         help="number of places in the code to list, those with the most launches first (default 25)",
     )
-    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings as for training")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of the run, as for train.py")
 
 
 def run(args: argparse.Namespace) -> None:
