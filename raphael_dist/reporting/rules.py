@@ -36,9 +36,9 @@ def dead_experts(evidence: RunEvidence) -> Finding | None:
     scalar = evidence.run.last("moe/dead_experts", share=0.01)
     if not dead and not scalar:
         return None
-    shown = "; ".join(f"{kind} blocks {', '.join(map(str, blocks))}" for kind, blocks in dead.items())
+    shown = "; ".join(f"{kind} experts in blocks {', '.join(map(str, blocks))}" for kind, blocks in dead.items())
     count = f"{scalar:.0f} experts are dead" if scalar else "experts are dead"
-    where = f": an expert gets under {DEAD_SHARE:.0%} of the mean load of its block in {shown}" if shown else ""
+    where = f": an expert gets under {DEAD_SHARE:.0%} of the mean load of its block ({shown})" if shown else ""
     return Finding(count + where, _BALANCE)
 
 
@@ -47,9 +47,9 @@ def overloaded_experts(evidence: RunEvidence) -> Finding | None:
     over = overloaded_blocks(evidence.run)
     if not over:
         return None
-    shown = "; ".join(f"{kind} blocks {', '.join(map(str, blocks))}" for kind, blocks in over.items())
+    shown = "; ".join(f"{kind} experts in blocks {', '.join(map(str, blocks))}" for kind, blocks in over.items())
     return Finding(
-        f"one expert gets more than {OVERLOADED:.0%} of the load in {shown}",
+        f"one expert gets more than {OVERLOADED:.0%} of the load of its block ({shown})",
         _BALANCE,
     )
 
@@ -102,7 +102,7 @@ def slow_ranks(evidence: RunEvidence) -> Finding | None:
     who = f" ({named[-1].text.partition(': ')[2]})" if named else ""
     return Finding(
         f"the slowest rank needs {median(ratios):.1f} times the median rank's time{who}",
-        "check that host's clock speed, other processes and disk, or exclude it",
+        "check clock speed, other processes and disk of this rank's host, or exclude the host",
     )
 
 

@@ -30,8 +30,8 @@ PLANTED: dict[rules.Rule, tuple[dict, str]] = {
         {"tags": {"train/loss": lambda i: 0.3 + 0.7 * 0.8**i + 0.03 * max(0, i - 30) + 0.005 * (-1) ** i}},
         "rises again: 0.298 up to step 300, 0.505 in the last eighth",
     ),
-    rules.dead_experts: ({"tags": {"moe/space/L02/load_min": lambda i: 0.001}}, "space blocks 2"),
-    rules.overloaded_experts: ({"tags": {"moe/time/L01/load_max": lambda i: 3.9}}, "time blocks 1"),
+    rules.dead_experts: ({"tags": {"moe/space/L02/load_min": lambda i: 0.001}}, "space experts in blocks 2"),
+    rules.overloaded_experts: ({"tags": {"moe/time/L01/load_max": lambda i: 3.9}}, "time experts in blocks 1"),
     rules.data_bound: ({"tags": {"time/data_wait_frac": lambda i: 0.6}}, "waits for data 60% of the time"),
     rules.slow_ranks: (
         {

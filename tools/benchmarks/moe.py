@@ -2,8 +2,8 @@
 
 All layers run forward and backward on equally many tokens of equal width with equally many experts of equal width, in the
 same processes. Layers that route differently are compared by *routed rows*: the number of computed (token, expert) pairs.
-With `uneven`, half of the load goes to one expert, as real timesteps and words do. DeepSpeed is configured not to drop
-tokens and therefore pads all experts to the load of the busiest one.
+With `uneven`, half of the load goes to one expert, since real timesteps and words load experts unevenly. DeepSpeed is
+configured not to drop tokens and therefore pads all experts to the load of the busiest one.
 """
 
 import argparse

@@ -35,7 +35,7 @@ from benchmarks.gpu_dummies import on_gpu, patches
 from raphael_dist.planning.op_costs import launches_work
 
 aten = torch.ops.aten
-OURS = ("/raphael_dist/", "/deepspeed/")  # parts of the names of files whose lines are reported as places
+OURS = ("/raphael_dist/", "/deepspeed/")  # files with one of these in their path; their lines are reported as places
 _NOT_A_PLACE = ("/torch/", "/contextlib.py", "/gpu_dummies.py", __file__)
 
 
