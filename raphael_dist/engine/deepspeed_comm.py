@@ -1,4 +1,4 @@
-"""Wraps DeepSpeed's collectives: counts the bytes sent, and replaces gloo's slow reduce-scatter (an all-reduce).
+"""Wraps DeepSpeed's collectives: counts the bytes sent, and replaces gloo's reduce-scatter and all-gather.
 
 DeepSpeed calls all collectives of every ZeRO stage through one object, `deepspeed.comm.comm.cdb`. Only this file replaces
 it.
@@ -122,9 +122,10 @@ class CountedBackend:
         self, output_tensor: Tensor, input_tensor: Tensor, group: Group = None, async_op: bool = False
     ) -> Work | None:
         self._traffic.weights += _others(output_tensor.nbytes, group)
+        work = all_gather(output_tensor, input_tensor, group)
         if async_op:
-            return self.backend.all_gather_into_tensor(output_tensor, input_tensor, group, async_op)
-        all_gather(output_tensor, input_tensor, group)
+            return work
+        work.wait()
         return None
 
     def all_gather(

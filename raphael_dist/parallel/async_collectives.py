@@ -7,25 +7,18 @@ launches the transposed collective on the gradient, and the backward pass of `st
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from raphael_dist.parallel import gloo_collectives
+from raphael_dist.parallel.gloo_collectives import Work
+
 # Its name since torch 2.13, and before.
 REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
-class Work(Protocol):
-    """The handle of a collective in progress, such as torch.distributed returns with async_op=True.
-
-    The collective's result must not be read before `wait` was called.
-    """
-
-    def wait(self) -> object:
-        """Wait until the result of the collective (the exchange between ranks) can be read. The return value has no use."""
 
 
 @dataclass
@@ -33,7 +26,8 @@ class Traffic:
     """Counter of the bytes that this rank sent to other ranks, by purpose.
 
     They are computed on the host from the sizes of the tensors, not measured. For gathers and reductions a ring algorithm is
-    assumed: for n ranks a rank sends (n - 1)/n of the whole tensor, and in an all-reduce twice as much.
+    assumed: for n ranks a rank sends (n - 1)/n of the whole tensor, and in an all-reduce twice as much. Gloo's two stages
+    (`gloo_collectives`) send as much.
 
     Attributes:
         experts: expert parallelism: tokens or samples sent to experts, their outputs and gradients, in forward, recomputed
@@ -56,71 +50,32 @@ class Traffic:
 def reduce_scatter(out: Tensor, rows: Tensor, group: dist.ProcessGroup | None) -> Work:
     """Start to sum the tensors `rows` of all ranks of a group; each rank gets an equal part of the sum in `out`.
 
-    `rows` is [n R, ...] for n ranks, and `out` [R, ...]. Call `wait` of the returned handle before reading `out`.
+    `rows` is [n R, ...] for n ranks, and `out` [R, ...]. Call `wait` of the returned handle before reading `out`. Several
+    collectives of a group can be in progress, if all ranks start them in the same order and wait for them in the same order.
     `group`: None means all ranks.
-
-    Gloo's own reduce-scatter is an all-reduce, which sends every byte twice. On gloo this function sends each part directly
-    to the rank that needs it, and that rank adds the parts up.
     """
-    if dist.get_backend(group) != "gloo":
-        return cast(Work, REDUCE_SCATTER(out, rows, group=group, async_op=True))
-    parts = torch.empty_like(rows)
-    size = dist.get_world_size(group)
-    return _LocalSum(_exchange(parts.chunk(size), rows.chunk(size), group), parts.view(-1, *out.shape), out)
+    members = group or _all_ranks()
+    if dist.get_backend(members) == "gloo":
+        return gloo_collectives.reduce_scatter(out, rows, members)
+    return cast(Work, REDUCE_SCATTER(out, rows, group=members, async_op=True))
 
 
-def all_gather(out: Tensor, part: Tensor, group: dist.ProcessGroup | None) -> None:
-    """Gather the tensors `part` of all n ranks of a group in `out`, in the order of the ranks; `out` has n times its size.
+def all_gather(out: Tensor, part: Tensor, group: dist.ProcessGroup | None) -> Work:
+    """Start to gather the tensors `part` of all n ranks of a group in `out`, in the order of the ranks.
 
-    `part` may be this rank's part of `out`. `group`: None means all ranks. Two ranks on gloo send their parts directly:
-    its all-gather takes 1.6 times as long as one part takes over a slow link.
+    `out` has n times the size of `part`, which may be this rank's part of `out`. Call `wait` of the returned handle before
+    reading `out`. `group`: None means all ranks.
     """
-    if dist.get_backend(group) == "gloo" and dist.get_world_size(group) == 2:
-        _exchange(out.chunk(2), (part, part), group).wait()
-    else:
-        dist.all_gather_into_tensor(out, part, group=group)
+    members = group or _all_ranks()
+    if dist.get_backend(members) == "gloo":
+        return gloo_collectives.all_gather(out, part, members)
+    return cast(Work, dist.all_gather_into_tensor(out, part, group=members, async_op=True))
 
 
-def _exchange(received: Sequence[Tensor], sent: Sequence[Tensor], group: dist.ProcessGroup | None) -> Work:
-    """Start to send `sent[p]` to each rank p of a gloo group, and to receive `received[p]` from it; empty ones are left out.
-
-    Gloo's all-to-all starts to send first. Then the last rank's request for the other's data waits behind its own data, so
-    that a link carries one direction after the other. Here receiving starts first, and both directions are used at once.
-    """
-    size, own = len(sent), dist.get_rank(group)
-    others = [(own + step) % size for step in range(1, size)]
-    ranks = [dist.get_global_rank(group, p) if group is not None else p for p in others]
-    receives = [
-        dist.P2POp(dist.irecv, received[p], rank, group)
-        for p, rank in zip(others, ranks, strict=True)
-        if received[p].numel()
-    ]
-    sends = [dist.P2POp(dist.isend, sent[p], rank, group) for p, rank in zip(others, ranks, strict=True) if sent[p].numel()]
-    received[own].copy_(sent[own])
-    return _AllWork(dist.batch_isend_irecv([*receives, *sends]) if receives or sends else [])
-
-
-@dataclass
-class _AllWork:
-    parts: Sequence[Work]
-
-    def wait(self) -> None:
-        """Wait for all of `parts`."""
-        for part in self.parts:
-            part.wait()
-
-
-@dataclass
-class _LocalSum:
-    work: Work
-    parts: Tensor
-    out: Tensor
-
-    @torch.no_grad()
-    def wait(self) -> None:
-        """Wait for the part that each rank sends, and write their sum to `out`. A bfloat16 sum is rounded only once."""
-        self.work.wait()
-        torch.sum(self.parts, dim=0, out=self.out)
+def _all_ranks() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None, "there is no process group"
+    return group
 
 
 @dataclass(frozen=True)
@@ -154,7 +109,8 @@ class ExpertGroup:
         """
         out, rows = rows.new_empty(sum(received), *rows.shape[1:]), rows.contiguous()
         if dist.get_backend(self.process_group) == "gloo":
-            work = _exchange(torch.split(out, list(received)), torch.split(rows, list(sent)), self.process_group)
+            parts = torch.split(out, list(received)), torch.split(rows, list(sent))
+            work = gloo_collectives.exchange(*parts, self.process_group)
         else:
             work = dist.all_to_all_single(out, rows, list(received), list(sent), group=self.process_group, async_op=True)
         self.traffic.experts += (sum(sent) - sent[self.index]) * rows.shape[1:].numel() * rows.element_size()
@@ -167,7 +123,7 @@ class ExpertGroup:
         before the tensor is read.
         """
         out = rows.new_empty(self.size * rows.shape[0], *rows.shape[1:])
-        work = dist.all_gather_into_tensor(out, rows.contiguous(), group=self.process_group, async_op=True)
+        work = all_gather(out, rows.contiguous(), self.process_group)
         self.traffic.experts += (self.size - 1) * rows.nbytes
         return out, work
 

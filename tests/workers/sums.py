@@ -1,35 +1,76 @@
-"""Rank: compares `exchange.reduce_scatter` with an all-reduce."""
+"""Rank: compares `reduce_scatter` and `all_gather` with torch's collectives. spec: "nodes" (of each rank), "two_stages"."""
 
+import os
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from raphael_dist.parallel.async_collectives import reduce_scatter
+from raphael_dist.parallel.async_collectives import all_gather, reduce_scatter
 from raphael_dist.runtime.ranks import discover, initialise
 from tests.lib.launch import leave
 
+SIZE = 1003  # elements of a part
 
-def main(_: dict[str, Any]) -> int:
+
+def main(spec: dict[str, Any]) -> int:
     ranks = discover()
+    os.environ["SLURMD_NODENAME"] = f"node{spec['nodes'][ranks.rank]}"
     initialise(ranks)
-    world, me = ranks.world_size, ranks.rank
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        rows = torch.randn(world * 1003, generator=torch.Generator().manual_seed(me)).to(dtype)
-        exact, before = rows.to(torch.float64, copy=True), rows.clone()
-        dist.all_reduce(exact)
-        dist.all_reduce(summed := rows.clone())
-        own, outs = slice(me * 1003, (me + 1) * 1003), [rows.new_empty(1003) for _ in range(3)]
-        reduce_scatter(outs[0], rows, None).wait()
-        reduce_scatter(outs[1], rows, dist.group.WORLD).wait()
-        assert torch.equal(rows, before)
-        part = rows[own]  # of the buffer itself, as in ZeRO-3
-        reduce_scatter(part, rows, None).wait()
-        assert torch.equal(outs[0], outs[1])
-        assert torch.equal(outs[0], part)
-        # As near to the exact sum as the all-reduce, and equal to it for two ranks.
-        errors = [(value.double() - exact[own]).abs().max() for value in (outs[0], summed[own])]
-        assert errors[0] <= errors[1] + torch.finfo(torch.float32).eps * world, (dtype, errors)
-        assert world > 2 or torch.equal(outs[0], summed[own]), dtype
+        _compare(dtype, spec["nodes"], spec["two_stages"])
+    _in_flight()
     leave()
     return 0
+
+
+def _compare(dtype: torch.dtype, nodes: list[int], two_stages: bool) -> None:
+    world, me = dist.get_world_size(), dist.get_rank()
+    all_rows = torch.stack([torch.randn(world * SIZE, generator=torch.Generator().manual_seed(r)) for r in range(world)])
+    rows, own, outs = all_rows[me].to(dtype), slice(me * SIZE, (me + 1) * SIZE), []
+    exact = rows.to(torch.float64, copy=True)
+    dist.all_reduce(exact)
+    before = rows.clone()
+    for group in (None, dist.group.WORLD):
+        outs.append(rows.new_empty(SIZE))
+        reduce_scatter(outs[-1], rows, group).wait()
+    assert torch.equal(rows, before)
+    part = rows[own]  # of the buffer itself, as in ZeRO-3
+    reduce_scatter(part, rows, None).wait()
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], part)
+    # The result is rounded, and in two stages the sum of each node. In between, bfloat16 is added in float32.
+    addends = all_rows.to(dtype).double()[:, own]
+    rounded = [exact[own], *(addends[torch.tensor(nodes) == n].sum(0) for n in set(nodes) if two_stages)]
+    adding = torch.finfo(torch.float32 if dtype == torch.bfloat16 else dtype).eps * world * addends.abs().sum(0)
+    bound = 1.01 * torch.finfo(dtype).eps / 2 * torch.stack(rounded).abs().sum(0) + adding
+    assert ((outs[0].double() - exact[own]).abs() <= bound).all(), dtype
+    gathered, expected = rows.new_empty(world * SIZE), rows.new_empty(world * SIZE)
+    dist.all_gather_into_tensor(expected, part)
+    all_gather(gathered, part.clone(), None).wait()
+    assert torch.equal(gathered, expected)
+    gathered.zero_()[own] = part
+    all_gather(gathered, gathered[own], None).wait()  # a part of the result, as in ZeRO-1 and 2
+    assert torch.equal(gathered, expected)
+
+
+def _in_flight() -> None:
+    """Start sums and gathers of different sizes one after another, and wait for them in another order."""
+    world, me = dist.get_world_size(), dist.get_rank()
+    works, outs, exact = [], [], []
+    for number in range(12):
+        size, generator = 1 + 317 * number, torch.Generator().manual_seed(100 * number + me)
+        rows = torch.randint(-999, 999, (world * size, 3), generator=generator).double()
+        if number % 3 == 2:
+            outs.append(rows.new_empty(world * size, 3))
+            works.append(all_gather(outs[-1], rows[:size], None))
+            dist.all_gather_into_tensor(expected := torch.empty_like(rows), rows[:size])
+        else:
+            outs.append(rows.new_empty(size, 3))
+            works.append(reduce_scatter(outs[-1], rows, None))
+            dist.all_reduce(summed := rows.clone())
+            expected = summed.chunk(world)[me]
+        exact.append(expected)
+    for number in torch.randperm(len(works), generator=torch.Generator().manual_seed(0)).tolist():
+        works[number].wait()
+        assert torch.equal(outs[number], exact[number]), number
