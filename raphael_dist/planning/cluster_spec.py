@@ -94,6 +94,7 @@ class ClusterSpec(BaseModel):
             self.net_gb_s.value,
             self.node_hop_us.value,
             self.net_hop_us.value,
+            gloo=self.device == "cpu",
         )
 
     def rate(self, dtype: str, op_class: str) -> Rates:

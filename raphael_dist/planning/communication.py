@@ -6,6 +6,8 @@ members with a network card of their own, so all cards carry the bytes. The time
 bandwidth of the slower of the two links (within and between nodes), plus one latency (hop) per member, which is longer
 between nodes. The result is a lower bound: it assumes that no rank is late and that the network is not shared.
 
+On gloo, with several ranks per node, reduce-scatters and all-gathers have two stages (`one_pass`).
+
 These predictions are not fitted to measurements. docs/scale.md lists the results and what the model leaves out.
 """
 
@@ -39,6 +41,7 @@ class Cluster:
             GPUs: the sum of its cards divided by the GPUs.
         node_hop_us, net_hop_us: latency in microseconds from one GPU to the next in a ring, within a node and between nodes.
             The defaults are NCCL's constants for the ring in its simple protocol.
+        gloo: whether gloo is used instead of NCCL.
     """
 
     ranks: int
@@ -47,6 +50,7 @@ class Cluster:
     net_gb_s: float = 45.0
     node_hop_us: float = 3.4
     net_hop_us: float = 9.6
+    gloo: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,13 +104,36 @@ def ring(
     """
     if ranks <= 1:
         return Communication(name, 0.0, 0.0, hidden_by)
-    lanes = min(ranks, max(1, cluster.per_node // stride))  # members in a node, each with its own network card
+    lanes = _ranks_in_node(ranks, cluster, stride)  # each with its own network card
     nodes = -(-ranks // lanes)
     sent = size * (ranks - 1) / ranks / 1e9
     network_gb = sent / lanes if nodes > 1 else 0.0
     transfer = max(sent / cluster.node_gb_s if lanes > 1 else 0.0, network_gb / cluster.net_gb_s)
     hops = (ranks - nodes) * cluster.node_hop_us + (nodes - 1) * cluster.net_hop_us
     return Communication(name, transfer + calls * hops * 1e-6, network_gb, hidden_by)
+
+
+def one_pass(
+    name: str, hidden_by: HiddenBy, size: float, ranks: int, cluster: Cluster, stride: int = 1, calls: int = 1
+) -> Communication:
+    """Predict the time of a reduce-scatter or an all-gather. Arguments and result are those of `ring`.
+
+    On gloo it has one stage inside each node and one between the ranks of equal index on all nodes
+    (`parallel/gloo_collectives.py`). With NCCL, one rank per node, or unequal numbers of ranks per node it is a ring.
+    """
+    lanes = _ranks_in_node(ranks, cluster, stride)
+    nodes = ranks // lanes
+    if not cluster.gloo or lanes == 1 or nodes == 1 or ranks % lanes:
+        return ring(name, hidden_by, size, ranks, cluster, stride, calls)
+    inside_gb = size * (lanes - 1) / lanes / 1e9
+    network_gb = size * (nodes - 1) / nodes / lanes / 1e9
+    seconds = inside_gb / cluster.node_gb_s + network_gb / cluster.net_gb_s
+    return Communication(name, seconds + calls * (cluster.node_hop_us + cluster.net_hop_us) * 1e-6, network_gb, hidden_by)
+
+
+def _ranks_in_node(ranks: int, cluster: Cluster, stride: int) -> int:
+    """Return how many of `ranks` ranks share a node, if the numbers of two neighbours differ by `stride`."""
+    return min(ranks, max(1, cluster.per_node // stride))
 
 
 def gathered_again(parameters: int, recomputes: bool, distance: int = MAX_REUSE_DISTANCE) -> float:
@@ -192,9 +219,11 @@ def _synchronisation(
     """
     size, buckets = float(width * parameters), math.ceil(parameters / DEEPSPEED_BUCKET)
     if scheme in ("replicated", "all_reduce", "reduce_scatter"):
-        passes, calls = (1, 1) if scheme == "reduce_scatter" else (2, 2 * buckets)
-        reduce = ring("reduce gradients", "backward", passes * size, ranks, cluster, stride, calls)
-        gather = ring("gather weights", "nothing", gathers * size, ranks, cluster, stride, gathers)
+        if scheme == "reduce_scatter":
+            reduce = one_pass("reduce gradients", "backward", size, ranks, cluster, stride)
+        else:
+            reduce = ring("reduce gradients", "backward", 2 * size, ranks, cluster, stride, 2 * buckets)
+        gather = one_pass("gather weights", "nothing", gathers * size, ranks, cluster, stride, gathers)
         return [reduce] if scheme == "replicated" else [reduce, gather]
     inside = min(cluster.per_node, ranks)
     return [  # node_shards
@@ -216,8 +245,10 @@ def _zero3(config: Config, cluster: Cluster, parameters: int, persistent: int, s
     calls = math.ceil((parameters - persistent) / PREFETCH_BUCKET)
     buckets = math.ceil(parameters / DEEPSPEED_BUCKET)
     return [
-        ring("gather weights, forward", "forward", size, ranks, cluster, calls=calls),
-        ring("gather weights, backward", "backward", again * size, second_gather, cluster, calls=math.ceil(again * calls)),
-        ring("reduce gradients", "backward", size + small, ranks, cluster, calls=buckets),
-        ring("gather small weights", "nothing", small, ranks, cluster),
+        one_pass("gather weights, forward", "forward", size, ranks, cluster, calls=calls),
+        one_pass(
+            "gather weights, backward", "backward", again * size, second_gather, cluster, calls=math.ceil(again * calls)
+        ),
+        one_pass("reduce gradients", "backward", size + small, ranks, cluster, calls=buckets),
+        one_pass("gather small weights", "nothing", small, ranks, cluster),
     ]

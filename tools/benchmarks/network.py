@@ -232,7 +232,7 @@ def planned_bytes(case: Case, config_name: str) -> float:
     """Return the bytes that a node sends in a step as predicted by the planner; 0.0 for trainers other than ours."""
     if case.who != "ours":
         return 0.0
-    parts = planned_communication(case, config_name, Cluster(case.nodes * case.per_node, case.per_node))
+    parts = planned_communication(case, config_name, Cluster(case.nodes * case.per_node, case.per_node, gloo=True))
     return sum(part.network_gb for part in parts) * 1e9 * case.per_node
 
 

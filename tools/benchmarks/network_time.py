@@ -76,7 +76,7 @@ def measure(config_name: str, nodes: int, per_node: int, out: str) -> None:
 def communication_s(case: Case, config_name: str, mbit_s: float, delay_ms: float) -> float:
     """Return the planner's seconds of all communication between nodes in a step. The ranks of a node share its link."""
     net_gb_s = mbit_s / 8e3 / case.per_node
-    links = Cluster(case.nodes * case.per_node, case.per_node, math.inf, net_gb_s, 0.0, 1e3 * delay_ms)
+    links = Cluster(case.nodes * case.per_node, case.per_node, math.inf, net_gb_s, 0.0, 1e3 * delay_ms, gloo=True)
     return sum(part.seconds for part in planned_communication(case, config_name, links))
 
 
