@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from benchmarks.states import random_batch
 from benchmarks.step import with_deepspeed_moe
 from raphael_dist.config.schema import Config, load_config
-from raphael_dist.engine.engine import Engine, import_deepspeed
+from raphael_dist.engine.deepspeed_comm import CountedBackend, deepspeed_comm, import_deepspeed
+from raphael_dist.engine.engine import Engine
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.losses import compute_losses
 from raphael_dist.model.unet import RaphaelUNet
@@ -201,7 +202,9 @@ def _ddp_step(model: nn.Module, loss: Callable[[Any], Tensor]) -> Callable[[], o
 
 
 def _deepspeed_step(case: Case, config: Config, ranks: Ranks, loss: Callable[..., Tensor]) -> Callable[[], object]:
-    deepspeed = import_deepspeed()
+    deepspeed, comm = import_deepspeed(), deepspeed_comm()
+    if isinstance(comm.cdb, CountedBackend):  # of an engine of ours, which was measured before
+        comm.cdb = comm.cdb.backend
     if case.who == "DeepSpeed":
         model, groups = RaphaelUNet(config), None
     else:
