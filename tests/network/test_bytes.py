@@ -25,17 +25,21 @@ SHARDED = [Case(2, 1, space_ep=2, time_ep=2)]
 MODEL = {"channels": [96, 128], "expert_width": [96, 128], "checkpoint_activations": "none"}
 
 
-@pytest.fixture(scope="module")
-def rows(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Row]:
-    folder = tmp_path_factory.mktemp("bytes")
-    config, out = str(folder / "tiny.yaml"), str(folder / "out")
+def measure(forks: Forks, folder: Path, cases: list[Case]) -> dict[Case, Row]:
+    """Take measurements on two nodes, all with the same number of ranks per node."""
+    config, out, per_node = str(folder / "tiny.yaml"), str(folder / "out"), cases[0].per_node
     tree = {**TREE, "model": {**TREE["model"], **MODEL}, "data": {"shards": ["synthetic"]}}
     Path(config).write_text(yaml.safe_dump(tree))
-    cases = [*STAGES, *REPEATED, *SHARDED]
     with Network([Link(), Link()]) as network:
-        spec = {"nodes": [network.space(0), network.space(1)], "master": network.addresses[0], "config": config, "out": out}
-        forks.must(folder, 2, worker="network_bytes", timeout=600, cases=[asdict(case) for case in cases], **spec)
+        nodes = [network.space(node) for node in range(2) for _ in range(per_node)]
+        spec = {"nodes": nodes, "master": network.addresses[0], "config": config, "out": out}
+        forks.must(folder, len(nodes), worker="network_bytes", timeout=600, cases=[asdict(case) for case in cases], **spec)
     return dict(zip(cases, read_rows(cases, config, out), strict=True))
+
+
+@pytest.fixture(scope="module")
+def rows(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Row]:
+    return measure(forks, tmp_path_factory.mktemp("bytes"), [*STAGES, *REPEATED, *SHARDED])
 
 
 def test_counted_bytes_are_on_the_wire(rows: dict[Case, Row]) -> None:
@@ -53,3 +57,11 @@ def test_planned_bytes_are_on_the_wire(rows: dict[Case, Row]) -> None:
 def test_reduce_scatter_sends_half_of_an_all_reduce(rows: dict[Case, Row]) -> None:
     """With ZeRO-2, gradients and weights cross the link once each: as much as the all-reduce of ZeRO-0."""
     assert rows[STAGES[2]].payload == pytest.approx(rows[STAGES[0]].payload, rel=0.02)
+
+
+def test_ranks_of_a_node_send_their_sums_once(forks: Forks, tmp_path: Path) -> None:
+    """With n bytes, the network carries n / 2 from each of two nodes for gradients, and as much for weights."""
+    for case, row in measure(forks, tmp_path, [Case(2, 2, stage=2), Case(2, 2, stage=3)]).items():
+        assert row.payload == pytest.approx(row.planned, rel=0.02), case
+        # Counters include what the ranks of a node send to each other: each of the two sends 3/4 n instead of 1/4 n.
+        assert row.counted == pytest.approx(3 * row.planned, rel=0.02), case

@@ -12,7 +12,8 @@ def main(spec: dict[str, Any]) -> int:
     sys.path.insert(0, str(ROOT / "tools"))
     from benchmarks.network import Case, measure
 
-    enter(spec["nodes"][int(os.environ["RANK"])])
-    os.environ |= {"MASTER_ADDR": spec["master"], "GLOO_SOCKET_IFNAME": "eth0"}
+    node = spec["nodes"][int(os.environ["RANK"])]
+    enter(node)
+    os.environ |= {"MASTER_ADDR": spec["master"], "GLOO_SOCKET_IFNAME": "eth0", "SLURMD_NODENAME": node}
     measure(spec["config"], [Case(**case) for case in spec["cases"]], spec["out"])
     return 0
