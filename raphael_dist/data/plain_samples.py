@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from raphael_dist.data.shards.build_index import build_index
-from raphael_dist.data.shards.dataset_index import BadSample, DatasetIndex
-from raphael_dist.data.shards.decode_sample import BadSampleError, DecodedSample, ImageDataset
+from raphael_dist.data.shards.dataset_index import BadSample, BadSampleError, DatasetIndex
+from raphael_dist.data.shards.decode_sample import DecodedSample, ImageDataset
 from raphael_dist.data.shards.shard_names import expand_shards, name_option
 from raphael_dist.runtime.launcher_env import rank_of
 
@@ -58,4 +58,4 @@ def _good_samples(dataset: ImageDataset, unreadable: list[BadSample]) -> Iterato
         try:
             yield dataset.load(sample_id, 0)
         except BadSampleError as error:
-            unreadable.append(BadSample(error.shard, error.key, error.reason))
+            unreadable.append(error.sample)

@@ -19,8 +19,8 @@ from raphael_dist.data.features.packing import SampleFeatures, Text
 from raphael_dist.data.fetch.shard_cache import ShardError
 from raphael_dist.data.mixture import MixedOrder
 from raphael_dist.data.order import SampleOrder, SamplePosition
-from raphael_dist.data.shards.dataset_index import BadSample
-from raphael_dist.data.shards.decode_sample import RETRY_AFTER_S, BadSampleError, Request
+from raphael_dist.data.shards.dataset_index import BadSample, BadSampleError
+from raphael_dist.data.shards.decode_sample import RETRY_AFTER_S, Request
 from raphael_dist.data.shards.sample_reader import SampleReader
 from raphael_dist.data.shards.skipped import most_common_reasons
 from raphael_dist.data.shards.tar_scan import EDGE_EXT
@@ -225,9 +225,7 @@ class TrainStream:
 
     def _record_bad(self, sample_id: int, error: BadSampleError | ShardError) -> None:
         """Treat a sample as unusable from now on. Raises UserError if data.on_error=stop."""
-        shard, row = self.order.index.locate(sample_id)
-        source = self.order.index.shards[shard]
-        bad = BadSample(source.name, source.keys[row], error.reason)
+        bad = error.sample if isinstance(error, BadSampleError) else self.order.index.bad_sample(sample_id, error.reason)
         if self._on_error == "stop":
             raise _stop_error(bad) from error
         with self._lock:

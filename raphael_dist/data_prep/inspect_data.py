@@ -11,7 +11,8 @@ from raphael_dist.data.buckets import nearest_buckets
 from raphael_dist.data.captions import read_captions, read_texts
 from raphael_dist.data.features.tokens import truncation_line
 from raphael_dist.data.prefetch import Prefetcher
-from raphael_dist.data.shards.decode_sample import BadSampleError, DecodedSample, ImageDataset
+from raphael_dist.data.shards.dataset_index import BadSampleError
+from raphael_dist.data.shards.decode_sample import DecodedSample, ImageDataset
 from raphael_dist.data.shards.skipped import most_common_reasons
 from raphael_dist.data.shards.tar_scan import EXTS
 from raphael_dist.data.shards.view import View, filter_columns
@@ -75,7 +76,8 @@ def inspect(dataset: ImageDataset, buckets: Sequence[int], count: int, num_image
             findings.members.update(members.keys())
             _add_text(findings, members, dataset)
             if isinstance(sample, BadSampleError):
-                findings.errors.append((f"{sample.shard}:{sample.key}", sample.reason))
+                bad = sample.sample
+                findings.errors.append((f"{bad.shard}:{bad.key}", bad.reason))
                 continue
             small = _thumbnail(sample.image)
             findings.thumbnails.append((sample.key, difference_hash(small), small))

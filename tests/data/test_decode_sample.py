@@ -14,7 +14,8 @@ from raphael_dist.data.fetch.shard_cache import ShardError
 from raphael_dist.data.image import decode_image, upright_size
 from raphael_dist.data.shards import decode_sample
 from raphael_dist.data.shards.build_index import build_index
-from raphael_dist.data.shards.decode_sample import BadSampleError, ImageDataset
+from raphael_dist.data.shards.dataset_index import BadSampleError
+from raphael_dist.data.shards.decode_sample import ImageDataset
 from raphael_dist.errors import UserError
 from tests.data.test_shards import png, png_header, write_raw
 
@@ -77,7 +78,7 @@ def test_undecodable_sample_is_reported_with_shard_key_and_reason(tmp_path):
     for sample_id in range(len(cases)):
         with pytest.raises(BadSampleError, match=r"a\.tar") as caught:
             data.load(sample_id, 0)
-        found[caught.value.key] = caught.value.reason
+        found[caught.value.sample.key] = caught.value.sample.reason
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert set(found) == set(cases)

@@ -18,7 +18,8 @@ from raphael_dist.data.fetch.shard_prefetch import ShardPrefetcher
 from raphael_dist.data.order import SampleOrder
 from raphael_dist.data.shards import decode_workers
 from raphael_dist.data.shards.build_index import build_index
-from raphael_dist.data.shards.decode_sample import BadSampleError, ImageDataset
+from raphael_dist.data.shards.dataset_index import BadSampleError
+from raphael_dist.data.shards.decode_sample import ImageDataset
 from raphael_dist.data.shards.decode_workers import DecodePool
 from tests.data.test_decode_sample import encode
 from tests.data.test_index import laion_shard

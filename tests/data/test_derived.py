@@ -19,7 +19,8 @@ from raphael_dist.data.features.packing import SampleFeatures
 from raphael_dist.data.fetch.shard_cache import ShardStore
 from raphael_dist.data.order import SampleOrder
 from raphael_dist.data.shards.build_index import build_index
-from raphael_dist.data.shards.decode_sample import BadSampleError, ImageDataset
+from raphael_dist.data.shards.dataset_index import BadSampleError
+from raphael_dist.data.shards.decode_sample import ImageDataset
 from raphael_dist.data.shards.tar_scan import FEATURES_EXT
 from raphael_dist.data.shards.view import open_view
 from raphael_dist.data_prep.build_shards import Preparer

@@ -24,7 +24,8 @@ from raphael_dist.data.image import _without_damaged_chunks, decode_image, uprig
 from raphael_dist.data.order import SampleOrder
 from raphael_dist.data.run_data import DataSource
 from raphael_dist.data.shards.build_index import build_index
-from raphael_dist.data.shards.decode_sample import BadSampleError, ImageDataset
+from raphael_dist.data.shards.dataset_index import BadSampleError
+from raphael_dist.data.shards.decode_sample import ImageDataset
 from raphael_dist.data.shards.open_index import describe
 from raphael_dist.data.shards.shard_names import expand_shards
 from raphael_dist.data.shards.skipped import most_common_reasons
@@ -438,7 +439,7 @@ def test_reasons_that_differ_in_numbers_are_grouped(tmp_path: Path) -> None:
     for n in range(1, 4):
         with pytest.raises(BadSampleError) as caught:
             data.load(n, 0)
-        bad.append((caught.value.key, caught.value.reason))
+        bad.append((caught.value.sample.key, caught.value.sample.reason))
     assert "0x" not in str(bad)
     [(_, count, first)] = most_common_reasons(bad)
     assert (count, first) == (3, "1")

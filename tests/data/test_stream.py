@@ -26,7 +26,8 @@ from raphael_dist.data.features.tokens import TruncationCounter
 from raphael_dist.data.order import SampleOrder
 from raphael_dist.data.prefetch import Prefetcher
 from raphael_dist.data.shards.build_index import build_index
-from raphael_dist.data.shards.decode_sample import BadSampleError, ImageDataset
+from raphael_dist.data.shards.dataset_index import BadSampleError
+from raphael_dist.data.shards.decode_sample import ImageDataset
 from raphael_dist.data.stream import TrainStream
 from raphael_dist.errors import UserError
 from raphael_dist.training.lr_schedule import gate_noise_deviation

@@ -23,8 +23,8 @@ from raphael_dist.data.features.cached_shard import CachedShard, layout_sum
 from raphael_dist.data.features.feature_source import OnlineFeatures
 from raphael_dist.data.features.packing import Pick, SampleFeatures
 from raphael_dist.data.features.run_encoders import TextFeatures
-from raphael_dist.data.shards.dataset_index import BadSample
-from raphael_dist.data.shards.decode_sample import BadSampleError, ImageDataset
+from raphael_dist.data.shards.dataset_index import BadSample, BadSampleError
+from raphael_dist.data.shards.decode_sample import ImageDataset
 from raphael_dist.errors import UserError
 from raphael_dist.runtime.progress_bar import Reporter, no_report
 from raphael_dist.storage.checksummed import read_sealed, write_sealed
@@ -154,8 +154,8 @@ class FeatureCache:
             self._quarantine(number, error)
             return self._online.get(sample_id, bucket, pick, flip)
         if features is None:
-            source = self.index.shards[number]
-            raise BadSampleError(source.name, source.keys[row], "the sample could not be used when the cache was written")
+            reason = "the sample could not be used when the cache was written"
+            raise BadSampleError(self.index.bad_sample(sample_id, reason))
         features.seconds = {"reading": time.monotonic() - began}
         return features
 
@@ -221,14 +221,14 @@ class FeatureCache:
         return TextFeatures(tensors["tokens"].float(), tensors["mask"], tensors["end"])
 
     def _read_bad(self, shard: int) -> dict[int, BadSample]:
-        source, first = self.index.shards[shard], int(self.index.starts[shard])
         try:
             entries = self._open_shard(shard).bad
         except UserError:
             raise
         except _UNREADABLE:
             return {}  # `get` reports the damage
-        return {first + n: BadSample(source.name, source.keys[n], reason) for n, reason in entries}
+        first = int(self.index.starts[shard])
+        return {first + n: self.index.bad_sample(first + n, reason) for n, reason in entries}
 
 
 def _cannot_write(path: Path, error: OSError) -> UserError:

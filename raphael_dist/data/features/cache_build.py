@@ -30,7 +30,8 @@ from raphael_dist.data.features.encoders import TextEncoder
 from raphael_dist.data.features.packing import pack_captions, pack_std, pool_edges
 from raphael_dist.data.features.run_encoders import TextFeatures
 from raphael_dist.data.prefetch import Prefetcher
-from raphael_dist.data.shards.decode_sample import BadSampleError, DecodedSample, ImageDataset
+from raphael_dist.data.shards.dataset_index import BadSampleError
+from raphael_dist.data.shards.decode_sample import DecodedSample, ImageDataset
 from raphael_dist.errors import UserError
 from raphael_dist.model.super_resolution import downscale
 from raphael_dist.runtime.progress_bar import no_report
@@ -101,7 +102,7 @@ class ShardBuilder:
         with Prefetcher(load, range(count), depth=2 * IMAGE_BATCH, workers=4) as samples:
             for number, sample in enumerate(samples):
                 if isinstance(sample, BadSampleError):
-                    rows.bad.append((number, sample.reason))
+                    rows.bad.append((number, sample.sample.reason))
                     continue
                 batch = pending[buckets[number]]
                 batch.append((number, sample))

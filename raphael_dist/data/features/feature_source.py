@@ -18,8 +18,8 @@ from raphael_dist.data.buckets import factor_errors
 from raphael_dist.data.features.encoders import ImageEncoder
 from raphael_dist.data.features.packing import Pick, SampleFeatures, check_seal, pool_edges, unpack
 from raphael_dist.data.features.run_encoders import TextFeatures
-from raphael_dist.data.shards.dataset_index import BadSample, DatasetIndex
-from raphael_dist.data.shards.decode_sample import BadSampleError, ImageDataset
+from raphael_dist.data.shards.dataset_index import BadSample, BadSampleError, DatasetIndex
+from raphael_dist.data.shards.decode_sample import ImageDataset
 from raphael_dist.data.shards.tar_scan import FEATURES_EXT
 from raphael_dist.errors import UserError, lacks_memory
 from raphael_dist.text import parse_json, reason_unreadable
@@ -124,22 +124,22 @@ class StoredFeatures(OnlineFeatures):
     def get(self, sample_id: int, bucket: int, pick: Pick, flip: bool) -> SampleFeatures:
         began = time.monotonic()
         members = self.dataset.read(sample_id, [FEATURES_EXT])
-        shard, number = self.index.locate(sample_id)
-        source = self.index.shards[shard]
+        shard = self.index.shards[self.index.locate(sample_id)[0]].name
         if FEATURES_EXT not in members:
             raise UserError(
-                f"data.features=stored requires encoded features in every sample, but sample {source.keys[number]!r} of "
-                f"{source.name} has none. Add them with tools/prepare_data.py --features, or set data.features=online."
+                f"data.features=stored requires encoded features in every sample, but sample "
+                f"{self.index.key(sample_id)!r} of {shard} has none. Add them with tools/prepare_data.py --features, or set "
+                "data.features=online."
             )
         try:
-            features = self._unpack(members[FEATURES_EXT], pick, flip, source.name)
+            features = self._unpack(members[FEATURES_EXT], pick, flip, shard)
         except UserError:
             raise
         except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
             if lacks_memory(error):
                 raise
             reason = f"its features cannot be read ({reason_unreadable(error)})"
-            raise BadSampleError(source.name, source.keys[number], reason) from error
+            raise BadSampleError(self.index.bad_sample(sample_id, reason)) from error
         features.seconds = {"reading": time.monotonic() - began}
         return features
 

@@ -60,6 +60,14 @@ class BadSample:
         return f"{self.shard}:{self.key!r}: {self.reason}"
 
 
+class BadSampleError(Exception):
+    """Raised for a sample that cannot be used, for example because its image is damaged. `sample`: which one, and why."""
+
+    def __init__(self, sample: BadSample) -> None:
+        super().__init__(sample)
+        self.sample = sample
+
+
 @dataclass(frozen=True, eq=False)
 class ShardIndex:
     """The usable samples of one shard (tar file): the shard's rows of the index, which is a table of all samples.
@@ -243,6 +251,11 @@ class DatasetIndex:
     def key(self, sample_id: int) -> str:
         shard, number = self.locate(sample_id)
         return str(self.shards[shard].keys[number])
+
+    def bad_sample(self, sample_id: int, reason: str) -> BadSample:
+        """Return a description of the sample with this id, which cannot be used for `reason`."""
+        shard, number = self.locate(sample_id)
+        return BadSample(self.shards[shard].name, self.shards[shard].keys[number], reason)
 
     def _shard(self, number: int) -> ShardIndex:
         (first, keys, *_), (end, keys_end, *_) = self.arrays["shards"][number : number + 2].tolist()

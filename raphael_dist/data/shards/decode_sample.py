@@ -15,7 +15,7 @@ from raphael_dist.data.captions import CaptionChoice, read_captions
 from raphael_dist.data.fetch.remote import is_remote
 from raphael_dist.data.fetch.shard_cache import ShardError
 from raphael_dist.data.image import MAX_PIXELS, decode_image, reason_of
-from raphael_dist.data.shards.dataset_index import DatasetIndex
+from raphael_dist.data.shards.dataset_index import BadSampleError, DatasetIndex
 from raphael_dist.data.shards.tar_scan import (
     EDGE_EXT,
     EXTS,
@@ -29,23 +29,6 @@ EdgeSource = Literal["stored", "auto", "hed", "none"]
 RAW_EXTS = [ext for ext in EXTS if ext != FEATURES_EXT]
 _OPEN_FILES = 64
 RETRY_AFTER_S = 600.0  # until a shard that could not be read is tried again
-
-
-class BadSampleError(Exception):
-    """Raised for a sample that cannot be used, for example because its image is damaged.
-
-    Attributes:
-        shard: Base name of the shard (tar file) that contains it.
-        key: Name of the sample in the shard.
-        reason: Why it cannot be used.
-    """
-
-    def __init__(self, shard: str, key: str, reason: str) -> None:
-        super().__init__(shard, key, reason)  # all three: unpickling passes them to __init__
-        self.shard, self.key, self.reason = shard, key, reason
-
-    def __str__(self) -> str:
-        return f"{self.shard}:{self.key!r}: {self.reason}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,12 +102,11 @@ class ImageDataset:
             ShardError: The shard (tar file) is missing, cannot be read, or has changed.
         """
         number, row = self.index.locate(sample_id)
-        shard = self.index.shards[number]
-        key, data = shard.keys[row], self._read_span(number, row)
+        data = self._read_span(number, row)
         try:
-            members = members_of(data, key)
+            members = members_of(data, self.index.key(sample_id))
         except ValueError as error:
-            raise BadSampleError(shard.name, key, str(error)) from error
+            raise BadSampleError(self.index.bad_sample(sample_id, str(error))) from error
         return {ext: members[ext] for ext in exts if ext in members}
 
     def _read_span(self, number: int, row: int) -> bytes:
@@ -161,17 +143,15 @@ class ImageDataset:
         began = time.monotonic()
         members = self.read(sample_id)
         read = time.monotonic()
-        number, row = self.index.locate(sample_id)
-        shard = self.index.shards[number]
         try:
             image, edge = self._decode_images(members, self.buckets[bucket], flip)
             captions, weights = read_captions(members, self.captions)
         except MemoryError:
             raise
         except Exception as error:  # decoders raise nearly anything; whatever it is, this sample is bad
-            raise BadSampleError(shard.name, shard.keys[row], reason_of(error)) from error
+            raise BadSampleError(self.index.bad_sample(sample_id, reason_of(error))) from error
         seconds = {"reading": read - began, "decoding": time.monotonic() - read}
-        return DecodedSample(image, captions, edge, shard.keys[row], weights, seconds)
+        return DecodedSample(image, captions, edge, self.index.key(sample_id), weights, seconds)
 
     def _decode_images(
         self, members: dict[str, bytes], size: tuple[int, int], flip: bool

@@ -27,8 +27,8 @@ from typing import Any
 
 import psutil
 
-from raphael_dist.data.shards.dataset_index import DatasetIndex
-from raphael_dist.data.shards.decode_sample import BadSampleError, DecodedSample, ImageDataset, Request
+from raphael_dist.data.shards.dataset_index import BadSampleError, DatasetIndex
+from raphael_dist.data.shards.decode_sample import DecodedSample, ImageDataset, Request
 from raphael_dist.runtime.clock import RunningClock
 
 _log = logging.getLogger(__name__)
@@ -145,17 +145,15 @@ class DecodePool:
 
         `losses`: all losses for this request. `future`: receives the error of a bad sample.
         """
-        shard, row = self._dataset.index.locate(request[0])
-        source, last = self._dataset.index.shards[shard], losses[-1]
+        last = losses[-1]
+        sample = self._dataset.index.bad_sample(request[0], str(last))
         if last.is_endless or (len(losses) == ATTEMPTS and all(loss.is_crash for loss in losses)):
-            future.set_exception(BadSampleError(source.name, source.keys[row], str(last)))
+            future.set_exception(BadSampleError(sample))
             return
         _log.warning(
             "shard %s, sample %r: a worker process of data.workers failed (%s), so the sample is read again",
-            source.name,
-            source.keys[row],
-            last,
-        )
+            sample.shard, sample.key, last,
+        )  # fmt: skip
 
 
 class _WorkerLostError(Exception):
