@@ -12,7 +12,7 @@ from raphael_dist.data.captions import CaptionChoice
 from raphael_dist.data.features.batch_encoder import Encoders
 from raphael_dist.data.features.cache import FeatureCache
 from raphael_dist.data.features.encoders import ImageEncoder, ImageFacts, TextEncoder, TextFacts
-from raphael_dist.data.features.feature_source import FeatureSource, OnlineFeatures, StoredFeatures
+from raphael_dist.data.features.feature_source import FeatureSource, StoredFeatures
 from raphael_dist.data.features.hed import EdgeEncoder
 from raphael_dist.data.fetch.shard_cache import store_of
 from raphael_dist.data.shards.build_index import build_index
@@ -118,9 +118,11 @@ def open_stream(config: Config, ranks: Ranks, encoders: Encoders, *, training: b
     d = config.data
     order = open_order(config, ranks, training=training)
     source = raise_on_all_ranks(lambda: source_of(config, order.index, encoders, training))
+    reader = None
     if isinstance(source, FeatureCache):
         _fill(source, encoders, config, ranks)
-    reader = SampleReader(config, source.dataset, order, ranks.local_rank) if isinstance(source, OnlineFeatures) else None
+    else:
+        reader = SampleReader(config, source.dataset, order, ranks.local_rank)
     return run_on_all_ranks(
         "opening the features",
         lambda _: TrainStream(
@@ -231,7 +233,7 @@ def source_of(config: Config, index: DatasetIndex, encoders: Encoders, training:
         return StoredFeatures(dataset, encoders.image, encoders.provenance(dataset))
     dataset = dataset_of(config, index, training=training)
     if config.data.features == "online":
-        return OnlineFeatures(dataset, encoders.image)
+        return FeatureSource(dataset, encoders.image)
     return _cache_of(config, dataset, encoders, training)
 
 

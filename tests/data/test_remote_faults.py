@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from raphael_dist.data import stream
-from raphael_dist.data.features.feature_source import OnlineFeatures
+from raphael_dist.data.features.feature_source import FeatureSource
 from raphael_dist.data.fetch import remote
 from raphael_dist.data.fetch.http import _retry_after_seconds
 from raphael_dist.data.fetch.remote import RemoteError, RetryPolicy
@@ -248,7 +248,7 @@ def test_sample_of_unreachable_shard_becomes_good_again(
     faults = Faults()
     with http_files(local[0].parent, faults) as address:
         index = build_index(names(address), store=store_in(tmp_path, retry=RetryPolicy(0, 5.0, 0.01)))
-        source = OnlineFeatures(ImageDataset(index, BUCKETS, "none"), encoders(Text()).image)
+        source = FeatureSource(ImageDataset(index, BUCKETS, "none"), encoders(Text()).image)
         samples = TrainStream(
             SampleOrder(index, BUCKETS, 0), source, seed=0, caption_dropout=0.0, flip=False, max_bad_fraction=1.0
         )

@@ -16,7 +16,6 @@ from raphael_dist.config.schema import Config
 from raphael_dist.data.batches import BatchBuilder
 from raphael_dist.data.features.batch_encoder import BatchEncoder
 from raphael_dist.data.features.cache import FeatureCache
-from raphael_dist.data.features.feature_source import OnlineFeatures
 from raphael_dist.data.fetch.shard_cache import ShardStore
 from raphael_dist.data.open_streams import source_of
 from raphael_dist.data.order import SampleOrder
@@ -120,7 +119,7 @@ def read(way: Way, served: tuple[Path, str], folder: Path, steps: range) -> dict
         if isinstance(source, FeatureCache):
             with SampleReader(config, source.dataset):
                 source.build(source.missing())
-        reading = SampleReader(config, source.dataset, order, rank) if isinstance(source, OnlineFeatures) else None
+        reading = None if isinstance(source, FeatureCache) else SampleReader(config, source.dataset, order, rank)
         stream = TrainStream(order, source, seed=0, caption_dropout=0.3, flip=True, reader=reading)
         seen = Seen(stream)
         builder = BatchBuilder(config, seen, BatchEncoder(made, with_edges=True), 2, global_batch_size=BATCH)  # type: ignore[arg-type]

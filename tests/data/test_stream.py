@@ -19,7 +19,7 @@ from raphael_dist.data.batches import BatchBuilder
 from raphael_dist.data.features import cached_shard
 from raphael_dist.data.features.batch_encoder import BatchEncoder, Encoders
 from raphael_dist.data.features.cache import FeatureCache
-from raphael_dist.data.features.feature_source import OnlineFeatures
+from raphael_dist.data.features.feature_source import FeatureSource
 from raphael_dist.data.features.packing import pack_std, pool_edges, unpack_std
 from raphael_dist.data.features.run_encoders import TextFeatures
 from raphael_dist.data.features.tokens import TruncationCounter
@@ -228,7 +228,7 @@ def test_online_and_cached_samples_are_equal_to_rounding(tmp_path, with_text):
     world = World(tmp_path)
     world.cache = FeatureCache(tmp_path / "other", world.dataset, encoders(world.text), True, with_text=with_text)
     world.cache.build([0, 1])  # and what is missing is read as online
-    online = OnlineFeatures(world.dataset, encoders(world.text).image)
+    online = FeatureSource(world.dataset, encoders(world.text).image)
     raw = TrainStream(world.order, online, seed=SEED, caption_dropout=0.25, flip=True)
     stream = world.stream()
     for position in range(60):
@@ -326,7 +326,7 @@ def test_too_many_bad_samples_stop_run_with_first_three(tmp_path):
 def test_sample_found_bad_on_reading_is_replaced_like_known_ones(tmp_path):
     world = World(tmp_path, corrupt=(4, 28))
     online = TrainStream(
-        world.order, OnlineFeatures(world.dataset, encoders(world.text).image), seed=SEED, caption_dropout=0.0, flip=False,
+        world.order, FeatureSource(world.dataset, encoders(world.text).image), seed=SEED, caption_dropout=0.0, flip=False,
         max_bad_fraction=0.1,
     )  # fmt: skip
     world.cache.build([0, 1, 2])
@@ -338,7 +338,7 @@ def test_sample_found_bad_on_reading_is_replaced_like_known_ones(tmp_path):
 
 def test_on_error_stop_names_shard_and_key_of_bad_sample(tmp_path):
     world, options = World(tmp_path, corrupt=(4,)), {"seed": SEED, "caption_dropout": 0.0, "flip": False, "on_error": "stop"}
-    online = TrainStream(world.order, OnlineFeatures(world.dataset, encoders(world.text).image), **options)
+    online = TrainStream(world.order, FeatureSource(world.dataset, encoders(world.text).image), **options)
     at = next(position for position in range(30) if world.order.lookup(position).sample_id == 4)
     assert all(online.sample(position).sample_id != 4 for position in range(30) if position != at)
     message = r"data\.on_error=stop ends the run, .*: s0\.tar:'004': .*. Replace it, or set data\.on_error=skip"

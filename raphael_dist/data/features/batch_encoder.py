@@ -2,9 +2,10 @@
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from raphael_dist.data.stream import StreamSample
 from raphael_dist.model.device import is_gpu
 from raphael_dist.model.super_resolution import downscale
 
+T = TypeVar("T")
 IMAGE_BATCH = 16
 TEXT_BATCH = 64
 _thread = threading.local()
@@ -172,18 +174,24 @@ class BatchEncoder:
         return Encoded(torch.zeros(count, *shape), tokens, mask, ends, edge, {}, self._zero_small(count, shape[1:]))
 
     def _encode(self, samples: Sequence[StreamSample]) -> Encoded:
-        raw = [sample.image for sample in samples if sample.image is not None]
-        images = torch.stack(raw) if raw else None
-        return Encoded(self._x0(samples, images), *self._text(samples), self._edges(samples), {}, self._small(samples))
+        x0 = fill_rows([sample.latents for sample in samples], samples, self._draw_latents)
+        edge = fill_rows([sample.edge for sample in samples], samples, self._edge_maps) if self._with_edges else None
+        has_small = self._encoders.upscale > 0
+        small = fill_rows([sample.small for sample in samples], samples, self._downscaled) if has_small else None
+        return Encoded(x0, *self._text(samples), edge, {}, small)
 
-    def _x0(self, samples: Sequence[StreamSample], images: Tensor | None) -> Tensor:
-        rows: dict[int, Tensor] = {i: s.latents for i, s in enumerate(samples) if s.latents is not None}
-        if images is not None:
-            raw = [i for i, sample in enumerate(samples) if sample.image is not None]
-            noise = torch.stack([samples[i].noise for i in raw]).to(self._encoders.device)
-            mean, std = self._encoders.latents(images)
-            rows |= dict(zip(raw, mean + std * noise, strict=True))
-        return _stack([rows[i] for i in range(len(samples))])
+    def _draw_latents(self, samples: Sequence[StreamSample]) -> Tensor:
+        mean, std = self._encoders.latents(_images_of(samples))
+        return mean + std * torch.stack([sample.noise for sample in samples]).to(self._encoders.device)
+
+    def _edge_maps(self, samples: Sequence[StreamSample]) -> list[Tensor]:
+        # From the unmirrored image: HED of a mirrored image differs slightly from the mirrored map.
+        plain = [image.flip(-1) if s.flipped else image for s, image in zip(samples, _images_of(samples), strict=True)]
+        maps = self._encoders.edge_maps(torch.stack(plain))
+        return [edge.flip(-1) if sample.flipped else edge for sample, edge in zip(samples, maps, strict=True)]
+
+    def _downscaled(self, samples: Sequence[StreamSample]) -> Tensor:
+        return downscale(_images_of(samples), self._encoders.upscale)
 
     def _text(self, samples: Sequence[StreamSample]) -> tuple[Tensor, Tensor, Tensor]:
         rows: dict[int, Text] = {i: s.text for i, s in enumerate(samples) if s.text is not None}
@@ -200,28 +208,6 @@ class BatchEncoder:
         rows |= {i: encoded[s.caption] for i, s in enumerate(samples) if s.text is None}
         tokens, masks, ends = zip(*(rows[i] for i in range(len(samples))), strict=True)
         return _stack(tokens), _stack(masks), _stack([torch.as_tensor(end) for end in ends])
-
-    def _edges(self, samples: Sequence[StreamSample]) -> Tensor | None:
-        if not self._with_edges:
-            return None
-        rows = {i: s.edge for i, s in enumerate(samples) if s.edge is not None}
-        missing = [i for i in range(len(samples)) if i not in rows]
-        if missing:
-            # From the unmirrored image: HED of a mirrored image differs slightly from the mirrored map.
-            plain = [s.image.flip(-1) if s.flipped else s.image for s in (samples[i] for i in missing)]  # type: ignore[union-attr]
-            maps = self._encoders.edge_maps(torch.stack(plain))  # type: ignore[arg-type]
-            rows |= {i: edge.flip(-1) if samples[i].flipped else edge for i, edge in zip(missing, maps, strict=True)}
-        return _stack([rows[i] for i in range(len(samples))])
-
-    def _small(self, samples: Sequence[StreamSample]) -> Tensor | None:
-        if not self._encoders.upscale:
-            return None
-        rows = {i: s.small for i, s in enumerate(samples) if s.small is not None}
-        raw = [i for i in range(len(samples)) if i not in rows]
-        if raw:
-            images = torch.stack([samples[i].image for i in raw])  # type: ignore[misc]
-            rows |= dict(zip(raw, downscale(images, self._encoders.upscale), strict=True))
-        return torch.stack([rows[i] for i in range(len(samples))])
 
     def _zero_small(self, count: int, latent_hw: tuple[int, int]) -> Tensor | None:
         if not self._encoders.upscale:
@@ -264,6 +250,20 @@ class HostEncoder(BatchEncoder):
         if any(map(needs_encoding, samples)):
             raise NotEncodedError
         return super()._encode(samples)
+
+
+def _images_of(samples: Sequence[StreamSample]) -> Tensor:
+    return torch.stack([sample.image for sample in samples if sample.image is not None])
+
+
+def fill_rows(rows: Sequence[Tensor | None], inputs: Sequence[T], compute: Callable[[list[T]], Iterable[Tensor]]) -> Tensor:
+    """Stack the tensors of a batch; those that are None are computed first.
+
+    `inputs`: for each row, from what it is computed. `compute`: gets the inputs of the missing rows, and returns the rows.
+    """
+    missing = [value for row, value in zip(rows, inputs, strict=True) if row is None]
+    computed = iter(compute(missing) if missing else ())
+    return _stack([next(computed) if row is None else row for row in rows])
 
 
 def _stack(rows: Sequence[Tensor]) -> Tensor:

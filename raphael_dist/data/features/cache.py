@@ -9,7 +9,8 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -20,10 +21,10 @@ from raphael_dist.data.buckets import nearest_buckets
 from raphael_dist.data.features.batch_encoder import Encoders
 from raphael_dist.data.features.cache_build import TABLES, ShardBuilder, checksum, encode_half
 from raphael_dist.data.features.cached_shard import CachedShard, layout_sum
-from raphael_dist.data.features.feature_source import OnlineFeatures
+from raphael_dist.data.features.feature_source import FeatureSource
 from raphael_dist.data.features.packing import Pick, SampleFeatures
 from raphael_dist.data.features.run_encoders import TextFeatures
-from raphael_dist.data.shards.dataset_index import BadSample, BadSampleError
+from raphael_dist.data.shards.dataset_index import BadSample, BadSampleError, cannot_write
 from raphael_dist.data.shards.decode_sample import ImageDataset
 from raphael_dist.errors import UserError
 from raphael_dist.runtime.progress_bar import Reporter, no_report
@@ -36,7 +37,7 @@ _OPEN_FILES = 64
 _UNREADABLE = (OSError, SafetensorError, KeyError, ValueError, IndexError)
 
 
-class FeatureCache:
+class FeatureCache(FeatureSource):
     """Encoded samples (features), in a safetensors file for each shard (tar file), in the folder `root`/`fingerprint`.
 
     - The fingerprint is a hash of everything that features depend on: encoders, image sizes, flip, captions, edge maps.
@@ -61,10 +62,8 @@ class FeatureCache:
         Raises:
             UserError: An image size is not a multiple of the image encoder's factor (image pixels per side of a latent).
         """
-        self._online = OnlineFeatures(dataset, encoders.image)
-        self.dataset, self.index, self.buckets, self.flip = dataset, dataset.index, dataset.buckets, flip
-        self.latent_factor, self.latent_channels = self._online.latent_factor, self._online.latent_channels
-        self.encoders, self._with_text = encoders, with_text
+        super().__init__(dataset, encoders.image)
+        self.encoders, self.flip, self._with_text = encoders, flip, with_text
         self._builder = ShardBuilder(dataset, encoders, flip, with_text)
         parts = [encoders.provenance(dataset), flip, with_text]
         self.fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
@@ -104,7 +103,7 @@ class FeatureCache:
             with atomic_path(path) as temporary, open(temporary, "xb") as file:
                 save_tensors(file, tensors, {"shard": json.dumps(about)})
         except OSError as error:
-            raise _cannot_write(path, error) from error
+            raise cannot_write(path, error) from error
 
     def fill_in_background(self, shards: Sequence[int]) -> None:
         """Start a thread that computes the cache files of the shards with these numbers. `close` stops it.
@@ -144,23 +143,31 @@ class FeatureCache:
             self._fill_thread.check()
         number, row = self.index.locate(sample_id)
         began = time.monotonic()
-        try:
+        with self._quarantine_if_damaged(number):
             features = self._open_shard(number).get(row, pick, flip)
+            if features is None:
+                reason = "the sample could not be used when the cache was written"
+                raise BadSampleError(self.index.bad_sample(sample_id, reason))
+            features.seconds = {"reading": time.monotonic() - began}
+            return features
+        return super().get(sample_id, bucket, pick, flip)
+
+    @contextmanager
+    def _quarantine_if_damaged(self, shard: int) -> Iterator[None]:
+        """Return a context manager that suppresses errors of a missing or damaged cache file of a shard inside it.
+
+        A damaged file is renamed to damaged-NAME, with a warning unless another process has done so.
+        """
+        try:
+            yield
         except UserError:
             raise
         except FileNotFoundError:
-            return self._online.get(sample_id, bucket, pick, flip)
+            pass
         except _UNREADABLE as error:
-            self._quarantine(number, error)
-            return self._online.get(sample_id, bucket, pick, flip)
-        if features is None:
-            reason = "the sample could not be used when the cache was written"
-            raise BadSampleError(self.index.bad_sample(sample_id, reason))
-        features.seconds = {"reading": time.monotonic() - began}
-        return features
+            self._quarantine(shard, error)
 
     def _quarantine(self, shard: int, error: Exception) -> None:
-        """Rename the damaged file of a shard to damaged-NAME and log a warning, unless another process has done so."""
         path = self.path(shard)
         try:
             path.replace(path.with_name(f"damaged-{path.name}"))
@@ -182,21 +189,18 @@ class FeatureCache:
         """
         for number in shards:
             report(f"the cached shard {number}")
-            try:
+            with self._quarantine_if_damaged(number):
                 self._open_shard(number)
-            except UserError:
-                raise
-            except FileNotFoundError:
-                pass
-            except _UNREADABLE as error:
-                self._quarantine(number, error)
 
     @cached_property
     def known_bad(self) -> dict[int, BadSample]:
         """The samples that could not be encoded, with the reason, by sample id. Those rejected by indexing are left out."""
-        missing = set(self.missing())
-        present = [n for n, shard in enumerate(self.index.shards) if shard.num_samples and n not in missing]
-        return {sample_id: bad for number in present for sample_id, bad in self._read_bad(number).items()}
+        bad: dict[int, BadSample] = {}
+        for number, first in enumerate(self.index.starts[:-1].tolist()):
+            with self._quarantine_if_damaged(number):
+                entries = self._open_shard(number).bad
+                bad |= {first + n: self.index.bad_sample(first + n, reason) for n, reason in entries}
+        return bad
 
     @cached_property
     def null_text(self) -> TextFeatures | None:
@@ -217,22 +221,8 @@ class FeatureCache:
             try:
                 write_sealed(path, buffer.getvalue())
             except OSError as error:
-                raise _cannot_write(path, error) from error
+                raise cannot_write(path, error) from error
         return TextFeatures(tensors["tokens"].float(), tensors["mask"], tensors["end"])
-
-    def _read_bad(self, shard: int) -> dict[int, BadSample]:
-        try:
-            entries = self._open_shard(shard).bad
-        except UserError:
-            raise
-        except _UNREADABLE:
-            return {}  # `get` reports the damage
-        first = int(self.index.starts[shard])
-        return {first + n: self.index.bad_sample(first + n, reason) for n, reason in entries}
-
-
-def _cannot_write(path: Path, error: OSError) -> UserError:
-    return UserError(f"data.cache_dir: {path} cannot be written: {error}. Check free space and permissions.")
 
 
 class _FillThread(threading.Thread):

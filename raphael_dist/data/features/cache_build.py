@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raphael_dist.data.features.batch_encoder import IMAGE_BATCH, TEXT_BATCH, Encoders
+from raphael_dist.data.features.batch_encoder import IMAGE_BATCH, TEXT_BATCH, Encoders, fill_rows
 from raphael_dist.data.features.encoders import TextEncoder
 from raphael_dist.data.features.packing import pack_captions, pack_std, pool_edges
 from raphael_dist.data.features.run_encoders import TextFeatures
@@ -151,11 +151,8 @@ class ShardBuilder:
 
     def _edges(self, images: Tensor, stored: Sequence[np.ndarray | None]) -> Tensor:
         factor = self.encoders.image.factor
-        maps = {i: pool_edges(torch.from_numpy(edge)[None], factor)[0] for i, edge in enumerate(stored) if edge is not None}
-        missing = [i for i in range(len(stored)) if i not in maps]
-        if missing:
-            maps |= dict(zip(missing, self.encoders.edge_maps(images[missing]).cpu(), strict=True))
-        return torch.stack([maps[i] for i in range(len(stored))])
+        maps = [None if edge is None else pool_edges(torch.from_numpy(edge)[None], factor)[0] for edge in stored]
+        return fill_rows(maps, list(images), lambda missing: self.encoders.edge_maps(torch.stack(missing))).cpu()
 
     def _tables(self, rows: _Rows, report: Callable[[str], None]) -> dict[str, Tensor]:
         row_of = {caption: row for row, caption in enumerate(dict.fromkeys(c for cs in rows.captions for c in cs))}

@@ -8,7 +8,6 @@ All three give the same numbers, up to the rounding in `packing.py`.
 """
 
 import time
-from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -18,20 +17,21 @@ from raphael_dist.data.buckets import factor_errors
 from raphael_dist.data.features.encoders import ImageEncoder
 from raphael_dist.data.features.packing import Pick, SampleFeatures, check_seal, pool_edges, unpack
 from raphael_dist.data.features.run_encoders import TextFeatures
-from raphael_dist.data.shards.dataset_index import BadSample, BadSampleError, DatasetIndex
+from raphael_dist.data.shards.dataset_index import BadSample, BadSampleError
 from raphael_dist.data.shards.decode_sample import ImageDataset
 from raphael_dist.data.shards.tar_scan import FEATURES_EXT
 from raphael_dist.errors import UserError, lacks_memory
 from raphael_dist.text import parse_json, reason_unreadable
 
 
-class FeatureSource(Protocol):
-    """Interface of the objects from which training gets samples: `OnlineFeatures`, `FeatureCache` and `StoredFeatures`.
+class FeatureSource:
+    """Object from which training gets samples. This base class is that of data.features=online: `get` decodes them.
 
-    The features of a sample are its image and one caption, each encoded or raw. Threads and forked processes may share an
-    object.
+    The features of a sample are its image and one caption, each encoded or raw; `BatchEncoder` encodes the raw ones later.
+    Subclasses return encoded ones. Threads and forked processes may share an object.
 
     Attributes:
+        dataset: Loads and decodes the samples.
         index: A table of all samples of the shards (tar files).
         buckets: (height, width) of each image size (bucket) in pixels.
         latent_factor: Number of image pixels per side of a latent position.
@@ -39,19 +39,30 @@ class FeatureSource(Protocol):
         decodes_images: Whether `get` always decodes an image file, because no encoded images are stored.
     """
 
-    index: DatasetIndex
-    buckets: tuple[tuple[int, int], ...]
-    latent_factor: int
-    latent_channels: int
-    decodes_images: bool
+    decodes_images = True
+
+    def __init__(self, dataset: ImageDataset, image: ImageEncoder) -> None:
+        """Create the source. `dataset`: loads and decodes the samples. `image`: the image encoder of the run.
+
+        Raises UserError if an image size is not a multiple of `image.factor`, the image pixels per side of a latent.
+        """
+        if errors := factor_errors(dataset.buckets, image.factor):
+            raise UserError(*errors)
+        self.dataset, self.index, self.buckets = dataset, dataset.index, dataset.buckets
+        self.latent_factor, self.latent_channels = image.factor, image.channels
 
     @property
     def known_bad(self) -> dict[int, BadSample]:
         """The samples that are known to be unusable before they are read, with the reason, by sample id."""
+        return {}
 
     @property
     def null_text(self) -> TextFeatures | None:
         """The encoded empty caption (batch of one), if it is stored; None: it must be encoded."""
+        return None
+
+    def close(self) -> None:
+        """Stop the threads of this source, if it has any."""
 
     def get(self, sample_id: int, bucket: int, pick: Pick, flip: bool) -> SampleFeatures:
         """Return a sample with one of its captions; image and caption are encoded if they are stored so, otherwise raw.
@@ -66,31 +77,6 @@ class FeatureSource(Protocol):
             BadSampleError: The sample cannot be used.
             UserError: Its features cannot be used with the settings of this run.
         """
-
-    def close(self) -> None:
-        """Stop the threads of this source, if it has any."""
-
-
-class OnlineFeatures:
-    """Source of samples for data.features=online: `get` decodes them, and `BatchEncoder` encodes them later."""
-
-    known_bad: dict[int, BadSample] = {}  # noqa: RUF012  # never written: nothing is known before it is read
-    null_text = None
-    decodes_images = True
-
-    def __init__(self, dataset: ImageDataset, image: ImageEncoder) -> None:
-        """Create the source. `dataset`: loads and decodes the samples. `image`: the image encoder of the run.
-
-        Raises UserError if an image size is not a multiple of `image.factor`, the image pixels per side of a latent.
-        """
-        if errors := factor_errors(dataset.buckets, image.factor):
-            raise UserError(*errors)
-        self.dataset, self.index, self.buckets = dataset, dataset.index, dataset.buckets
-        self.latent_factor, self.latent_channels = image.factor, image.channels
-
-    def close(self) -> None: ...
-
-    def get(self, sample_id: int, bucket: int, pick: Pick, flip: bool) -> SampleFeatures:
         sample = self.dataset.load(sample_id, bucket, flip)
         began = time.monotonic()
         edge = None if sample.edge is None else pool_edges(torch.from_numpy(sample.edge)[None], self.latent_factor)[0]
@@ -99,7 +85,7 @@ class OnlineFeatures:
         return SampleFeatures(image=torch.from_numpy(sample.image), caption=caption, edge=edge, seconds=seconds)
 
 
-class StoredFeatures(OnlineFeatures):
+class StoredFeatures(FeatureSource):
     """Source of samples for data.features=stored: reads each encoded sample from the file KEY.features in its shard."""
 
     decodes_images = False

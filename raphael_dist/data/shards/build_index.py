@@ -7,13 +7,13 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from raphael_dist.data.fetch import remote
 from raphael_dist.data.fetch.shard_cache import ShardError, ShardStore, Stamp
-from raphael_dist.data.shards.dataset_index import VERSION, BadSample, DatasetIndex, open_table
+from raphael_dist.data.shards.dataset_index import VERSION, BadSample, DatasetIndex, cannot_write, open_table
 from raphael_dist.data.shards.shard_record import (
     DENIED,
     UNREACHED,
@@ -122,7 +122,7 @@ def scan_shards(names: Sequence[str], store: ShardStore, report: Reporter = no_r
             try:
                 save_record(store.folder, record)
             except OSError as error:
-                raise _cannot_write(store.folder, error) from error
+                raise cannot_write(store.folder, error) from error
         records.append(record)
     return records
 
@@ -144,17 +144,30 @@ def join_records(
         UserError: No sample can be used, or the table cannot be written.
     """
     assert store.folder is not None
-    index_folder = store.folder
+    digest = _digest_of(_records(store.folder, names, report), names, columns)
+    folder = store.folder / "tables" / digest
+    try:
+        if folder_damage(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            write_table(folder, _records(store.folder, names, report), sorted(columns))
+        write_sealed(_pointer_path(store.folder, names), json.dumps({"table": digest}).encode())
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    return open_table(folder, store, names)
 
-    def records() -> Iterator[ShardRecord]:
-        for number, name in enumerate(names, start=1):
-            report(f"reading the record of shard {number} of {len(names)}", number, len(names))
-            yield load_record(index_folder, name) or unreached_record(name, "is missing")
 
+def _records(folder: Path, names: Sequence[str], report: Reporter) -> Iterator[ShardRecord]:
+    for number, name in enumerate(names, start=1):
+        report(f"reading the record of shard {number} of {len(names)}", number, len(names))
+        yield load_record(folder, name) or unreached_record(name, "is missing")
+
+
+def _digest_of(records: Iterable[ShardRecord], names: Sequence[str], columns: Sequence[str]) -> str:
+    """Return a hash of the table that these records give. Raises UserError if they have no sample that can be used."""
     digest = hashlib.sha256(json.dumps([VERSION, sorted(columns)]).encode())
     num_samples = denied = 0
     first_damage = first_bad = ""
-    for record in records():
+    for record in records:
         digest.update(f"{record.name} {record.stamp} {record.parquet} {record.content}".encode())
         num_samples += record.num_samples
         denied += record.parquet == DENIED
@@ -163,22 +176,21 @@ def join_records(
         if record.damage and not first_damage:
             first_damage = f"{record.name} {record.damage}"
     if num_samples == 0:
-        raise _nothing_usable(names, first_damage, first_bad)
+        details = f". The first damaged shard {first_damage}" if first_damage else ""
+        details += f". The first unusable sample is {first_bad}" if first_bad else ""
+        raise UserError(
+            "data.shards must contain samples that can be used, but its files have none (number of files: "
+            f"{len(names)}, first file: {hide_secrets(names[0])}){details}. Each sample requires an image "
+            f"({'/'.join(IMAGE_EXTS)}) and a caption (txt, or json with captions). Add what is missing, or make shards with "
+            "`python tools/prepare_data.py SOURCE --out SHARDS`."
+        )
     if columns and denied:
         _log.warning(
             "data.filters: the server denies access to the parquet files of %d shards, if there are any, so their columns "
             "are not known",
             denied,
         )
-    folder = index_folder / "tables" / digest.hexdigest()[:32]
-    try:
-        if folder_damage(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-            write_table(folder, records(), sorted(columns))
-        write_sealed(_pointer_path(index_folder, names), json.dumps({"table": folder.name}).encode())
-    except OSError as error:
-        raise _cannot_write(folder, error) from error
-    return open_table(folder, store, names)
+    return digest.hexdigest()[:32]
 
 
 def build_index(
@@ -209,11 +221,8 @@ def build_index(
         store = ShardStore(folder, None if folder is None else folder / "fetched")
     if store.folder is None:
         records = scan_shards(names, store, report)
-        index = table_in_memory(store, records)
-        if index.num_samples == 0:
-            damage = next((f"{record.name} {record.damage}" for record in records if record.damage), "")
-            raise _nothing_usable(names, damage, str(next(index.iter_bad(), "")))
-        return index
+        _digest_of(records, names, ())
+        return table_in_memory(store, records)
     existing = open_index(names, store, columns)
     if existing is not None:
         return existing
@@ -237,24 +246,6 @@ def check_index_in_run(missing: Sequence[tuple[str, int]], command: str) -> None
             f"itself. Shards without an index: {len(missing)} ({total / 1e9:.0f} GB), the first one is "
             f"{hide_secrets(missing[0][0])}. Run: {command}"
         )
-
-
-def _cannot_write(folder: Path, error: OSError) -> UserError:
-    where = error.filename or folder
-    return UserError(
-        f"data.cache_dir: {where} cannot be written: {error.strerror or error}. Check free space and permissions."
-    )
-
-
-def _nothing_usable(names: Sequence[str], damage: str, bad: str) -> UserError:
-    details = f". The first damaged shard {damage}" if damage else ""
-    details += f". The first unusable sample is {bad}" if bad else ""
-    return UserError(
-        f"data.shards must contain samples that can be used, but its files have none (number of files: {len(names)}, first "
-        f"file: {hide_secrets(names[0])}){details}. Each sample requires an image ({'/'.join(IMAGE_EXTS)}) and a caption "
-        "(txt, or json with captions). Add what is missing, or make shards with `python tools/prepare_data.py "
-        "SOURCE --out SHARDS`."
-    )
 
 
 def _pointer_path(folder: Path, names: Sequence[str]) -> Path:

@@ -302,5 +302,13 @@ def open_table(folder: Path, store: ShardStore, names: Sequence[str] | None = No
     return DatasetIndex(store, arrays, keys, bad, about, folder)
 
 
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """Return the UserError for a file or folder `path` in data.cache_dir that cannot be written."""
+    return UserError(
+        f"data.cache_dir: {error.filename or path} cannot be written: {error.strerror or error}. Check free space and "
+        "permissions."
+    )
+
+
 def _map_bytes(path: Path) -> np.ndarray | bytes:
     return np.memmap(path, np.uint8, mode="r") if path.stat().st_size else b""

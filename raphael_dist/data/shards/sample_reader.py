@@ -1,7 +1,6 @@
 """Reads and decodes the samples of a rank in worker processes, and fetches shards (tar files) before they are needed."""
 
 from collections.abc import Sequence
-from types import TracebackType
 
 from raphael_dist.config.schema import Config
 from raphael_dist.data.fetch.shard_prefetch import ShardPrefetcher
@@ -58,5 +57,5 @@ class SampleReader:
     def __enter__(self) -> "SampleReader":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

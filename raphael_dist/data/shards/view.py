@@ -18,7 +18,7 @@ import numpy as np
 from raphael_dist.config.data_sections import Filter
 from raphael_dist.data.buckets import nearest_buckets
 from raphael_dist.data.shards.columns import word_code
-from raphael_dist.data.shards.dataset_index import DatasetIndex
+from raphael_dist.data.shards.dataset_index import DatasetIndex, cannot_write
 from raphael_dist.errors import UserError
 from raphael_dist.storage.checksummed import folder_damage, sealed_folder
 
@@ -156,9 +156,7 @@ def _write(folder: Path, index: DatasetIndex, buckets: Buckets, filters: Sequenc
             np.save(temporary / "counts.npy", view.counts)
             (temporary / "view.json").write_text(json.dumps({"dropped": view.dropped, "digest": view.digest}))
     except OSError as error:
-        raise UserError(
-            f"data.cache_dir: {folder} cannot be written: {error.strerror or error}. Check free space and permissions."
-        ) from error
+        raise cannot_write(folder, error) from error
 
 
 def _compute(index: DatasetIndex, buckets: Buckets, filters: Sequence[Filter], bucket_of: np.ndarray) -> View:

@@ -4,7 +4,9 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,39 +24,37 @@ _HEADER_BYTES = 128  # of a .npy file; leaves room for a longer shape
 
 
 class _Writer:
-    """Collects the records of shards into the arrays of an index, which are written to files or stay in memory."""
+    """Writes the records of shards, one after the other, into the files of an index.
 
-    def __init__(self, columns: Sequence[str], folder: Path | None) -> None:
-        self.columns, self.folder = columns, folder
+    Attributes:
+        rows: Rows of shards.npy (dataset_index.py).
+        about: Content of shards.json.
+    """
+
+    def __init__(self, columns: Sequence[str], open_file: Callable[[str], BinaryIO]) -> None:
+        """Open the files. `columns`: names of the columns to write. `open_file`: opens a new file by its name."""
+        kinds: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {"place": (np.uint32, (2,)), "size": (np.uint16, (2,))}
+        kinds |= {f"column.{column}": (np.float32, ()) for column in columns}
+        self._arrays = {name: (open_file(f"{name}.npy"), *kind) for name, kind in kinds.items()}
+        for file, *_ in self._arrays.values():
+            file.write(bytes(_HEADER_BYTES))
+        self._keys, self._bad = open_file("keys.bin"), open_file("bad.bin")
         self.rows: list[tuple[int, ...]] = [(0, 0, 0, 0, 0)]
         self.about: JsonObject = {"version": VERSION, "names": [], "stamps": [], "parquets": [], "damage": {}}
         self.about |= {digest: [] for digest in DIGESTS}
-        self.known: set[str] = set()
+        self._known: set[str] = set()
         self._skipped = SkipCounts()
-        self._files: dict[str, BinaryIO] = {}
-        self.parts: dict[str, list[bytes]] = {}
-
-    def _append(self, name: str, data: bytes) -> None:
-        if self.folder is None:
-            self.parts.setdefault(name, []).append(data)
-            return
-        if name not in self._files:
-            is_array = not name.endswith(".bin")
-            self._files[name] = open(self.folder / (f"{name}.npy" if is_array else name), "wb")
-            self._files[name].write(bytes(_HEADER_BYTES if is_array else 0))
-        self._files[name].write(data)
 
     def add(self, record: ShardRecord) -> None:
         keys, bad = zlib.compress(pack_keys(record.keys), 1), zlib.compress(json.dumps(record.bad).encode(), 1)
-        self._append("keys.bin", keys)
-        self._append("bad.bin", bad)
-        self._append("place", record.places.tobytes())
-        self._append("size", _as_uint16(record.sizes).tobytes())
-        for column in self.columns:
-            values = record.columns.get(column)
-            values = np.full(record.num_samples, np.nan, np.float32) if values is None else values
-            self._append(f"column.{column}", values.tobytes())
-        self.known.update(record.columns)
+        self._keys.write(keys)
+        self._bad.write(bad)
+        arrays = {"place": record.places, "size": _as_uint16(record.sizes)}
+        arrays |= {f"column.{column}": values for column, values in record.columns.items()}
+        for name, (file, *_) in self._arrays.items():
+            values = arrays.get(name)
+            file.write((np.full(record.num_samples, np.nan, np.float32) if values is None else values).tobytes())
+        self._known.update(record.columns)
         self._skipped.merge(SkipCounts(record.skipped), f"{plain_name(record.name)}:")
         if record.damage:
             self.about["damage"][len(self.about["names"])] = record.damage
@@ -69,30 +69,15 @@ class _Writer:
         self.rows.append((*(a + b for a, b in zip(last[:BYTES], added, strict=True)), 0))
 
     def finish(self) -> None:
-        num_samples, kinds = self.rows[-1][SAMPLES], _array_types(self.columns)
-        for name, file in self._files.items():
-            if name in kinds:
-                kind, shape = kinds[name]
-                file.seek(0)
-                file.write(_npy_header(kind, (num_samples, *shape[1:])))
-            file.close()
-        self.about["known"] = sorted(self.known)
+        """Write the headers of the arrays, whose length is known now, and complete `about`."""
+        for file, kind, shape in self._arrays.values():
+            file.seek(0)
+            header = {"descr": np.dtype(kind).str, "fortran_order": False, "shape": (self.rows[-1][SAMPLES], *shape)}
+            np.lib.format.write_array_header_1_0(file, header)
+            assert file.tell() == _HEADER_BYTES
+        self.about["known"] = sorted(self._known)
         self.about["skipped"] = self._skipped.counts
         self.about["whole"] = {d: hashlib.sha256("".join(self.about[d]).encode()).hexdigest() for d in DIGESTS}
-
-
-def _array_types(columns: Sequence[str]) -> dict[str, tuple[type[np.generic], tuple[int, ...]]]:
-    """Return (dtype, shape) of each array of an index. -1 in a shape stands for the number of samples."""
-    named = {f"column.{column}": (np.float32, (-1,)) for column in columns}
-    return {"place": (np.uint32, (-1, 2)), "size": (np.uint16, (-1, 2)), **named}
-
-
-def _npy_header(kind: type[np.generic], shape: tuple[int, ...]) -> bytes:
-    buffer = io.BytesIO()
-    about = {"descr": np.dtype(kind).str, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(buffer, about)
-    assert len(buffer.getvalue()) == _HEADER_BYTES
-    return buffer.getvalue()
 
 
 def table_in_memory(store: ShardStore, records: Iterable[ShardRecord]) -> DatasetIndex:
@@ -103,16 +88,14 @@ def table_in_memory(store: ShardStore, records: Iterable[ShardRecord]) -> Datase
     """
     records = list(records)
     columns = sorted({name for record in records for name in record.columns})
-    writer = _Writer(columns, None)
+    files: dict[str, io.BytesIO] = defaultdict(io.BytesIO)
+    writer = _Writer(columns, files.__getitem__)
     for record in records:
         writer.add(record)
     writer.finish()
-    arrays = {
-        name: np.frombuffer(b"".join(writer.parts.get(name, [])), kind).reshape(shape)
-        for name, (kind, shape) in _array_types(columns).items()
-    }
+    keys, bad = (files.pop(name).getvalue() for name in ("keys.bin", "bad.bin"))
+    arrays = {name.removesuffix(".npy"): np.load(io.BytesIO(file.getvalue())) for name, file in files.items()}
     arrays["shards"] = np.array(writer.rows, np.int64)
-    keys, bad = (b"".join(writer.parts.get(name, [])) for name in ("keys.bin", "bad.bin"))
     return DatasetIndex(store, arrays, keys, bad, json.loads(json.dumps(writer.about)))
 
 
@@ -124,10 +107,11 @@ def write_table(folder: Path, records: Iterable[ShardRecord], columns: Sequence[
     tests. Raises OSError if writing fails.
     """
     with sealed_folder(folder) as temporary:
-        writer = _Writer(columns, temporary)
-        for record in records:
-            writer.add(record)
-        writer.finish()
+        with ExitStack() as files:
+            writer = _Writer(columns, lambda name: files.enter_context(open(temporary / name, "wb")))
+            for record in records:
+                writer.add(record)
+            writer.finish()
         np.save(temporary / "shards.npy", np.array(writer.rows, np.int64))
         (temporary / "shards.json").write_text(json.dumps(hide_secrets_in_tree(writer.about)))
 
