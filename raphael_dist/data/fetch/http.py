@@ -109,12 +109,11 @@ class HttpFile:
             self.close()
             self._body = await self._ask("GET", {"Range": f"bytes={start}-{end - 1}"})
             await self._check_start(start, size)
-        whole = self._body.status != 206
         data = await self._take(end - start)
         self._at = end
-        if (end == size or not whole) and await self._has_more():
-            raise HttpError("the server sends more bytes than its headers state")
-        if end == size or not whole:
+        if end == size or self._body.status == 206:
+            if await asyncio.wait_for(self._body.content.read(1), self._timeout_s):
+                raise HttpError("the server sends more bytes than its headers state")
             self._body.close()
             self._body = None
         return data
@@ -161,9 +160,6 @@ class HttpFile:
         except asyncio.IncompleteReadError as error:
             raise HttpError(f"received {len(error.partial)} of {num_bytes} requested bytes") from error
         return data
-
-    async def _has_more(self) -> bool:
-        return bool(await asyncio.wait_for(self._body.content.read(1), self._timeout_s))
 
 
 def check_status(status: int, retry_after: str) -> None:

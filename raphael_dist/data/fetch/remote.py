@@ -131,10 +131,26 @@ def matches(pattern: str, retry: RetryPolicy) -> list[tuple[str, str]]:
     Returns (URL, the part of its path from the first part with a wildcard on) of each. `retry`: how failed requests are
     repeated. Raises RemoteError if one of the folders cannot be listed.
     """
-    listing = _LibraryFile(pattern, retry.timeout_s)
-    folder, parts = _with_retries(pattern, retry, listing.split)
-    files = find_files(lambda path: _with_retries(pattern, retry, partial(listing.entries, path)), folder, parts)
-    return sorted({(listing.url_of(path), relative) for path, relative in files})
+    fs, path, options = _with_retries(pattern, retry, partial(_resolve, pattern, retry.timeout_s))
+    fs.invalidate_cache()  # as in `_LibraryFile.stat`
+    files = find_files(
+        lambda folder: _with_retries(pattern, retry, partial(_entries, fs, folder, options)), *split_pattern(path)
+    )
+    return sorted({(str(fs.unstrip_protocol(path)), relative) for path, relative in files})
+
+
+def _resolve(url: str, timeout_s: float) -> tuple[fsspec.AbstractFileSystem, str, dict[str, float]]:
+    """Return (file system of fsspec for a URL, path of the file in it, options for its methods)."""
+    fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
+    return fs, path, {"timeout": timeout_s} if fs.async_impl else {}
+
+
+def _entries(fs: fsspec.AbstractFileSystem, folder: str, options: dict[str, float]) -> list[dict[str, object]]:
+    """Return the entries of a folder; [] if it does not exist."""
+    try:
+        return list(fs.ls(folder, detail=True, **options))
+    except FileNotFoundError:
+        return []
 
 
 class _LibraryFile:
@@ -143,39 +159,19 @@ class _LibraryFile:
     def __init__(self, url: str, timeout_s: float) -> None:
         self._url, self._timeout_s = url, timeout_s
 
-    def _resolve(self) -> tuple[fsspec.AbstractFileSystem, str, dict[str, float]]:
-        fs, path = fsspec.core.url_to_fs(self._url, use_listings_cache=False)
-        return fs, path, {"timeout": self._timeout_s} if fs.async_impl else {}
-
     def stat(self) -> tuple[int | None, Mapping[str, object]]:
-        fs, path, options = self._resolve()
+        fs, path, options = _resolve(self._url, self._timeout_s)
         fs.invalidate_cache()  # hf:// caches the state of a file in spite of use_listings_cache=False
         info: dict[str, object] = fs.info(path, **options)
         size = info.get("size")
         return size if isinstance(size, int) else None, info
 
     def read(self, start: int, end: int, size: int) -> bytes:
-        fs, path, _ = self._resolve()
+        fs, path, _ = _resolve(self._url, self._timeout_s)
         data = read_range(fs, path, start, end, self._timeout_s)
         if len(data) != end - start:
             raise HttpError(f"received {len(data)} of {end - start} requested bytes")
         return data
-
-    def split(self) -> tuple[str, list[str]]:
-        fs, path, _ = self._resolve()
-        fs.invalidate_cache()
-        return split_pattern(path)
-
-    def entries(self, folder: str) -> list[dict[str, object]]:
-        """Return the entries of a folder; [] if it does not exist."""
-        fs, _, options = self._resolve()
-        try:
-            return list(fs.ls(folder, detail=True, **options))
-        except FileNotFoundError:
-            return []
-
-    def url_of(self, path: str) -> str:
-        return str(self._resolve()[0].unstrip_protocol(path))
 
     def close(self) -> None:
         """Do nothing: no connection stays open."""
