@@ -51,9 +51,10 @@ class ShardError(UserError):
         absent: Whether the shard does not exist. False: it cannot be reached or stored now, and may exist.
     """
 
-    def __init__(self, shard: str, reason: str, absent: bool = False) -> None:
-        super().__init__(shard, reason, absent)  # all three: unpickling passes them to __init__
-        self.shard, self.reason, self.absent = shard, reason, absent
+    def __init__(self, name: str, reason: str, absent: bool = False) -> None:
+        """Create the error. `name`: path or URL of the shard, or its base name."""
+        super().__init__(base_name(name), reason, absent)  # all three: unpickling passes them to __init__
+        self.shard, self.reason, self.absent = base_name(name), reason, absent
 
     def __str__(self) -> str:
         return f"data.shards: {self.shard} cannot be used: {self.reason}"
@@ -98,12 +99,12 @@ class ShardStore:
             try:
                 return Stamp(*remote.stat(name, self.retry))
             except RemoteError as error:
-                raise ShardError(base_name(name), str(error), error.absent) from error
+                raise ShardError(name, str(error), error.absent) from error
         try:
             status = Path(name).stat()
         except OSError as error:
             absent = isinstance(error, FileNotFoundError)
-            raise ShardError(base_name(name), f"{name}: {error.strerror}", absent) from error
+            raise ShardError(name, f"{name}: {error.strerror}", absent) from error
         return Stamp(status.st_size, str(status.st_mtime_ns))
 
     def fetch_new(self, name: str, stamp: Stamp) -> tuple[Stamp, Path]:
@@ -131,7 +132,7 @@ class ShardStore:
         For a local tar it is the path of the tar itself. `name`: path or URL of the shard. `stamp`: the version of its file.
         Raises UserError if a download or an unpacked .tar.gz requires a folder that this store does not have.
         """
-        plain = _GZIPPED.sub(".tar", base_name(name))
+        plain = plain_name(name)
         if remote.is_remote(name):
             if self.fetched is None:
                 raise UserError(
@@ -175,12 +176,10 @@ class ShardStore:
                         path.unlink()
                     (self._download if remote.is_remote(name) else _expand)(name, stamp, path)
         except RemoteError as error:
-            raise ShardError(base_name(name), str(error), error.absent) from error
+            raise ShardError(name, str(error), error.absent) from error
         except OSError as error:
             where = error.filename or path
-            raise ShardError(
-                base_name(name), f"{where}: {error.strerror or error}; check free space and permissions"
-            ) from error
+            raise ShardError(name, f"{where}: {error.strerror or error}; check free space and permissions") from error
         return path
 
     def head(self, name: str, num_bytes: int) -> bytes:
@@ -195,7 +194,7 @@ class ShardStore:
             size, _ = remote.stat(name, self.retry)
             return b"".join(remote.pieces(name, size, self.retry, until=num_bytes))
         except (OSError, RemoteError) as error:
-            raise ShardError(base_name(name), getattr(error, "strerror", None) or str(error)) from error
+            raise ShardError(name, getattr(error, "strerror", None) or str(error)) from error
 
     def open(self, name: str, stamp: Stamp) -> int:
         """Open a shard's uncompressed tar, fetching it if necessary, and return the file descriptor. The caller closes it.
@@ -210,18 +209,14 @@ class ShardStore:
                 break
             except FileNotFoundError as error:
                 if is_last or path == Path(name):  # otherwise another process may have evicted it between the two calls
-                    raise ShardError(
-                        base_name(name), f"{path} is missing, although it existed when it was indexed"
-                    ) from error
+                    raise ShardError(name, f"{path} is missing, although it existed when it was indexed") from error
                 path = self.fetch(name, stamp)
             except OSError as error:
-                raise ShardError(
-                    base_name(name), f"{path}: {error.strerror}, although it was readable when it was indexed"
-                ) from error
+                raise ShardError(name, f"{path}: {error.strerror}, although it was readable when it was indexed") from error
         status = os.fstat(descriptor)
         if path == Path(name) and Stamp(status.st_size, str(status.st_mtime_ns)) != stamp:
             os.close(descriptor)
-            raise ShardError(base_name(name), f"{path} has changed since it was indexed. Start the run again")
+            raise ShardError(name, f"{path} has changed since it was indexed. Start the run again")
         if path != Path(name) and time.time() - status.st_mtime > _TOUCH_S:
             with contextlib.suppress(OSError):
                 os.utime(descriptor)

@@ -142,7 +142,7 @@ def scan_shard(store: ShardStore, name: str) -> ShardRecord:
     except DamagedShardError as error:
         rows.damage = str(error)
     except OSError as error:
-        raise ShardError(base_name(name), f"{error.filename or name}: {error.strerror or error}") from error
+        raise ShardError(name, f"{error.filename or name}: {error.strerror or error}") from error
     record = rows.record(name, stamp, num_bytes)
     parquet = parquet_stamp(store, name)
     if parquet not in (None, DENIED) and record.keys:
@@ -248,7 +248,7 @@ def parquet_stamp(store: ShardStore, name: str) -> Stamp | None:
         if isinstance(error.__cause__, RemoteError) and error.__cause__.denied:
             return DENIED
         reason = f"its parquet file {error.reason} (only the status 404 or 410 means that there is none)"
-        raise ShardError(base_name(name), reason) from error
+        raise ShardError(name, reason) from error
     return None if not remote.is_remote(parquet) and Path(parquet).is_dir() else stamp
 
 
@@ -268,7 +268,7 @@ def _read_parquet(store: ShardStore, name: str, stamp: Stamp, keys: Sequence[str
             data = Path(parquet).read_bytes()
         return parquet_columns(data, keys)
     except RemoteError as error:
-        raise ShardError(base_name(name), f"its parquet file {error}") from error
+        raise ShardError(name, f"its parquet file {error}") from error
     except UserError:
         raise
     except (OSError, ValueError) as error:
