@@ -8,7 +8,6 @@ within the source, are computed without looking at earlier positions. Each sourc
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -18,19 +17,6 @@ from raphael_dist.errors import UserError
 from raphael_dist.rng import Purpose, generator
 
 BLOCK = 1024
-
-
-@dataclass(frozen=True, eq=False)
-class _Block:
-    """The order of the sources in one block, which is BLOCK runs (groups of consecutive samples of one source).
-
-    Attributes:
-        source: int64 [BLOCK], number of the source of each run.
-        before: int64 [BLOCK], number of earlier runs of the same source in the block.
-    """
-
-    source: np.ndarray
-    before: np.ndarray
 
 
 class MixedOrder:
@@ -105,11 +91,12 @@ class MixedOrder:
             raise ValueError(f"sample position {position} is negative")
         run, offset = divmod(position, self.run_length)
         block, place = divmod(run, BLOCK)
-        entries = self._block(block)
-        source = int(entries.source[place])
-        return source, (block * self.shares[source] + int(entries.before[place])) * self.run_length + offset
+        sources, before = self._block(block)
+        source = int(sources[place])
+        return source, (block * self.shares[source] + int(before[place])) * self.run_length + offset
 
-    def _make_block(self, block: int) -> _Block:
+    def _make_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (number of the source, number of earlier runs of it in the block) of each run of a block, int64 [BLOCK]."""
         sources = np.repeat(np.arange(len(self.shares)), self.shares)
         # `extra` differs from those of SampleOrder, which draws for the same purpose with lower numbers.
         sources = generator(self._seed, Purpose.ORDER, block, extra=1 << 63).permutation(sources)
@@ -117,7 +104,7 @@ class MixedOrder:
         for source in range(len(self.shares)):
             is_source = sources == source
             before[is_source] = np.arange(np.count_nonzero(is_source))
-        return _Block(sources, before)
+        return sources, before
 
 
 def apportion(weights: Sequence[float], total: int) -> list[int]:
