@@ -79,28 +79,20 @@ class DataSource:
         """
         return self.training.sample(position).key
 
-    def builder(self, config: Config, num_blocks: int, device: torch.device) -> BatchBuilder:
-        """Return a builder of training batches.
-
-        `config`: configuration of the run. `num_blocks`: number of the model's transformer blocks. `device`: device of the
-        model; batches for a GPU are put into pinned memory.
-        """
-        return self.batches_of(self.training, config, num_blocks, device)
-
-    def batches_of(
-        self, stream: TrainStream, config: Config, num_blocks: int, device: torch.device, **options: Any
+    def builder(
+        self, config: Config, num_blocks: int, device: torch.device, stream: TrainStream | None = None, **options: Any
     ) -> BatchBuilder:
-        """Return a builder of batches from the samples of `stream`, which is `training` or `held_out`.
+        """Return a builder of batches.
 
         Args:
-            stream: The stream that returns the samples.
             config: Configuration of the run.
             num_blocks: Number of the model's transformer blocks.
             device: Device of the model; batches for a GPU are put into pinned memory.
+            stream: The stream that returns the samples: `training` (the default) or `held_out`.
             options: Further keyword arguments of `BatchBuilder`.
         """
         encoder = BatchEncoder(self.encoders, with_edges=config.edge.weight > 0)
-        return BatchBuilder(config, stream, encoder, num_blocks, pin=is_gpu(device), **options)
+        return BatchBuilder(config, stream or self.training, encoder, num_blocks, pin=is_gpu(device), **options)
 
     def close(self) -> None:
         """Stop the threads and processes that read or encode samples."""

@@ -53,7 +53,7 @@ class Validator:
         self._active_ranks = active_ranks(count, ranks.world_size, group, min(group * micro, run or group * micro))
         self._plan = BatchPlan(count, self._active_ranks, micro, unit, run)
         options = {"global_batch_size": count, "gate_noise": False}
-        self._builder = data.batches_of(data.held_out, config, engine.module.num_blocks, engine.device, **options)
+        self._builder = data.builder(config, engine.module.num_blocks, engine.device, data.held_out, **options)
         self._probe, self._routes = RouteProbe(), dict[str, float]()
 
     @torch.no_grad()
