@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     from raphael_dist.data.shards.view import columns_of, open_view
     from raphael_dist.data_prep.contact_sheet import contact_sheet
     from raphael_dist.data_prep.inputs import shards_in
-    from raphael_dist.data_prep.inspect_data import buckets_of, inspect, report_lines, truncated_captions
+    from raphael_dist.data_prep.inspect_data import inspect, report_lines, truncated_captions
 
     patterns = [name for shard in shards for name in (shards_in(Path(shard)) if Path(shard).is_dir() else [shard])]
     if not patterns:
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
             index = build_index(expand_shards(patterns), Path(folder), columns=columns_of(config.data.filters))
         view = open_view(index, config.image.buckets, config.data.filters)
         dataset = ImageDataset(index, config.image.buckets, "auto", captions=choice)
-        findings = inspect(dataset, buckets_of(dataset).tolist(), args.count, args.images)
+        findings = inspect(dataset, args.count, args.images)
         for line in report_lines(findings, dataset, view):
             print_line(line)
         print_line(truncated_captions(findings.captions, config.text.encoder, config.text.max_tokens))

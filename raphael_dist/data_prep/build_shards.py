@@ -24,7 +24,6 @@ from torch import Tensor
 from webdataset import TarWriter
 
 from raphael_dist.config.schema import Config
-from raphael_dist.data.buckets import nearest_buckets
 from raphael_dist.data.features.batch_encoder import Encoders
 from raphael_dist.data.features.cache_build import ShardBuilder, sample_of
 from raphael_dist.data.features.hed import EdgeEncoder, edge_map
@@ -192,8 +191,7 @@ class Preparer:
         builder = ShardBuilder(
             dataset, self._encoders, self._config.data.flip, stores_text(self._config, self._encoders.text)
         )
-        sizes = index.shards[0].sizes
-        tensors, failed = builder.build(0, nearest_buckets(sizes[:, 0], sizes[:, 1], dataset.buckets).tolist())
+        tensors, failed = builder.build(0)
         bad += [BadSample("", index.key(number), reason) for number, reason in failed]
         provenance = json.dumps(self._encoders.provenance(dataset)).encode()
         provenance_tensor = torch.frombuffer(bytearray(provenance), dtype=torch.uint8)

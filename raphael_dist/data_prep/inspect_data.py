@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
-from raphael_dist.data.buckets import nearest_buckets
 from raphael_dist.data.captions import read_captions, read_texts
 from raphael_dist.data.features.tokens import truncation_line
 from raphael_dist.data.prefetch import Prefetcher
@@ -50,12 +49,11 @@ class Findings:
     sheet: list[tuple[DecodedSample, str]] = field(default_factory=list)
 
 
-def inspect(dataset: ImageDataset, buckets: Sequence[int], count: int, num_images: int) -> Findings:
+def inspect(dataset: ImageDataset, count: int, num_images: int) -> Findings:
     """Decode `count` samples, taken at equal distances from the whole data set, and return statistics about them.
 
     Args:
         dataset: Loads the samples by id.
-        buckets: For each sample id, the number of its bucket (image size) in `dataset.buckets`.
         count: Number of samples to decode; if there are fewer, all are decoded.
         num_images: Largest number of samples to keep for the contact sheet.
     """
@@ -66,7 +64,7 @@ def inspect(dataset: ImageDataset, buckets: Sequence[int], count: int, num_image
     def read(sample_id: int) -> tuple[int, dict[str, bytes], DecodedSample | BadSampleError]:
         members = dataset.read(sample_id, EXTS)
         try:
-            return sample_id, members, dataset.load(sample_id, buckets[sample_id])
+            return sample_id, members, dataset.load(sample_id, dataset.buckets_of(sample_id, sample_id + 1)[0])
         except BadSampleError as error:
             return sample_id, members, error
 
@@ -197,12 +195,3 @@ def _caption_lines(findings: Findings) -> Iterator[str]:
     common = [(text, count) for text, count in Counter(findings.captions).most_common(_SHOWN) if count > 1]
     if common:
         yield "  most frequent: " + "; ".join(f"{text[:60]!r} {count} times" for text, count in common)
-
-
-def buckets_of(dataset: ImageDataset) -> np.ndarray:
-    """Return, for each sample, the number of its bucket in `dataset.buckets`, int64 [num_samples].
-
-    The bucket is the image size with the aspect ratio nearest to that of the sample's image.
-    """
-    sizes = np.concatenate([shard.sizes for shard in dataset.index.shards])
-    return nearest_buckets(sizes[:, 0], sizes[:, 1], dataset.buckets)

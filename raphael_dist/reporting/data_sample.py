@@ -13,7 +13,7 @@ from raphael_dist.data.shards.build_index import build_index
 from raphael_dist.data.shards.decode_sample import ImageDataset
 from raphael_dist.data.shards.open_index import patterns_of
 from raphael_dist.data.shards.shard_names import expand_shards, name_option
-from raphael_dist.data_prep.inspect_data import Findings, buckets_of, find_duplicates, inspect
+from raphael_dist.data_prep.inspect_data import Findings, find_duplicates, inspect
 from raphael_dist.errors import UserError
 
 COUNT, SHARDS = 256, 2
@@ -84,4 +84,4 @@ def _inspect(config: Config, patterns: list[str], count: int) -> Findings:
     choice = CaptionChoice(config.data.caption_from, tuple(sorted(config.data.caption_weights.items())))
     with TemporaryDirectory() as folder:
         dataset = ImageDataset(build_index(names, Path(folder)), config.image.buckets, "auto", captions=choice)
-        return inspect(dataset, buckets_of(dataset).tolist(), count, count)
+        return inspect(dataset, count, count)

@@ -17,12 +17,11 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from raphael_dist.data.buckets import nearest_buckets
 from raphael_dist.data.features.batch_encoder import Encoders
-from raphael_dist.data.features.cache_build import TABLES, ShardBuilder, checksum, encode_half
+from raphael_dist.data.features.cache_build import TABLES, ShardBuilder, encode_half
 from raphael_dist.data.features.cached_shard import CachedShard, layout_sum
 from raphael_dist.data.features.feature_source import FeatureSource
-from raphael_dist.data.features.packing import Pick, SampleFeatures
+from raphael_dist.data.features.packing import Pick, SampleFeatures, checksum
 from raphael_dist.data.features.run_encoders import TextFeatures
 from raphael_dist.data.shards.dataset_index import BadSample, BadSampleError, cannot_write
 from raphael_dist.data.shards.decode_sample import ImageDataset
@@ -90,11 +89,7 @@ class FeatureCache(FeatureSource):
             self._build_shard(shard, number, len(shards), report)
 
     def _build_shard(self, shard: int, number: int, total: int, report: Reporter) -> None:
-        sizes, first = self.index.shards[shard].sizes, int(self.index.starts[shard])
-        buckets = nearest_buckets(sizes[:, 0], sizes[:, 1], self.buckets).tolist()
-        tensors, bad = self._builder.build(
-            first, buckets, lambda text: report(f"shard {number} of {total}, {text}", number, total)
-        )
+        tensors, bad = self._builder.build(shard, lambda text: report(f"shard {number} of {total}, {text}", number, total))
         tables_sum = checksum(tensors[name] for name in TABLES)
         layout = {name: (DTYPE_NAMES[tensor.dtype], list(tensor.shape)) for name, tensor in tensors.items()}
         about = {"bad": bad, "tables_sum": tables_sum, "layout_sum": layout_sum(layout, bad)}

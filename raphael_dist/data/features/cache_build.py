@@ -16,9 +16,8 @@ images exist once for each bucket, with the number b in the name:
 | text_sum | int64 [U] | CRC-32 of each row of the line above |
 """
 
-import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from raphael_dist.data.features.batch_encoder import IMAGE_BATCH, TEXT_BATCH, Encoders, fill_rows
 from raphael_dist.data.features.encoders import TextEncoder
-from raphael_dist.data.features.packing import pack_captions, pack_std, pool_edges
+from raphael_dist.data.features.packing import checksum, pack_captions, pack_std, pool_edges
 from raphael_dist.data.features.run_encoders import TextFeatures
 from raphael_dist.data.prefetch import Prefetcher
 from raphael_dist.data.shards.dataset_index import BadSampleError
@@ -73,13 +72,12 @@ class ShardBuilder:
         self.dataset, self.encoders, self.flip, self.with_text = dataset, encoders, flip, with_text
 
     def build(
-        self, first_id: int, buckets: Sequence[int], report: Callable[[str], None] = no_report
+        self, shard: int, report: Callable[[str], None] = no_report
     ) -> tuple[dict[str, Tensor], list[tuple[int, str]]]:
-        """Encode all samples of a shard.
+        """Encode all samples of a shard, each at the bucket (image size) nearest to its own size.
 
         Args:
-            first_id: The id of the shard's first sample: its number, counted over all shards.
-            buckets: For each sample of the shard, the number of its bucket (image size).
+            shard: Number of the shard in the index of the data set.
             report: Called with a line of progress for each batch.
 
         Returns:
@@ -89,6 +87,8 @@ class ShardBuilder:
         Raises:
             UserError: Encoded captions exceed the range of float16.
         """
+        first_id, end_id = self.dataset.index.starts[shard : shard + 2].tolist()
+        buckets = self.dataset.buckets_of(first_id, end_id)
         count = len(buckets)
         rows = _Rows([-1] * count, [0] * count, [[] for _ in range(count)], [[] for _ in range(count)])
         pending: dict[int, list[tuple[int, DecodedSample]]] = defaultdict(list)
@@ -202,14 +202,6 @@ def _checksums(stacks: Mapping[str, Tensor]) -> Tensor:
     """Return a CRC-32 for each row number, int64 [rows]: over the bytes of this row in all tensors, in their order."""
     count = len(next(iter(stacks.values())))
     return torch.tensor([checksum(stack[row] for stack in stacks.values()) for row in range(count)], dtype=torch.int64)
-
-
-def checksum(rows: Iterable[Tensor]) -> int:
-    """Return the CRC-32 of the bytes of these tensors, one after the other."""
-    value = 0
-    for row in rows:
-        value = zlib.crc32(row.contiguous().view(-1).view(torch.uint8).numpy().tobytes(), value)
-    return value
 
 
 def encode_half(text: TextEncoder, captions: Sequence[str], report: Callable[[str], None] = no_report) -> TextFeatures:

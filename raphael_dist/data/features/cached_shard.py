@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from raphael_dist.data.features.cache_build import IMAGE_TENSORS, TABLES, TEXT_TENSORS, checksum
-from raphael_dist.data.features.packing import Pick, SampleFeatures, unpack
+from raphael_dist.data.features.cache_build import IMAGE_TENSORS, TABLES, TEXT_TENSORS
+from raphael_dist.data.features.packing import Pick, SampleFeatures, checksum, unpack
 from raphael_dist.errors import UserError
 
 

@@ -20,7 +20,7 @@ of the edge map over a latent's pixels and larger areas (model/edge_supervision.
 
 import json
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -127,9 +127,14 @@ def check_seal(tensors: dict[str, Tensor]) -> None:
 
 def _crc(tensors: Mapping[str, Tensor]) -> int:
     names = sorted(tensors)
-    value = zlib.crc32(json.dumps([(name, str(tensors[name].dtype), list(tensors[name].shape)) for name in names]).encode())
-    for name in names:
-        value = zlib.crc32(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data, value)
+    header = json.dumps([(name, str(tensors[name].dtype), list(tensors[name].shape)) for name in names])
+    return checksum((tensors[name] for name in names), zlib.crc32(header.encode()))
+
+
+def checksum(tensors: Iterable[Tensor], value: int = 0) -> int:
+    """Return the CRC-32 of the bytes of these tensors, one after the other. `value`: CRC-32 of the bytes before them."""
+    for tensor in tensors:
+        value = zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data, value)
     return value
 
 

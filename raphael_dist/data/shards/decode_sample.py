@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from raphael_dist.data.buckets import fit, resize_and_crop
+from raphael_dist.data.buckets import fit, nearest_buckets, resize_and_crop
 from raphael_dist.data.captions import CaptionChoice, read_captions
 from raphael_dist.data.fetch.remote import is_remote
 from raphael_dist.data.fetch.shard_cache import ShardError
@@ -84,6 +84,11 @@ class ImageDataset:
 
     def __getstate__(self) -> dict[str, object]:
         return {**vars(self), "_decode_elsewhere": None, "_failed_shards": {}}
+
+    def buckets_of(self, first: int, end: int) -> list[int]:
+        """Return, for each sample id from `first` to `end` - 1, the number of the bucket nearest to the image's size."""
+        sizes = np.asarray(self.index.arrays["size"][first:end])
+        return nearest_buckets(sizes[:, 0], sizes[:, 1], self.buckets).tolist()
 
     def set_decoder(self, decode: Callable[[Request], DecodedSample] | None) -> None:
         """Set the function that `load` calls to decode a sample, such as `DecodePool.load`. None: decode in this process.
