@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from raphael_dist.data.shards.columns import check_expansion
+from raphael_dist.data.shards.columns import check_expansion, import_pyarrow
 from raphael_dist.data.shards.skipped import is_hidden
 from raphael_dist.data.shards.tar_scan import expanded_limit
 from raphael_dist.data_prep.arrow_size import expanded_bytes
@@ -15,6 +15,7 @@ from raphael_dist.text import json_type, parse_json, read_text, split_lines
 
 Row = dict[str, object]
 _FEW_ROWS = 8  # that are in memory at a time: a long string in each row may be stored only once
+_TABLES = "SOURCE: an Arrow or parquet file"  # for import_pyarrow
 _EXAMPLE_LINE = '{"file_name": "heart.png", "text": "a red heart"}'
 
 
@@ -104,7 +105,7 @@ def _table_text(path: Path) -> str:
 
 
 def _arrow_rows(paths: list[Path]) -> Iterator[Row]:
-    pyarrow = _pyarrow()
+    pyarrow = import_pyarrow(_TABLES)
     for path in paths:
         try:
             with pyarrow.memory_map(str(path)) as source:
@@ -138,26 +139,12 @@ def _size(value: object) -> int:
 
 
 def _parquet_rows(paths: list[Path]) -> Iterator[Row]:
-    pyarrow = _pyarrow()
-    from pyarrow import parquet
-
+    pyarrow = import_pyarrow(_TABLES)
     for path in paths:
         try:
-            file = parquet.ParquetFile(path)
+            file = pyarrow.parquet.ParquetFile(path)
             check_expansion(file, path.stat().st_size)
             for batch in file.iter_batches(batch_size=_FEW_ROWS):
                 yield from batch.to_pylist()
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise UserError(f"SOURCE: {path} cannot be read as parquet ({error}). Write or copy it again.") from None
-
-
-def _pyarrow() -> Any:
-    try:
-        import pyarrow
-        import pyarrow.ipc
-    except ImportError:
-        raise UserError(
-            "SOURCE: Arrow and parquet files require the package pyarrow, which is not installed. Run: pip install "
-            "'raphael_dist[parquet]'"
-        ) from None
-    return pyarrow

@@ -85,17 +85,14 @@ def prepare(
     Raises:
         UserError: The input cannot be used, or the output cannot be written.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device()
     kind, hed = choose_edges(edges, config, device)
-    encoders = None
-    if features:
-        if kind == "none" and config.edge.weight > 0:
-            raise UserError(
-                f"edge.weight={config.edge.weight} requires edge maps, but --edges is none. Add edge.weight=0, or choose "
-                "another value of --edges."
-            )
-        text, image = load_encoders(config, device, getattr(torch, config.train.dtype))
-        encoders = Encoders(text, image, None, device, config.upscale.factor)
+    if features and kind == "none" and config.edge.weight > 0:
+        raise UserError(
+            f"edge.weight={config.edge.weight} requires edge maps, but --edges is none. Add edge.weight=0, or choose "
+            "another value of --edges."
+        )
+    encoders = _load_encoders(config, device) if features else None
     all_parts = parts_of(sources, per_shard, held_out, caption, out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -103,11 +100,8 @@ def prepare(
         raise UserError(f"--out={out} cannot be created: {error.strerror}. Choose another folder.") from error
     preparer = Preparer(out, kind, hed, config if features else None, encoders)
     finished = [preparer.finished_report(one) for one in all_parts][part::parts]  # of all: no process writes if one refuses
-    reports, local_parts = [], all_parts[part::parts]
-    with _Progress(len(local_parts), enabled=part == 0) as progress:
-        for local_part, report in zip(local_parts, finished, strict=True):
-            reports.append(report or preparer.make(local_part, progress.count_sample))
-            progress.count_shard()
+    local_parts = all_parts[part::parts]
+    reports = _make_shards(preparer, local_parts, finished, show_progress=part == 0)
     if encoders is not None:
         encoders.text.counter.warn()
     _print_summary(out, local_parts, reports, held_out, f" (part {part} of {parts})" if parts > 1 else "")
@@ -116,6 +110,27 @@ def prepare(
             f"SOURCE must contain samples that can be used, but it has none ({summary(reports)}). Give each "
             "sample an image and a caption."
         )
+    return reports
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _load_encoders(config: Config, device: torch.device, edges: EdgeEncoder | None = None) -> Encoders:
+    text, image = load_encoders(config, device, getattr(torch, config.train.dtype))
+    return Encoders(text, image, edges, device, config.upscale.factor)
+
+
+def _make_shards(
+    preparer: Preparer, parts: Sequence[Part], finished: Sequence[Report | None], show_progress: bool
+) -> list[Report]:
+    """Write the shards of `parts`, and return a report for each. `finished`: the reports of those that are complete."""
+    reports = []
+    with _Progress(len(parts), enabled=show_progress) as progress:
+        for part, report in zip(parts, finished, strict=True):
+            reports.append(report or preparer.make(part, progress.count_sample))
+            progress.count_shard()
     return reports
 
 
@@ -156,9 +171,8 @@ def fill_caches(config: Config, part: int, parts: int) -> None:
     `parts` processes can divide the work. This process encodes the training and validation shards (tar files) of part number
     `part`, from 0: every `parts`-th shard. Raises UserError if shards cannot be used or the cache cannot be written.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    text, image = load_encoders(config, device, getattr(torch, config.train.dtype))
-    encoders = Encoders(text, image, edge_encoder(config, device), device, config.upscale.factor)
+    device = _device()
+    encoders = _load_encoders(config, device, edge_encoder(config, device))
     for name, training in (("data.shards", True), ("data.val_shards", False)):
         if training or config.data.val_shards:
             num_computed, num_shards = fill_cache(config, encoders, part, parts, training=training)

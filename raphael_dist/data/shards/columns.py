@@ -97,14 +97,7 @@ def parquet_columns(data: bytes, keys: Sequence[str]) -> dict[str, np.ndarray]:
             string or integer.
         UserError: The package pyarrow is not installed.
     """
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(
-            "data.filters: a parquet file next to a shard requires the package pyarrow, which is not installed. Run: pip "
-            "install 'raphael_dist[parquet]'"
-        ) from None
+    pyarrow = import_pyarrow("data.filters: a parquet file next to a shard")
     try:
         file = pyarrow.parquet.ParquetFile(io.BytesIO(data))
         if _KEY not in file.schema_arrow.names:
@@ -128,6 +121,18 @@ def parquet_columns(data: bytes, keys: Sequence[str]) -> dict[str, np.ndarray]:
     for key in keys:
         collector.add(row_of.get(key, row_of.get(_base(key), {})))
     return collector.columns()
+
+
+def import_pyarrow(user: str) -> Arrow:
+    """Return the module pyarrow, with parquet and ipc. UserError: it is not installed. `user`: what requires it."""
+    try:
+        import pyarrow.ipc
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(
+            f"{user} requires the package pyarrow, which is not installed. Run: pip install 'raphael_dist[parquet]'"
+        ) from None
+    return pyarrow
 
 
 def check_expansion(file: Arrow, num_bytes: int) -> None:
