@@ -56,26 +56,18 @@ class Hed(nn.Module):
         self.fuse = nn.Conv2d(len(STAGES), 1, 1)
         self.register_buffer("mean_bgr", torch.tensor(MEAN_BGR).view(1, 3, 1, 1), persistent=False)
 
-    def logits(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Return (list of the logits of the five stages' edge maps, logits of the combined edge map); each is (B, 1, H, W).
-
-        `images`: RGB, (B, 3, H, W), uint8 in 0..255 or floating point in [0, 1].
-        """
-        mean = self.get_buffer("mean_bgr")
-        h = _unit(images).flip(1) * 255 - mean
-        size = images.shape[-2:]
-        maps: list[Tensor] = []
-        for i, (stage, side) in enumerate(zip(self.stages, self.sides, strict=True)):
-            h = stage(F.max_pool2d(h, 2, ceil_mode=True) if i else h)
-            maps.append(F.interpolate(side(h), size, mode="bilinear", align_corners=False))
-        return maps, self.fuse(torch.cat(maps, 1))
-
     def forward(self, images: Tensor) -> Tensor:
         """Return the combined edge map, the probability of an edge at each pixel: float32 (B, 1, H, W).
 
         `images`: RGB, (B, 3, H, W), uint8 in 0..255 or floating point in [0, 1].
         """
-        return self.logits(images)[1].sigmoid()
+        h = _unit(images).flip(1) * 255 - self.get_buffer("mean_bgr")
+        size = images.shape[-2:]
+        maps: list[Tensor] = []
+        for i, (stage, side) in enumerate(zip(self.stages, self.sides, strict=True)):
+            h = stage(F.max_pool2d(h, 2, ceil_mode=True) if i else h)
+            maps.append(F.interpolate(side(h), size, mode="bilinear", align_corners=False))
+        return self.fuse(torch.cat(maps, 1)).sigmoid()
 
 
 def hed_weights_path() -> Path:

@@ -60,16 +60,14 @@ def open_index(names: Sequence[str], store: ShardStore, columns: Sequence[str] =
     index = open_table(folder, store, names)
     if not set(columns) <= set(index.columns):
         return None
-    with ThreadPoolExecutor(_STAT_THREADS) as pool:
-        current = list(pool.map(lambda name: _local_stamps(store, name), index.about["names"]))
     stamps = [Stamp(*stamp) for stamp in index.about["stamps"]]
-    if UNREACHED in stamps:
-        return None
     parquets = [stamp and Stamp(*stamp) for stamp in index.about["parquets"]]
-    if columns and DENIED in parquets:  # ask again
+    if UNREACHED in stamps or (columns and DENIED in parquets):  # ask again
         return None
-    indexed = list(zip(stamps, parquets, strict=True))
-    return index if all(new in (None, old) for new, old in zip(current, indexed, strict=True)) else None
+    with ThreadPoolExecutor(_STAT_THREADS) as pool:
+        current = pool.map(lambda name: _local_stamps(store, name), index.about["names"])
+        unchanged = [new in (None, old) for new, old in zip(current, zip(stamps, parquets, strict=True), strict=True)]
+    return index if all(unchanged) else None
 
 
 def unindexed(names: Sequence[str], store: ShardStore, report: Reporter = no_report) -> list[tuple[str, int]]:

@@ -26,7 +26,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 
@@ -118,8 +117,8 @@ class ShardIndex:
         return first * BLOCK, blocks * BLOCK
 
 
-class _Shards(Sequence[ShardIndex]):
-    """The shards of an index as a sequence. A `ShardIndex` is created when it is accessed."""
+class _Shards:
+    """The shards of an index, by number. A `ShardIndex` is created when it is accessed."""
 
     def __init__(self, index: "DatasetIndex") -> None:
         self._index = index
@@ -128,13 +127,10 @@ class _Shards(Sequence[ShardIndex]):
     def __len__(self) -> int:
         return len(self._index.about["names"])
 
-    @overload
-    def __getitem__(self, number: int) -> ShardIndex: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[ShardIndex]: ...
-    def __getitem__(self, number: int | slice) -> ShardIndex | list[ShardIndex]:
-        if isinstance(number, slice):
-            return [self._shard(n) for n in range(*number.indices(len(self)))]
+    def __iter__(self) -> Iterator[ShardIndex]:
+        return map(self._shard, range(len(self)))
+
+    def __getitem__(self, number: int) -> ShardIndex:
         if not 0 <= number < len(self):
             raise IndexError(number)
         return self._shard(int(number))
@@ -174,7 +170,7 @@ class DatasetIndex:
         return DatasetIndex, (self.store, self.arrays, self.packed_keys, self.packed_bad, self.about)
 
     @cached_property
-    def shards(self) -> Sequence[ShardIndex]:
+    def shards(self) -> _Shards:
         return _Shards(self)
 
     @cached_property
