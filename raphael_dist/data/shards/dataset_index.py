@@ -160,14 +160,11 @@ class DatasetIndex:
     folder: Path | None = None
 
     def __reduce__(self) -> tuple[object, ...]:
-        if self.folder is not None:
-            names = self.about["names"]
-            return open_table, (
-                self.folder,
-                self.store,
-                names if any(hide_secrets(name) != name for name in names) else None,
-            )
-        return DatasetIndex, (self.store, self.arrays, self.packed_keys, self.packed_bad, self.about)
+        if self.folder is None:
+            return DatasetIndex, (self.store, self.arrays, self.packed_keys, self.packed_bad, self.about)
+        names = self.about["names"]
+        has_secrets = any(hide_secrets(name) != name for name in names)  # which the stored names lack
+        return open_table, (self.folder, self.store, names if has_secrets else None)
 
     @cached_property
     def shards(self) -> _Shards:

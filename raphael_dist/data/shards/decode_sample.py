@@ -16,14 +16,7 @@ from raphael_dist.data.fetch.remote import is_remote
 from raphael_dist.data.fetch.shard_cache import ShardError
 from raphael_dist.data.image import MAX_PIXELS, decode_image, reason_of
 from raphael_dist.data.shards.dataset_index import BadSampleError, DatasetIndex
-from raphael_dist.data.shards.tar_scan import (
-    EDGE_EXT,
-    EXTS,
-    FEATURES_EXT,
-    IMAGE_EXTS,
-    MAX_SAMPLE_BYTES,
-    members_of,
-)  # fmt: skip
+from raphael_dist.data.shards.tar_scan import EDGE_EXT, EXTS, FEATURES_EXT, IMAGE_EXTS, MAX_SAMPLE_BYTES, members_of
 
 EdgeSource = Literal["stored", "auto", "hed", "none"]
 RAW_EXTS = [ext for ext in EXTS if ext != FEATURES_EXT]
