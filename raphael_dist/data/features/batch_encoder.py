@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -154,10 +154,8 @@ class BatchEncoder:
         On a GPU this runs on a CUDA stream of its own, and returns when this stream has finished.
         """
         began = time.monotonic()
-        if any(s.image is not None or s.text is None for s in samples):
-            with self._encoders.side_stream():
-                encoded = self._encode(samples)
-        else:
+        uses_device = any(s.image is not None or s.text is None for s in samples)
+        with self._encoders.side_stream() if uses_device else nullcontext():
             encoded = self._encode(samples)
         encoded.seconds["encoding"] = time.monotonic() - began
         for sample in samples:
@@ -167,11 +165,13 @@ class BatchEncoder:
 
     def zeros(self, count: int, shape: tuple[int, int, int]) -> Encoded:
         """Return zeros with the shapes of an encoded batch of `count` samples. `shape`: [C, h, w] of a sample's latents."""
-        text = self._encoders.text
+        text, upscale = self._encoders.text, self._encoders.upscale
         tokens, ends = torch.zeros(count, text.max_tokens, text.width), torch.zeros(count, dtype=torch.int64)
         edge = torch.zeros(count, *shape[1:]) if self._with_edges else None
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool)
-        return Encoded(torch.zeros(count, *shape), tokens, mask, ends, edge, {}, self._zero_small(count, shape[1:]))
+        sides = [side * self._encoders.image.factor // upscale for side in shape[1:]] if upscale else []
+        small = torch.zeros(count, COLOURS, *sides, dtype=torch.uint8) if upscale else None
+        return Encoded(torch.zeros(count, *shape), tokens, mask, ends, edge, {}, small)
 
     def _encode(self, samples: Sequence[StreamSample]) -> Encoded:
         x0 = fill_rows([sample.latents for sample in samples], samples, self._draw_latents)
@@ -194,7 +194,6 @@ class BatchEncoder:
         return downscale(_images_of(samples), self._encoders.upscale)
 
     def _text(self, samples: Sequence[StreamSample]) -> tuple[Tensor, Tensor, Tensor]:
-        rows: dict[int, Text] = {i: s.text for i, s in enumerate(samples) if s.text is not None}
         captions = list(dict.fromkeys(s.caption for s in samples if s.text is None and s.caption))
         encoded: dict[str, Text] = {}
         if any(s.text is None and not s.caption for s in samples):
@@ -205,15 +204,9 @@ class BatchEncoder:
             features = self._encoders.text.encode(part)
             self._encoders.text.counter.warn()
             encoded |= dict(zip(part, zip(features.tokens, features.mask, features.end, strict=True), strict=True))
-        rows |= {i: encoded[s.caption] for i, s in enumerate(samples) if s.text is None}
-        tokens, masks, ends = zip(*(rows[i] for i in range(len(samples))), strict=True)
+        texts = [encoded[sample.caption] if sample.text is None else sample.text for sample in samples]
+        tokens, masks, ends = zip(*texts, strict=True)
         return _stack(tokens), _stack(masks), _stack([torch.as_tensor(end) for end in ends])
-
-    def _zero_small(self, count: int, latent_hw: tuple[int, int]) -> Tensor | None:
-        if not self._encoders.upscale:
-            return None
-        sides = (side * self._encoders.image.factor // self._encoders.upscale for side in latent_hw)
-        return torch.zeros(count, COLOURS, *sides, dtype=torch.uint8)
 
 
 class NotEncodedError(Exception):
