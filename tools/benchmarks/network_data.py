@@ -13,6 +13,7 @@ import argparse
 import importlib
 import io
 import json
+import logging
 import shutil
 import tarfile
 import tempfile
@@ -238,6 +239,7 @@ def run_cases(todo: list[Case], files: Path, names: dict[bool, list[str]]) -> li
             base["http"] = stack.enter_context(servers.http_files(files, listener=network.socket(nodes)))
         if "s3" in kinds:
             paths = [files / name for case in todo if case.kind == "s3" for name in names[case.uneven]]
+            logging.getLogger("werkzeug").setLevel(logging.ERROR)  # which prints every request
             env = stack.enter_context(servers.s3_bucket(paths, listener=network.socket(nodes)))
         base, env = (
             {key: url.replace("127.0.0.1", network.names[nodes]) for key, url in urls.items()} for urls in (base, env)
