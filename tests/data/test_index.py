@@ -348,14 +348,5 @@ def test_mixing_sources_keeps_runs_of_one_size() -> None:
         places = [mixed.lookup(p) for p in range(first, first + 6)]
         assert len({place.bucket for place in places}) == 1
         assert len({index.locate(place.sample_id)[0] // 2 for place in places}) == 1
+    # The current windows of all sources before the next one of any.
     assert [set(window) for window in mixed.windows_from(3000, 2)] == [{0, 1, 2, 3}] * 2
-
-
-def test_windows_of_a_mixture_join_those_of_its_sources() -> None:
-    """A batch needs shards of all sources, so none may be fetched after the next window of another source."""
-    index = make_index([40] * 8)
-    view = open_view(index, BUCKETS)
-    parts = [SampleOrder(index, BUCKETS, 1, 2, 6, view, part) for part in (range(4), range(4, 8))]
-    windows = MixedOrder(parts, [1, 1], seed=1).windows_from(0, 2)
-    assert windows == [parts[0].windows_from(0, 2)[i] + parts[1].windows_from(0, 2)[i] for i in range(2)]
-    assert sorted(shard for window in windows for shard in window) == list(range(8))
