@@ -143,13 +143,19 @@ on_usr1() {
 trap on_usr1 USR1
 
 # supervise COMMAND...: run it in the background, so that traps run meanwhile; return its exit code. Not by `wait` in a loop:
-# when a signal and the end of the child coincide, bash 5.2 loses the exit code (47 of 300 times).
+# when a signal and the end of the child coincide, bash 5.2 loses the exit code (47 of 300 times). srun waits without end for
+# the ranks of a node that it cannot reach, so it is killed `grace` seconds after a rank has left its exit code (0: never).
 exec {silent}<> <(:)
+grace=0
 supervise() {
-    local code
+    local code ended=''
     "$@" {silent}>&- &
     child=$!
-    while kill -0 "$child" 2>/dev/null; do read -rt 0.5 -u "$silent"; done
+    while kill -0 "$child" 2>/dev/null; do
+        read -rt 0.5 -u "$silent"
+        [[ -n $ended || ! -s $RAPHAEL_EXIT_FILE ]] || ended=$SECONDS
+        [[ -z $ended ]] || ((grace == 0 || SECONDS - ended <= grace)) || kill -KILL "$child" 2>/dev/null
+    done
     wait "$child"
     code=$?
     child=''
@@ -275,6 +281,7 @@ say "job $SLURM_JOB_ID, restart $SLURM_RESTART_COUNT: $((num_nodes - spares)) no
 [[ ${PREFLIGHT:-1} != 1 ]] || preflight
 remove_exit_file # of a rank of the preflight that failed, while the preflight passed
 use_nodes "$((num_nodes - spares))"
+grace=180
 supervise "launch_$launcher" "${train[@]}" "${arguments[@]}"
 code=$?
 [[ ${DRY_RUN:-0} == 1 ]] || finish "$code"

@@ -19,6 +19,7 @@ COMMANDS = {
     "scaling": ("scaling", "speed with 1 to 8 ranks on this host, compared with the planner"),
     "network": ("network", "bytes that nodes send per step, compared with the planner, DDP and DeepSpeed"),
     "network-time": ("network_time", "time of a step over links of given bandwidth and latency, and as planned"),
+    "network-data": ("network_data", "images per second from remote shards over links of a given bandwidth"),
     "kernels": ("kernels", "the Triton kernels of train.kernels, compiled for GPUs without having one"),
     "syncs": ("syncs", "how often the host waits for the GPU in a step; runs without a GPU"),
     "data": ("data", "speed of decoding and reading shards, compared with other libraries"),

@@ -236,7 +236,7 @@ class Data(Section):
         5, "Number of times that a failed request to a remote store is repeated. The pauses between the requests double."
     )
     timeout_s: PositiveFloat = free_setting(
-        60.0, "Time limit, in seconds, of one request to a remote store. A request reads at most 16 MiB."
+        60.0, "Time limit, in seconds, of the answer to one request to a remote store, and of each MiB that it sends."
     )
 
 

@@ -75,15 +75,16 @@ class MixedOrder:
         source, source_position = self._find(position)
         return self._parts[source].lookup(source_position)
 
-    def shards_from(self, position: int, windows: int = 2) -> list[int]:
-        """Return the numbers of the shards (tar files), of all sources, whose samples are read from `position` on.
+    def windows_from(self, position: int, count: int) -> list[list[int]]:
+        """Return the next `count` windows of all sources, beginning with the current ones, as lists of shard numbers.
 
-        `position`: number of a sample in the endless order of training. `windows`: how many windows of each source to
-        return, beginning with the current one. A window is a group of shards whose samples are shuffled together.
+        `position`: number of a sample in the endless order of training. A window is a group of shards (tar files) whose
+        samples are shuffled together. Each list joins one window of each source.
         """
         block = position // self.run_length // BLOCK
         firsts = [block * share * self.run_length for share in self.shares]
-        return [n for part, first in zip(self._parts, firsts, strict=True) for n in part.shards_from(first, windows)]
+        of_parts = [part.windows_from(first, count) for part, first in zip(self._parts, firsts, strict=True)]
+        return [[shard for window in windows for shard in window] for windows in zip(*of_parts, strict=True)]
 
     def _find(self, position: int) -> tuple[int, int]:
         """Return (number of the source at a global position, position in that source's own order)."""

@@ -124,21 +124,22 @@ class SampleOrder:
         sample_id = int(self._window(epoch, window)[offset])
         return SamplePosition(epoch, sample_id, int(self.bucket_of[sample_id]))
 
-    def shards_from(self, position: int, windows: int = 2) -> list[int]:
-        """Return the numbers of the shards (tar files) whose samples are read from `position` on, window by window.
+    def windows_from(self, position: int, count: int) -> list[list[int]]:
+        """Return the next `count` windows, beginning with that of `position`, as lists of the numbers of their shards.
 
-        `position`: number of a sample in the endless order of training. `windows`: how many windows to return, beginning
-        with that of `position`. A window is a group of shards whose samples are shuffled together.
+        `position`: number of a sample in the endless order of training. A window is a group of shards (tar files) whose
+        samples are shuffled together.
         """
         epoch, window, _ = self._find(position)
-        numbers: list[int] = []
-        for _ in range(windows):
+        windows: list[list[int]] = []
+        for _ in range(count):
             if window == len(self._epoch(epoch).starts) - 1:
                 epoch, window = epoch + 1, 0
             first = window * self.window_shards
-            numbers += (self.first_shard + self._epoch(epoch).shards[first : first + self.window_shards]).tolist()
+            shards = self._epoch(epoch).shards[first : first + self.window_shards]
+            windows.append((self.first_shard + shards).tolist())
             window += 1
-        return numbers
+        return windows
 
     def _find(self, position: int) -> tuple[int, int, int]:
         """Return (epoch, window, offset in the window) of a position."""

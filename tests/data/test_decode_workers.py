@@ -13,6 +13,7 @@ import numpy as np
 import psutil
 import pytest
 
+from raphael_dist.data.fetch.remote import RetryPolicy
 from raphael_dist.data.fetch.shard_cache import ShardError, ShardStore
 from raphael_dist.data.fetch.shard_prefetch import ShardPrefetcher
 from raphael_dist.data.order import SampleOrder
@@ -112,11 +113,13 @@ def test_sample_is_bad_only_for_decoding_faults(tmp_path: Path, monkeypatch: pyt
         decoders.close()
 
 
-def test_shards_are_prefetched_and_failed_one_is_not_repeated(tmp_path: Path) -> None:
+@pytest.mark.parametrize("windows", [2, 3])
+def test_shards_are_prefetched_and_failed_one_is_not_repeated(tmp_path: Path, windows: int) -> None:
     (tmp_path / "served").mkdir()
-    paths = [laion_shard(tmp_path / "served" / f"{n:05d}.tar", 5 * n, 5) for n in range(6)]
+    paths = [laion_shard(tmp_path / "served" / f"{n:05d}.tar", 5 * n, 5) for n in range(8)]
+    room = 2 * (windows + 1) * max(path.stat().st_size for path in paths)  # one window more than those to fetch
     with http_files(tmp_path / "served", faults := Faults()) as address:
-        store = ShardStore(tmp_path / "index", tmp_path / "fetched", retry=QUICK)
+        store = ShardStore(tmp_path / "index", tmp_path / "fetched", max_bytes=room, retry=QUICK)
         index = build_index([f"{address}/{path.name}" for path in paths], store=store)
         for path in (tmp_path / "fetched").rglob("*.tar"):
             path.unlink()
@@ -126,12 +129,12 @@ def test_shards_are_prefetched_and_failed_one_is_not_repeated(tmp_path: Path) ->
         ahead.prefetch_from(0)
         ahead.prefetch_from(1)
         deadline = time.monotonic() + 20
-        while len(list((tmp_path / "fetched").rglob("*.tar"))) < 4 and time.monotonic() < deadline:
+        while len(list((tmp_path / "fetched").rglob("*.tar"))) < 2 * windows and time.monotonic() < deadline:
             time.sleep(0.02)
-        shard_names = [f"{n:05d}.tar" for n in order.shards_from(0)]
+        shard_names = [f"{n:05d}.tar" for window in order.windows_from(0, windows) for n in window]
         assert sorted(faults.asked) == sorted(shard_names)
         ahead.close()
-        last = next(n for n in range(6) if f"{n:05d}.tar" not in shard_names)
+        last = next(n for n in range(8) if f"{n:05d}.tar" not in shard_names)
         faults.of[f"{last:05d}.tar"] = ["403"] * 9
         faults.asked.clear()
         data = ImageDataset(index, [(24, 24)], "none")
@@ -139,6 +142,28 @@ def test_shards_are_prefetched_and_failed_one_is_not_repeated(tmp_path: Path) ->
             with pytest.raises(ShardError, match="access is denied"):
                 data.load(int(index.starts[last]) + row, 0)
         assert len(faults.asked) == 1
+
+
+def test_next_window_is_fetched_after_the_current_one(tmp_path: Path) -> None:
+    """On a slow link its shards would delay those that the next steps wait for."""
+    (tmp_path / "served").mkdir()
+    paths = [laion_shard(tmp_path / "served" / f"{n:05d}.tar", 5 * n, 5) for n in range(6)]
+    with http_files(tmp_path / "served", faults := Faults()) as address:
+        store = ShardStore(tmp_path / "index", tmp_path / "fetched", retry=RetryPolicy(timeout_s=20.0))
+        index = build_index([f"{address}/{path.name}" for path in paths], store=store)
+        for path in (tmp_path / "fetched").rglob("*.tar"):
+            path.unlink()
+        order = SampleOrder(index, [(24, 24)], seed=0, window_shards=2)
+        now, following = ([f"{n:05d}.tar" for n in window] for window in order.windows_from(0, 2))
+        faults.asked.clear()
+        faults.of[now[1]] = ["slow"]
+        ahead = ShardPrefetcher(order)
+        ahead.prefetch_from(0)
+        deadline = time.monotonic() + 20
+        while not set(following) & set(faults.asked) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert set(now) <= {path.name for path in (tmp_path / "fetched").rglob("*.tar")}
+        ahead.close()
 
 
 @pytest.mark.parametrize("kill", [True, False])

@@ -348,4 +348,5 @@ def test_mixing_sources_keeps_runs_of_one_size() -> None:
         places = [mixed.lookup(p) for p in range(first, first + 6)]
         assert len({place.bucket for place in places}) == 1
         assert len({index.locate(place.sample_id)[0] // 2 for place in places}) == 1
-    assert set(mixed.shards_from(3000)) == {0, 1, 2, 3}
+    # The current windows of all sources before the next one of any.
+    assert [set(window) for window in mixed.windows_from(3000, 2)] == [{0, 1, 2, 3}] * 2

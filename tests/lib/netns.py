@@ -27,7 +27,7 @@ from tests.lib.launch import ROOT, rank_env
 from tests.lib.relay import enter
 
 HEADERS = 66  # bytes of a frame's Ethernet, IP and TCP headers, with TCP's timestamps
-_HOSTS = Path("/etc/netns")  # `ip netns exec` binds the files of a folder here over those in /etc
+_HOSTS = Path("/etc/netns")  # a folder for each node, with the file that replaces /etc/hosts, also in `ip netns exec`
 _NAME = re.compile(r"raphael-(\d+)-\d+-\w+")
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 _IP = shutil.which("ip", path=_PATH) or "ip"
@@ -36,7 +36,7 @@ _networks = itertools.count()
 
 def missing() -> str | None:
     """Return why no network can be made here, or None."""
-    absent = [name for name in ("ip", "tc", "bridge", "unshare") if shutil.which(name, path=_PATH) is None]
+    absent = [name for name in ("ip", "tc", "bridge", "nsenter", "unshare") if shutil.which(name, path=_PATH) is None]
     if absent:
         return f"{', '.join(absent)} not installed (Debian: iproute2 util-linux)"
     if os.geteuid() != 0:
@@ -190,6 +190,15 @@ class Network:
         rule = ("iif", "eth0", "ipproto", "tcp", "dport", f"{port}", "blackhole")
         ip("-n", self._spaces[i], "rule", "add", "pref", "5", *rule)
 
+    def drop_routes(self, i: int, others: Sequence[int]) -> None:
+        """Lose all that the node sends to some others, until `keep_routes`; the rest of the network is not affected."""
+        for other in others:
+            ip("-n", self._spaces[i], "route", "add", "blackhole", self.addresses[other])
+
+    def keep_routes(self, i: int) -> None:
+        """Undo `drop_routes`."""
+        ip("-n", self._spaces[i], "route", "flush", "type", "blackhole")
+
     def add_address(self, i: int, address: str) -> None:
         """Give a node one more address, such as that of another node."""
         ip("-n", self._spaces[i], "address", "add", f"{address}/24", "dev", "eth0")
@@ -204,8 +213,10 @@ class Network:
 
     def command(self, i: int, command: Sequence[str]) -> list[str]:
         """Return the command line that runs a command on a node, with the node's host name."""
-        enter = ["ip", "netns", "exec", self._spaces[i], "unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"']
-        return [*enter, self.names[i], *command]
+        # Unlike `ip netns exec`, this keeps /sys, in which slurmd looks for cgroups.
+        enter = ["nsenter", f"--net=/run/netns/{self._spaces[i]}", "unshare", "--mount", "--uts", "sh", "-c"]
+        setup = 'mount --bind "$0" /etc/hosts && hostname "$1" && shift && exec "$@"'
+        return [*enter, setup, str(_HOSTS / self._spaces[i] / "hosts"), self.names[i], *command]
 
     def space(self, i: int) -> str:
         """Return the name of a node's namespace, for `relay.enter`."""
@@ -219,15 +230,17 @@ class Network:
         opened.settimeout(5)
         return opened
 
-    def rank_envs(self, per_node: int = 1) -> list[dict[str, str]]:
-        """Return the environment of each rank, `per_node` consecutive ranks on each node."""
-        world = len(self.links) * per_node
+    def rank_envs(self, per_node: int = 1, nodes: int | None = None) -> list[dict[str, str]]:
+        """Return the environment of each rank: `per_node` consecutive ones on each of the first `nodes` nodes, or on all."""
+        world = (nodes or len(self.links)) * per_node
         shared = {"MASTER_ADDR": self.names[0], "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "eth0"}
         base = {**rank_env(world), **shared, "LOCAL_WORLD_SIZE": str(per_node)}
         return [{**base, "RANK": str(rank), "LOCAL_RANK": str(rank % per_node)} for rank in range(world)]
 
-    def start_ranks(self, command: Sequence[str], per_node: int = 1, **env: str) -> list[subprocess.Popen[str]]:
-        """Start `python COMMAND` as ranks, `per_node` on each node. End them with `finish` or `kill`."""
+    def start_ranks(
+        self, command: Sequence[str], per_node: int = 1, nodes: int | None = None, **env: str
+    ) -> list[subprocess.Popen[str]]:
+        """Start `python COMMAND` as ranks, as `rank_envs` describes. End them with `finish` or `kill`."""
         return [
             subprocess.Popen(
                 self.command(rank // per_node, [sys.executable, *command]),
@@ -237,7 +250,7 @@ class Network:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
             )
-            for rank, own in enumerate(self.rank_envs(per_node))
+            for rank, own in enumerate(self.rank_envs(per_node, nodes))
         ]
 
 

@@ -4,6 +4,7 @@ import hashlib
 import http.client
 import json
 import os
+import socket
 import threading
 import time
 import urllib.parse
@@ -17,14 +18,15 @@ from pathlib import Path
 from typing import Any
 
 SLOW_S = 3.0
+TRICKLE_BYTES, TRICKLE_S = 1 << 16, 1 / 24  # 1.5 MiB/s
 REDIRECTS = {"to a file": "file:///etc/hostname", "in a loop": "?again"}  # Location of the answer
 RANGES = {"other bytes": "bytes 1-9/*", "other size": "bytes 0-9/10"}  # Content-Range of the answer
 
 
 @dataclass
 class Faults:
-    """Faults of a server: "429" (wait a second), "500", "503", "cut" (half of the body), "slow", "endless", "packed"
-    (falsely declared as gzip), or one of REDIRECTS and RANGES.
+    """Faults of a server: "429" (wait a second), "500", "503", "cut" (half of the body), "slow", "trickle" (1.5 MiB/s),
+    "endless", "packed" (falsely declared as gzip), or one of REDIRECTS and RANGES.
 
     Attributes:
         of, heads: the faults of the next GETs and HEADs of a file, by its name.
@@ -90,6 +92,10 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "cut":
             self.wfile.write(body[: len(body) // 2])
             self.close_connection = True
+        elif fault == "trickle":
+            for start in range(0, len(body), TRICKLE_BYTES):
+                time.sleep(TRICKLE_S)
+                self.wfile.write(body[start : start + TRICKLE_BYTES])
         elif self.command != "HEAD":
             self.wfile.write(body)
 
@@ -220,8 +226,14 @@ class _Quiet(ThreadingHTTPServer):
 
 
 @contextmanager
-def _serving(handler: type[_Handler]) -> Iterator[int]:
-    server = _Quiet(("127.0.0.1", 0), handler)
+def _serving(handler: type[_Handler], listener: socket.socket | None = None) -> Iterator[int]:
+    """Serve on this host or, with a `listener`, at the node of a network to which this socket belongs; yield the port."""
+    server = _Quiet(("127.0.0.1", 0), handler, bind_and_activate=False)
+    if listener is not None:
+        server.socket.close()
+        server.socket, server.server_address = listener, ("0.0.0.0", 0)
+    server.server_bind()
+    server.server_activate()
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
@@ -232,10 +244,16 @@ def _serving(handler: type[_Handler]) -> Iterator[int]:
 
 
 @contextmanager
-def http_files(folder: Path, faults: Faults | None = None, knows_ranges: bool = True, marks: bool = True) -> Iterator[str]:
-    """Serve a folder; yield the address. marks: send ETag and Last-Modified."""
+def http_files(
+    folder: Path,
+    faults: Faults | None = None,
+    knows_ranges: bool = True,
+    marks: bool = True,
+    listener: socket.socket | None = None,
+) -> Iterator[str]:
+    """Serve a folder; yield the address. marks: send ETag and Last-Modified. listener: see `_serving`."""
     about = {"folder": folder, "faults": faults or Faults(), "knows_ranges": knows_ranges, "marks": marks}
-    with _serving(type("Files", (_Files,), about)) as port:
+    with _serving(type("Files", (_Files,), about), listener) as port:
         yield f"http://127.0.0.1:{port}"
 
 
@@ -279,9 +297,16 @@ def gcs_bucket(folder: Path, bucket: str = "pictures", faults: Faults | None = N
 
 @contextmanager
 def s3_bucket(
-    files: list[Path], bucket: str = "laion", faults: Faults | None = None, knows_ranges: bool = True
+    files: list[Path],
+    bucket: str = "laion",
+    faults: Faults | None = None,
+    knows_ranges: bool = True,
+    listener: socket.socket | None = None,
 ) -> Iterator[dict[str, str]]:
-    """Serve files as a bucket of an S3 server; yield the environment that its clients need, which is set here as well."""
+    """Serve files as a bucket of an S3 server; yield the environment that its clients need, which is set here as well.
+
+    listener: see `_serving`.
+    """
     import boto3
     from moto.server import ThreadedMotoServer
     from s3fs import S3FileSystem
@@ -302,7 +327,7 @@ def s3_bucket(
         for path in files:
             client.upload_file(str(path), bucket, path.name)
         about = {"upstream": (host, port), "faults": faults or Faults(), "knows_ranges": knows_ranges}
-        with _serving(type("Proxy", (_Proxy,), about)) as proxy:
+        with _serving(type("Proxy", (_Proxy,), about), listener) as proxy:
             environment["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{proxy}"
             os.environ.update(environment)
             yield environment

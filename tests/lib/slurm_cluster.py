@@ -1,4 +1,8 @@
-"""A real Slurm on this host: munged, slurmctld and several slurmd with their own ports and folders."""
+"""A real Slurm on this host: munged, slurmctld and several slurmd with their own ports and folders.
+
+All nodes have the address of this host or, with a `Network`, each its own. Names of folders hold the process id of their
+owner; the next cluster ends and removes what a killed owner left.
+"""
 
 import os
 import pwd
@@ -9,17 +13,22 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from raphael_dist.runtime.launchers import alive
 from raphael_dist.runtime.ranks import free_port
+from tests.lib.netns import Network
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue")
 # A requeued job waits for cred_expire + 1 seconds (120 by default). KillWait is the time between TERM and KILL.
 CONFIG = """
 ClusterName=test
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={host}({address})
 SlurmctldPort={port}
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket,cred_expire=6
@@ -42,7 +51,7 @@ SelectTypeParameters=CR_CPU
 SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=2,sched_interval=5,batch_sched_delay=1
 ReturnToService=2
-SlurmdTimeout=10
+SlurmdTimeout={timeout}
 KillWait=15
 OverTimeLimit=0
 InactiveLimit=0
@@ -70,12 +79,47 @@ def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
     return value
 
 
-class Cluster:
-    """Context manager: a controller and nodes n1, n2, ... with four CPUs each, all ended on exit."""
+def sweep() -> None:
+    """End the processes and remove the folders of clusters whose owners exist no more."""
+    for folder in Path(tempfile.gettempdir()).glob("slurm-*-*"):
+        owner = folder.name.split("-")[1]
+        if owner.isdigit() and not alive(int(owner)):
+            for process in processes_of(folder):
+                with suppress(psutil.Error):
+                    process.kill()
+            shutil.rmtree(folder, ignore_errors=True)
 
-    def __init__(self, num_nodes: int = 4) -> None:
-        self.nodes = [f"n{i + 1}" for i in range(num_nodes)]
-        self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """Return the daemons of the cluster with this folder, and the processes of its jobs."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get("SLURM_CONF") == str(folder / "slurm.conf"):
+                found.append(process)
+    return found
+
+
+class Cluster:
+    """Context manager: a controller and nodes with four CPUs each, all ended on exit.
+
+    Attributes:
+        nodes: names of the nodes: n1, n2, ..., or those of the network.
+        folder: configuration, state and logs of the daemons.
+    """
+
+    def __init__(self, num_nodes: int = 4, network: Network | None = None, slurmd_timeout: int = 10) -> None:
+        """Create the cluster.
+
+        Args:
+            num_nodes: number of nodes with slurmd, all on this host; not used with a network.
+            network: Nodes of network namespaces. The last one has the controller, and each other one a slurmd.
+            slurmd_timeout: seconds after which a node that does not answer is down.
+        """
+        sweep()
+        self.network, self._timeout = network, slurmd_timeout
+        self.nodes = network.names[:-1] if network else [f"n{i + 1}" for i in range(num_nodes)]
+        self.folder = Path(tempfile.mkdtemp(prefix=f"slurm-{os.getpid()}-"))
         self.env = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf")}
         for name in [n for n in self.env if n.startswith(("SLURM_", "SBATCH_")) and n != "SLURM_CONF"]:
             del self.env[name]
@@ -94,6 +138,8 @@ class Cluster:
             self.cancel_all("--full", "--signal=KILL")
         for name in reversed(list(self._daemons)):
             self.stop(name)
+        for process in processes_of(self.folder) if self.network else ():  # of jobs on a node that was cut off
+            process.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _start(self) -> None:
@@ -107,12 +153,16 @@ class Cluster:
         wait_for((self.folder / "munge.socket").exists, 20, "munged")
         (self.folder / "state").mkdir()
         host, user = socket.gethostname().split(".")[0], pwd.getpwuid(os.getuid()).pw_name
+        hosts, addresses = [host] * len(self.nodes), ["127.0.0.1"] * (len(self.nodes) + 1)
+        if self.network is not None:
+            host, hosts, addresses = self.network.names[-1], self.nodes, self.network.addresses
         # Ports of jobs follow from their numbers, and another cluster of this host may run at the same time.
         worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
         first_job = 1 + 250 * worker
-        text = CONFIG.format(host=host, port=free_port(), user=user, folder=self.folder, first_job=first_job)
-        for node in self.nodes:
-            text += f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs=4 RealMemory=1000\n"
+        about = {"host": host, "address": addresses[-1], "user": user, "timeout": self._timeout}
+        text = CONFIG.format(port=free_port(), folder=self.folder, first_job=first_job, **about)
+        for node, name, address in zip(self.nodes, hosts, addresses, strict=False):
+            text += f"NodeName={node} NodeHostname={name} NodeAddr={address} Port={free_port()} CPUs=4 RealMemory=1000\n"
         text += "PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP DefMemPerCPU=1\n"
         (self.folder / "slurm.conf").write_text(text)
         self._launch("slurmctld", "-D", "-i")
@@ -129,8 +179,14 @@ class Cluster:
         assert path is not None
         log = open(self.folder / f"{name or command}.out", "a")
         self._daemons[name or command] = subprocess.Popen(
-            [path, *arguments], env=self.env, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+            self._on_node(name, [path, *arguments]), env=self.env, stdout=log, stderr=log, stdin=subprocess.DEVNULL
         )
+
+    def _on_node(self, name: str | None, command: Sequence[str]) -> Sequence[str]:
+        """Return the command line that runs a command on a node; None: on the node of the controller."""
+        if self.network is None:
+            return command
+        return self.network.command(-1 if name is None else self.nodes.index(name), command)
 
     def stop(self, name: str, number: signal.Signals = signal.SIGTERM) -> None:
         """Send a signal to a daemon ("slurmctld" or a node's name) and wait for its end."""
@@ -144,7 +200,8 @@ class Cluster:
 
     def run(self, *command: str, check: bool = True, env: dict[str, str] | None = None, cwd: Path | None = None) -> str:
         """Run a Slurm command and return its output. AssertionError when it fails."""
-        done = subprocess.run(command, env={**self.env, **(env or {})}, cwd=cwd, capture_output=True, text=True, timeout=60)
+        words, env = self._on_node(None, command), {**self.env, **(env or {})}
+        done = subprocess.run(words, env=env, cwd=cwd, capture_output=True, text=True, timeout=60)
         assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 

@@ -3,11 +3,12 @@
 s3fs and huggingface_hub have methods for this, but these first read the server's whole response, however long it is.
 """
 
+import asyncio
 from typing import Any
 
 from fsspec import asyn
 
-from raphael_dist.data.fetch.http import HttpError, check_status
+from raphael_dist.data.fetch.http import BLOCK_BYTES, HttpError, check_status
 
 _PIECE_BYTES = 64 << 10
 
@@ -27,7 +28,8 @@ def read_range(fs: Any, path: str, start: int, end: int, timeout_s: float) -> by
         path: Path of the file in this file system.
         start: First byte of the range.
         end: End of the range, exclusive.
-        timeout_s: Time limit of the call in seconds. For the Hugging Face hub it limits each wait for data instead.
+        timeout_s: Time limit in seconds of the answer, and of each MiB on average. For the Hugging Face hub it limits each
+            wait for data instead.
 
     Raises:
         IgnoredRangeError: The server ignores the range. For services other than S3 and the hub, this is known only after
@@ -36,29 +38,33 @@ def read_range(fs: Any, path: str, start: int, end: int, timeout_s: float) -> by
     """
     protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
     if "s3" in protocols:
-        data: bytes = asyn.sync(fs.loop, _read_s3, fs, path, start, end, timeout=timeout_s)
+        data: bytes = asyn.sync(fs.loop, _read_s3, fs, path, start, end, timeout_s)
     elif "hf" in protocols:
         data = _read_hub(fs, path, start, end, timeout_s)
     else:
-        data = bytes(fs.cat_file(path, start=start, end=end, **({"timeout": timeout_s} if fs.async_impl else {})))
+        limit = timeout_s * (1 + (end - start) / BLOCK_BYTES)
+        data = bytes(fs.cat_file(path, start=start, end=end, **({"timeout": limit} if fs.async_impl else {})))
     if len(data) > end - start:
         raise IgnoredRangeError
     return data
 
 
-async def _read_s3(fs: Any, path: str, start: int, end: int) -> bytes:
+async def _read_s3(fs: Any, path: str, start: int, end: int, timeout_s: float) -> bytes:
     bucket, key, version = fs.split_path(path)
     options = {"VersionId": version} if version else {}
-    answer = await fs._call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}", **options)
-    try:
-        if start and "ContentRange" not in answer:
-            raise IgnoredRangeError
-        data = bytearray()
-        while len(data) < end - start and (piece := await answer["Body"].read(end - start - len(data))):
-            data += piece
-        return bytes(data)
-    finally:
-        answer["Body"].close()
+    async with asyncio.timeout(timeout_s) as limit:
+        began = asyncio.get_running_loop().time()
+        answer = await fs._call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}", **options)
+        try:
+            if start and "ContentRange" not in answer:
+                raise IgnoredRangeError
+            data = bytearray()
+            while len(data) < end - start and (piece := await answer["Body"].read(end - start - len(data))):
+                data += piece
+                limit.reschedule(began + timeout_s * (1 + len(data) / BLOCK_BYTES))
+            return bytes(data)
+        finally:
+            answer["Body"].close()
 
 
 def _read_hub(fs: Any, path: str, start: int, end: int, timeout_s: float) -> bytes:

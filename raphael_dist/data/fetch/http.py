@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from aiohttp import ClientResponse
 
 T = TypeVar("T")
-_SKIP_BYTES = 1 << 20  # read at a time before the first requested byte
+BLOCK_BYTES = 1 << 20  # for which the time limit holds: a slow link may need minutes for a range of 16 MiB
 _ABSENT = {404, 410}
 _DENIED = {401, 403, 407}
 _PACKED_NAMES = (".gz", ".tgz")
@@ -42,7 +42,7 @@ class HttpFile:
     def __init__(self, url: str, timeout_s: float) -> None:
         """Create the reader; it sends no request yet.
 
-        `timeout_s`: seconds to wait for the server's answer to a request, and for the bytes of one `read`.
+        `timeout_s`: seconds to wait for the server's answer to a request, and for each MiB of its body.
         """
         self._url, self._timeout_s = url, timeout_s
         self._fs: Any = None
@@ -135,7 +135,7 @@ class HttpFile:
             raise HttpError(f"the server sent bytes from {first[:20]}, but bytes from {start} were requested")
         skipped = 0 if response.status == 206 else start
         while skipped:
-            skipped -= len(await self._take(min(skipped, _SKIP_BYTES)))
+            skipped -= len(await self._take(min(skipped, BLOCK_BYTES)))
 
     async def _ask(self, method: str, headers: dict[str, str]) -> "ClientResponse":
         """Send a request and return the response. Its body is not read yet, and is not decompressed."""
@@ -155,11 +155,14 @@ class HttpFile:
         )
 
     async def _take(self, num_bytes: int) -> bytes:
+        data = bytearray()
         try:
-            data: bytes = await asyncio.wait_for(self._body.content.readexactly(num_bytes), self._timeout_s)
+            while missing := num_bytes - len(data):
+                block = self._body.content.readexactly(min(missing, BLOCK_BYTES))
+                data += await asyncio.wait_for(block, self._timeout_s)
         except asyncio.IncompleteReadError as error:
-            raise HttpError(f"received {len(error.partial)} of {num_bytes} requested bytes") from error
-        return data
+            raise HttpError(f"received {len(data) + len(error.partial)} of {num_bytes} requested bytes") from error
+        return bytes(data)
 
 
 def check_status(status: int, retry_after: str) -> None:
