@@ -94,11 +94,10 @@ def sums_in_float32(dtype: Dtype, accumulation: int) -> bool:
 def uses_contiguous_gradients(
     stage: int, *, overlap: bool, offload: bool, elements: int = 0, bucket: int = CONTIGUOUS_BUCKET
 ) -> bool:
-    """Return whether all gradients of a step lie in one buffer that is reduced at once (`engine.zero.Zero12Contiguous`).
+    """Return whether gradients lie in flat buffers that are reduced without copies (`engine.zero.Zero12Contiguous`).
 
-    This is so with ZeRO-1 without `overlap` and `offload`, and with ZeRO-2 if also `elements` is at most twice `bucket`.
-    (The buffer stays on the device until the backward pass ends. ZeRO-2 is meant to save memory, and its own reduction needs
-    one bucket and a copy of it.)
+    This is so without `offload` with ZeRO-1, and with ZeRO-2 if `overlap` is true or `elements` is at most twice `bucket`.
+    (The buffers stay on the device. ZeRO-2 is meant to save memory; its own reduction needs one bucket and a copy of it.)
 
     Args:
         stage: ZeRO stage.
@@ -107,7 +106,7 @@ def uses_contiguous_gradients(
         elements: number of parameters of the model on this rank; 0: assume that the gradients fit.
         bucket: reduce_bucket_size, in elements.
     """
-    return stage in (1, 2) and not overlap and not offload and (stage == 1 or elements <= 2 * bucket)
+    return stage in (1, 2) and not offload and (stage == 1 or overlap or elements <= 2 * bucket)
 
 
 def offload_device(tree: Tree, name: str = "offload_optimizer") -> str | None:
@@ -187,9 +186,11 @@ def _check(config: Config, merged: Tree, accumulation: int, world_size: int) -> 
                 f"zero_optimization.{name}."
             )
     check_expert_parallel(config, merged, world_size)
+    if (overlap := bool(merged["zero_optimization"].get("overlap_comm"))) and stage in (1, 2):
+        _check_contiguous(overlap_error, config, merged, accumulation)
     if config.train.cuda_graphs:
         _check_contiguous(cuda_graphs_error, config, merged, accumulation)
-        _check_capture(config)
+        _check_capture(config, overlap)
     if "adamw" in config.train.kernels:
         _check_contiguous(fused_update_error, config, merged, accumulation)
     if config.optim.kind == "muon" and stage != 0:
@@ -265,13 +266,11 @@ def check_expert_parallel(config: Config, tree: Tree, world_size: int) -> None:
 
 
 def _check_contiguous(error: RequirementError, config: Config, tree: Tree, accumulation: int) -> None:
-    """If the gradients of a step cannot lie in one buffer, raise UserError. `error` creates it from the reason."""
+    """If the gradients of a step cannot lie in flat buffers, raise UserError. `error` creates it from the reason."""
     stage, offload = zero_stage(tree), offload_device(tree)
     remedy = "Use ds_configs/zero2.json"
     if stage not in (1, 2):
         raise error("ZeRO stage 1 or 2", f"the DeepSpeed config has stage {stage}", remedy)
-    if tree["zero_optimization"].get("overlap_comm"):
-        raise error("overlap_comm=false", "it is true in the DeepSpeed config", remedy)
     if offload is not None:
         actual = f"the DeepSpeed config has offload_optimizer.device={offload}"
         raise error("the optimizer on the GPU", actual, remedy)
@@ -281,9 +280,11 @@ def _check_contiguous(error: RequirementError, config: Config, tree: Tree, accum
         raise error("ZeRO stage 2 if a step has several micro-steps", actual, remedy)
 
 
-def _check_capture(config: Config) -> None:
+def _check_capture(config: Config, overlap: bool) -> None:
     """Raise UserError if CUDA graphs cannot capture the forward and backward passes of the model."""
     model, train, parallel = config.model, config.train, config.parallel
+    if overlap:
+        raise cuda_graphs_error("overlap_comm=false", "it is true in the DeepSpeed config", "Use ds_configs/zero2.json")
     if parallel.uses_expert_parallelism:
         actual = f"parallel.space_ep={parallel.space_ep} and parallel.time_ep={parallel.time_ep} shard them"
         raise cuda_graphs_error("all experts on every rank", actual, "Set parallel.space_ep=1 parallel.time_ep=1")
@@ -322,6 +323,7 @@ def _requirement_error(requires: str, without: str) -> RequirementError:
 
 cuda_graphs_error = _requirement_error("train.cuda_graphs=true requires", "set train.cuda_graphs=false")
 fused_update_error = _requirement_error("train.kernels with adamw requires", "remove adamw from train.kernels")
+overlap_error = _requirement_error("overlap_comm=true in the DeepSpeed JSON requires", "set overlap_comm=false")
 muon_error = _requirement_error("optim.kind=muon (which computes with whole matrices) requires", "set optim.kind=adamw")
 
 

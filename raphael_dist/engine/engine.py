@@ -18,6 +18,7 @@ from raphael_dist.engine.ds_keys import Tree
 from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.expert_groups import ParameterGroup
 from raphael_dist.engine.fragments import Fragments
+from raphael_dist.engine.gradient_buckets import overlap_bucket
 from raphael_dist.engine.muon import Muon
 from raphael_dist.engine.parameter_kinds import decays
 from raphael_dist.engine.zero import Zero0, Zero12Contiguous, adapter
@@ -82,7 +83,8 @@ class Engine:
         torch.manual_seed(config.run.seed)  # the same initial weights on every rank
         model = RaphaelUNet(config) if model is None else model
         self.traffic = self._prepare_model(model)
-        optimizer = _optimizer(expert_groups.parameter_groups(model), config.optim, self.dtype)
+        bucket = overlap_bucket(self.ds_config, plan.world_size)
+        optimizer = _optimizer(expert_groups.parameter_groups(model, bucket), config.optim, self.dtype)
         backend = count_collectives(self.traffic)
         broadcast_weights(model, expert_groups.copies())
         with backend.without_broadcasts():
@@ -160,7 +162,7 @@ class Engine:
         self._micro_step += 1
         last = self._micro_step == self.plan.accumulation if last is None else last
         self._engine.set_gradient_accumulation_boundary(last)
-        self._zero.prepare_backward(first=self._micro_step == 1)
+        self._zero.prepare_backward(first=self._micro_step == 1, last=last)
         # DeepSpeed divides the loss by gradient_accumulation_steps; `plan.loss_scale` contains that factor.
         self._engine.backward(loss)
         if self._touched is not None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
+from raphael_dist.engine.gradient_buckets import divide_into_buckets
 from raphael_dist.parallel.async_collectives import ExpertGroup, Traffic
 from raphael_dist.runtime.ranks import gather_objects, own_group
 
@@ -76,12 +77,15 @@ def add_moe_marker(model: nn.Module, num_experts: int) -> None:
     model.add_module("deepspeed_marker", Marker())
 
 
-def parameter_groups(model: nn.Module) -> list[ParameterGroup]:
+def parameter_groups(model: nn.Module, bucket: int | None = None) -> list[ParameterGroup]:
     """Return the optimizer's parameter groups, in the same order on all ranks. Collective.
 
     The first group has the parameters that are on every rank. One group follows for the experts sharded over 2 ranks, one
     for those over 3 ranks, and so on, as far as there are any. Frozen parameters are left out. (DeepSpeed's own function
     iterates over a set of strings, whose order can differ between ranks; they would then wait for each other forever.)
+
+    `bucket`: None, or the size in elements of the buckets in which gradients are reduced during the backward pass. Then each
+    bucket is a group, and no experts may be sharded.
     """
     members: dict[str, list[tuple[str, nn.Parameter]]] = {"": []}
     for name, p in model.named_parameters():
@@ -91,6 +95,9 @@ def parameter_groups(model: nn.Module) -> list[ParameterGroup]:
     description = repr([(g, [(n, tuple(p.shape)) for n, p in members[g]]) for g in order])
     digests = gather_objects(hashlib.sha256(description.encode()).hexdigest())
     assert len(set(digests)) == 1, "the ranks have different parameter groups"
+    if bucket is not None:
+        assert len(order) == 1, "overlap_comm is refused with sharded experts"
+        return [{"params": parameters} for parameters in divide_into_buckets(members[""], dist.get_world_size(), bucket)]
     groups: list[ParameterGroup] = [{"params": [p for _, p in members[g]]} for g in order]
     for group, name in zip(groups[1:], order[1:], strict=True):
         group |= {"moe": True, "name": name}

@@ -1,12 +1,14 @@
 """The common interface of the adapters in `engine.zero`, and classes for the parts of the weights that a rank stores."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from raphael_dist.engine.deepspeed_comm import DeepSpeedObject
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,10 @@ class Zero(Protocol):
 
     copies: int = 1
 
-    def prepare_backward(self, first: bool) -> None:
+    def prepare_backward(self, first: bool, last: bool) -> None:
         """Prepare the parameters' gradients for the next backward pass. An adapter that needs nothing does nothing.
 
-        `first`: whether it is the first backward pass of an optimizer step.
+        `first`, `last`: whether it is the first, and the last, backward pass of an optimizer step.
         """
         return
 
@@ -112,3 +114,42 @@ def global_shape(p: Tensor) -> tuple[tuple[int, ...], int]:
     if num_experts is None:
         return shape, 0
     return (num_experts, *shape[1:]), first * p[0].numel()
+
+
+class DeepSpeedZero(Zero):
+    """Base class of the adapters that give DeepSpeed's optimizers for ZeRO-1, 2 and 3 the interface `Zero`."""
+
+    def __init__(self, optimizer: DeepSpeedObject) -> None:
+        self._zero = optimizer
+
+
+def linked_fragments(module: nn.Module, owners: Sequence[Tensor]) -> Iterator[Fragment]:
+    """Yield the fragments of `module`, from the attribute `_hp_mapping` that ZeRO-1 and 2 set on each parameter."""
+    for name, p in module.named_parameters():
+        mapping = getattr(p, "_hp_mapping", None)
+        if mapping is None:  # the parameter is on other ranks, or frozen
+            continue
+        shape, first = global_shape(p)
+        yield Fragment(
+            name=name,
+            shape=shape,
+            start=first + mapping.lp_fragment_address.start,
+            master=mapping.hp_fragment.detach(),
+            owner=owners[mapping.param_group_index],
+            offset=mapping.hp_fragment_address.start,
+        )
+
+
+@contextmanager
+def replaced(instance: DeepSpeedObject, name: str, value: object) -> Iterator[None]:
+    """Return a context manager inside which an attribute of `instance` is replaced by `value`."""
+    missing = object()
+    before = vars(instance).get(name, missing)
+    setattr(instance, name, value)
+    try:
+        yield
+    finally:
+        if before is missing:
+            delattr(instance, name)
+        else:
+            setattr(instance, name, before)

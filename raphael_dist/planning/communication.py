@@ -160,6 +160,7 @@ def communications(
     scheme: Scheme,
     reductions: int = 1,
     persistent: int = 0,
+    buckets: int = 1,
 ) -> list[Communication]:
     """Predict all communication of a step: reduce gradients, gather weights, send tokens to experts of other ranks.
 
@@ -172,18 +173,19 @@ def communications(
         reductions: how many times a step reduces gradients (under ZeRO-3 also: gathers weights), once or per micro-step.
         persistent: total elements of the small parameters (up to 100,000 elements each), which ZeRO-3 gathers only once
             in a step.
+        buckets: with "reduce_scatter", number of collectives that reduce the gradients.
 
     Raises:
         ValueError: `scheme` does not support sharded experts.
     """
-    parts = _single_reduction(config, plan, cluster, parameters, scheme, persistent)
+    parts = _single_reduction(config, plan, cluster, parameters, scheme, persistent, buckets)
     # Communication with "nothing" belongs to the update, or already has the tokens of all micro-steps.
     repeated = [part for part in parts if part.hidden_by != "nothing"]
     return parts + (reductions - 1) * repeated
 
 
 def _single_reduction(
-    config: Config, plan: BatchPlan, cluster: Cluster, parameters: int, scheme: Scheme, persistent: int
+    config: Config, plan: BatchPlan, cluster: Cluster, parameters: int, scheme: Scheme, persistent: int, buckets: int
 ) -> list[Communication]:
     width = bytes_per_element(config.train.dtype)
     sharded = [cost for cost in choose_placement(config, plan) if cost.shard]
@@ -193,7 +195,7 @@ def _single_reduction(
         return _zero3(config, cluster, parameters, persistent, scheme)
     replicated = parameters - sum(cost.parameters for cost in sharded)
     gathers = 2 if config.optim.kind == "muon" else 1  # Muon also gathers its momentum
-    parts = _synchronisation(scheme, replicated, width, cluster.ranks, cluster, gathers=gathers)
+    parts = _synchronisation(scheme, replicated, width, cluster.ranks, cluster, gathers=gathers, scatters=buckets)
     for ep in sorted({cost.ep for cost in sharded}):
         costs, copies = [cost for cost in sharded if cost.ep == ep], cluster.ranks // ep
         local = sum(cost.parameters for cost in costs) // ep
@@ -210,17 +212,24 @@ def _single_reduction(
 
 
 def _synchronisation(
-    scheme: Scheme, parameters: int, width: int, ranks: int, cluster: Cluster, stride: int = 1, gathers: int = 1
+    scheme: Scheme,
+    parameters: int,
+    width: int,
+    ranks: int,
+    cluster: Cluster,
+    stride: int = 1,
+    gathers: int = 1,
+    scatters: int = 1,
 ) -> list[Communication]:
     """Return the communication that reduces the gradients of `parameters` elements over ranks and distributes new weights.
 
-    `width`: bytes per element. `ranks`, `stride`: as in `ring`. `gathers`: number of all-gathers of the weights. `scheme`:
-    any but those of ZeRO-3.
+    `width`: bytes per element. `ranks`, `stride`: as in `ring`. `gathers`: number of all-gathers of the weights.
+    `scatters`: number of reduce-scatters. `scheme`: any but those of ZeRO-3.
     """
     size, buckets = float(width * parameters), math.ceil(parameters / DEEPSPEED_BUCKET)
     if scheme in ("replicated", "all_reduce", "reduce_scatter"):
         if scheme == "reduce_scatter":
-            reduce = one_pass("reduce gradients", "backward", size, ranks, cluster, stride)
+            reduce = one_pass("reduce gradients", "backward", size, ranks, cluster, stride, scatters)
         else:
             reduce = ring("reduce gradients", "backward", 2 * size, ranks, cluster, stride, 2 * buckets)
         gather = one_pass("gather weights", "nothing", gathers * size, ranks, cluster, stride, gathers)

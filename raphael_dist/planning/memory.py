@@ -1,9 +1,9 @@
 """Predicts the memory of one rank in bytes, by kind, for every ZeRO stage, precision and expert-parallel size.
 
 Model states (weights, gradients, optimizer moments, moving average) are exact: `convert.zero_partition` computes which
-elements each rank stores. Tests compare these elements with real engines, and the bytes with those of DeepSpeed 0.19.
-Activations are predicted from a recorded list of the operations of a micro-step (trace.py), and buffers from DeepSpeed's
-settings.
+elements each rank stores. (With `overlap_comm` the padding of each bucket, a few elements per rank, is left out.) Tests
+compare these elements with real engines, and the bytes with those of DeepSpeed 0.19. Activations are predicted from a
+recorded list of the operations of a micro-step (trace.py), and buffers from DeepSpeed's settings.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -90,10 +90,10 @@ class MemoryFootprint:
         states: bytes of weights, gradients, optimizer moments and moving average.
         elements: number of parameters in the rank's copy of the model.
         stage: ZeRO stage.
-        contiguous: whether gradients lie in one buffer and are reduced at once (`engine.zero.Zero12Contiguous`).
+        contiguous: whether gradients lie in flat buffers that are reduced without copies (`engine.zero.Zero12Contiguous`).
         buffer_elements: elements in DeepSpeed's buckets for gradients; under ZeRO-3 in the gathered weights.
         update_bytes: bytes of the copies that the update of ZeRO-1 to 3 makes of the rank's gradients (flat, and in
-            float32).
+            float32), and with `overlap_comm` of the weights, which are gathered at once.
         persistent: elements of the small parameters, which ZeRO-3 never frees.
     """
 
@@ -186,11 +186,12 @@ def memory_footprint(
     buffer_elements = 0
     if flat and not contiguous:
         # A bucket is allocated whole. Its gradients are flattened into a copy, which is never larger than the gradients.
-        buckets, size = (2, DEEPSPEED_BUCKET) if overlap else (1, CONTIGUOUS_BUCKET)
-        buffer_elements = buckets * size + min(size, elements)
+        buffer_elements = CONTIGUOUS_BUCKET + min(CONTIGUOUS_BUCKET, elements)
     elif where.stage == 3:
         buffer_elements = min(MAX_LIVE_PARAMETERS, elements) + min(DEEPSPEED_BUCKET, elements)
     update_bytes = part * (flat_copy + float32_copy)
+    if overlap and contiguous and where.world > 1:
+        update_bytes += width * part + states.weights
     persistent = persistent_elements(shapes) if where.stage == 3 else 0
     return MemoryFootprint(states, elements, where.stage, contiguous, buffer_elements, update_bytes, persistent)
 

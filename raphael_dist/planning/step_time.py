@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from raphael_dist.config.schema import Config
 from raphael_dist.config.types import bytes_per_element
+from raphael_dist.engine.gradient_buckets import bucket_count
 from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.planning.cluster_spec import CLASSES_WITH_FLOPS, ClusterSpec
 from raphael_dist.planning.communication import Communication, Scheme, communications, hidden_seconds
@@ -159,7 +160,8 @@ def step_time(
         cluster: devices and links.
         parameters: number of parameters of the whole model.
         num_tensors: number of the model's parameter tensors.
-        overlap: whether gradients are reduced during the backward pass (`zero2_overlap.json`). ZeRO-3 always does that.
+        overlap: whether gradients are reduced during the backward pass (`zero2_overlap.json`), in buckets of which the last
+            is complete only when that pass ends. ZeRO-3 always does that.
     """
     dtype, micro_steps = config.train.dtype, plan.accumulation
     products, traffic = (micro_steps * seconds for seconds in device_times(trace, cluster, dtype))
@@ -173,13 +175,16 @@ def step_time(
     reductions = micro_steps if footprint.stage >= 2 else 1
     links = cluster.links(plan.world_size)
     scheme = scheme_of(footprint)
-    parts = tuple(communications(config, plan, links, parameters, scheme, reductions, footprint.persistent))
+    buckets = bucket_count(parameters, plan.world_size) if overlap else 1
+    parts = tuple(communications(config, plan, links, parameters, scheme, reductions, footprint.persistent, buckets))
     forward = trace.total(trace.flops, "forward")
     hidden = 0.0
     if overlap or footprint.stage == 3:
         backward_share = 1 - forward / max(1, trace.total(trace.flops))
         passes = products + traffic + launches
         hidden = hidden_seconds(parts, (1 - backward_share) * passes, backward_share * passes)
+        if footprint.stage < 3:
+            hidden = min(hidden, (1 - 1 / buckets) * sum(part.seconds for part in parts if part.hidden_by == "backward"))
     exposed = sum(part.seconds for part in parts) - hidden
     images = config.train.global_batch_size
     model_flops = 3 * forward / trace.samples

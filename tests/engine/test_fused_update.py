@@ -100,9 +100,14 @@ def test_captured_update_reads_its_numbers_on_the_device() -> None:
 
 # Adam's first steps hide the scale of a gradient, so moments are compared, too.
 CASES = {
-    "float32, ZeRO-1": ({"dtype": "float32", "micro_batch_size": 3}, 1, 3),
-    "bfloat16, ZeRO-2": ({"dtype": "bfloat16", "micro_batch_size": 6}, 2, 1),
-    "bfloat16, two micro-steps": ({"dtype": "bfloat16", "micro_batch_size": 3}, 2, 1),
+    "float32, ZeRO-1": ({"dtype": "float32", "micro_batch_size": 3}, {"stage": 1}, 3),
+    "bfloat16, ZeRO-2": ({"dtype": "bfloat16", "micro_batch_size": 6}, {"stage": 2}, 1),
+    "bfloat16, two micro-steps": ({"dtype": "bfloat16", "micro_batch_size": 3}, {"stage": 2}, 1),
+    "bfloat16, overlapped": (
+        {"dtype": "bfloat16", "micro_batch_size": 3},
+        {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 10_000},
+        1,
+    ),
 }
 
 
@@ -114,12 +119,12 @@ TWO = pytest.param(2, marks=pytest.mark.skipif(torch.cuda.device_count() == 1, r
 def test_engine_takes_the_same_steps(tmp_path: Path, world_size: int) -> None:
     """After a step of NaN that is dropped, with clipping in float32: in bfloat16 the separate pass rounds what it clips."""
     specs = []
-    for train, stage, steps in CASES.values():
+    for train, zero, steps in CASES.values():
         optim = {"weight_decay": 0.1, "max_grad_norm": 0.5 if train["dtype"] == "float32" else 0.0}
         for kernels in ([], ["adamw"]):
             sections = {"train": {**train, "kernels": kernels}, "optim": optim, "ema": {"decay": 0.9}}
-            zero = {"zero_optimization": {"stage": stage}}
-            specs.append({"sections": sections, "deepspeed": zero, "steps": steps, "spoiled": True, "ema": True})
+            tree = {"zero_optimization": zero}
+            specs.append({"sections": sections, "deepspeed": tree, "steps": steps, "spoiled": True, "ema": True})
     results = train_many(tmp_path, world_size, specs, timeout=280, gpus=HAS_GPU)
     for name, separate, fused in zip(CASES, results[::2], results[1::2], strict=True):
         assert fused["losses"] == pytest.approx(separate["losses"], rel=1e-5), name

@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.skipif(bool(netns.missing()), reason=f"no nodes: {netns.missing()}"),
 ]
 
-STAGES = [Case(2, 1, stage=stage) for stage in range(4)]
+STAGES = [*(Case(2, 1, stage=stage) for stage in range(4)), Case(2, 1, overlap=True)]
 REPEATED = [Case(2, 1, stage=stage, accumulation=3) for stage in (1, 2)]
 SHARDED = [Case(2, 1, space_ep=2, time_ep=2)]
 # Megabytes, so that gloo's own messages do not count: 64 bytes for each part that is sent.

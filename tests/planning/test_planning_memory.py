@@ -9,6 +9,7 @@ import pytest
 
 from raphael_dist.config.schema import config_from_tree
 from raphael_dist.convert.source_checkpoint import parameter_shapes
+from raphael_dist.engine.ds_config import CONTIGUOUS_BUCKET
 from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.planning.calibrate import REFERENCE, measured_peak
 from raphael_dist.planning.expert_parallel_trace import shard_for_trace
@@ -102,15 +103,27 @@ def test_peak_memory_is_in_the_backward_pass_or_the_update():
     assert sum(many.by_kind().values()) == many.total
 
 
-def test_gradients_reduced_by_deepspeed_need_buckets_and_copies():
+def test_gradients_reduced_by_deepspeed_need_buckets_and_copies(monkeypatch):
     config = tiny_config(train={"dtype": "bfloat16", "micro_batch_size": 3, "global_batch_size": 3})
-    item = memory_footprint(config, parameter_shapes(config), topology(config, 2, 1), 1, overlap=True)
+    monkeypatch.setattr("raphael_dist.planning.memory.uses_contiguous_gradients", lambda *_, **__: False)
+    item = memory_footprint(config, parameter_shapes(config), topology(config, 2, 1), 1)
     part = item.states.master // 4
     few, many = (rank_memory(config, item, activations, allocator=False) for activations in (0, 10**12))
-    buckets = 2 * (2 * 500_000_000 + item.elements)
+    buckets = 2 * (CONTIGUOUS_BUCKET + item.elements)
     assert item.update_bytes == part * 6
     assert few.total == item.states.total + max(buckets, part * 6) + LIBRARIES
     assert many.total == item.states.total + 10**12 + buckets + LIBRARIES
+
+
+def test_overlap_needs_memory_for_the_gathered_weights_only_in_the_update():
+    config = tiny_config(train={"dtype": "bfloat16", "micro_batch_size": 3, "global_batch_size": 6})
+    plain, overlapped = (
+        memory_footprint(config, parameter_shapes(config), topology(config, 2, 2), 1, overlap) for overlap in (False, True)
+    )
+    assert overlapped.states == plain.states
+    assert overlapped.buffer_elements == plain.buffer_elements == 0
+    gathered = plain.states.weights + plain.states.weights // 2  # all weights, and this rank's part once more
+    assert overlapped.update_bytes - plain.update_bytes == gathered
 
 
 @pytest.mark.parametrize("recompute", [pytest.param("none", marks=pytest.mark.slow), "blocks"])

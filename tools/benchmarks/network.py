@@ -30,6 +30,7 @@ from benchmarks.step import with_deepspeed_moe
 from raphael_dist.config.schema import Config, load_config
 from raphael_dist.engine.deepspeed_comm import CountedBackend, deepspeed_comm, import_deepspeed
 from raphael_dist.engine.engine import Engine
+from raphael_dist.engine.gradient_buckets import bucket_count
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.losses import compute_losses
 from raphael_dist.model.unet import RaphaelUNet
@@ -52,6 +53,8 @@ class Case:
         who: the trainer: "ours", "DDP", "DeepSpeed" or "DeepSpeed MoE".
         stage, space_ep, time_ep, placement: ZeRO stage and expert parallelism of ours.
         accumulation: micro-steps per optimizer step.
+        overlap: whether gradients are reduced during the backward pass (`overlap_comm`).
+        samples: images of a micro-batch.
     """
 
     nodes: int
@@ -62,13 +65,15 @@ class Case:
     time_ep: int = 1
     placement: str = "shard"
     accumulation: int = 1
+    overlap: bool = False
+    samples: int = SAMPLES
 
     def config(self, name: str) -> Config:
         """Return the configuration `name` (preset or file) with the settings of this measurement."""
         world = self.nodes * self.per_node
         overrides = [
-            f"train.micro_batch_size={SAMPLES}",
-            f"train.global_batch_size={SAMPLES * world * self.accumulation}",
+            f"train.micro_batch_size={self.samples}",
+            f"train.global_batch_size={self.samples * world * self.accumulation}",
             f"parallel.space_ep={self.space_ep}",
             f"parallel.time_ep={self.time_ep}",
             f"parallel.placement=[{self.placement}]",
@@ -105,6 +110,7 @@ def cases(topologies: list[tuple[int, int]], everything: bool) -> Iterator[Case]
         if everything or number == 0:
             for stage, accumulation in product(range(4), (1, 4)):
                 yield replace(base, stage=stage, accumulation=accumulation)
+            yield replace(base, overlap=True)
             experts = product((1, 2), ((2, 1), (1, 2), (2, 2)), ("shard", "replicate"), (1, 4))
             for stage, (space, time_), placement, accumulation in experts:
                 if everything or (stage == 2 and accumulation == 1):
@@ -171,13 +177,14 @@ def contender(case: Case, config: Config, ranks: Ranks, device: torch.device) ->
     Returns:
         A function that takes an optimizer step, and the counter of the bytes that it sends.
     """
-    schedule, batch = NoiseSchedule.create(config.diffusion, device), random_batch(config, SAMPLES, (SIDE, SIDE))
+    schedule, batch = NoiseSchedule.create(config.diffusion, device), random_batch(config, case.samples, (SIDE, SIDE))
 
     def loss(model: Any, config: Config = config) -> Tensor:
         return compute_losses(model, batch, schedule, config, torch.float32).total.sum()
 
     if case.who == "ours":
-        engine = Engine(config, {"zero_optimization": {"stage": case.stage}}, BatchPlan.of(config, ranks.world_size), device)
+        zero = {"stage": case.stage, "overlap_comm": case.overlap}
+        engine = Engine(config, {"zero_optimization": zero}, BatchPlan.of(config, ranks.world_size), device)
 
         def step() -> None:
             for _ in range(case.accumulation):
@@ -248,7 +255,8 @@ def planned_communication(case: Case, config_name: str, links: Cluster) -> list[
     parameters = sum(map(prod, shapes.values()))
     # DeepSpeed's default for stage3_param_persistence_threshold equals the planner's constant PERSISTENT.
     scheme, persistent = SCHEMES[case.stage], persistent_elements(shapes)
-    return communications(config, plan, links, parameters, scheme, reductions, persistent)
+    buckets = bucket_count(parameters, world) if case.overlap else 1
+    return communications(config, plan, links, parameters, scheme, reductions, persistent, buckets)
 
 
 def run_ranks(words: list[str], links: list[Any], per_node: int = 1) -> None:
@@ -312,7 +320,8 @@ def describe(case: Case) -> str:
     if case.who != "ours":
         return {"DDP": "PyTorch's DDP", "DeepSpeed": "DeepSpeed's ZeRO-2"}.get(case.who, "DeepSpeed's ZeRO-2 and `MoE`")
     experts = f", ep {case.space_ep} and {case.time_ep}, {case.placement}" if case.space_ep * case.time_ep > 1 else ""
-    return f"ZeRO-{case.stage}{experts}" + (f", {case.accumulation} micro-steps" if case.accumulation > 1 else "")
+    overlap = " overlapped" if case.overlap else ""
+    return f"ZeRO-{case.stage}{overlap}{experts}" + (f", {case.accumulation} micro-steps" if case.accumulation > 1 else "")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -2,7 +2,8 @@
 
 Nodes are simulated by network namespaces of this machine (tests/lib/netns.py). The ranks of a node reach each other without
 a limit. The prediction is the time of the same step over links without a limit, plus the planner's time of all communication
-between nodes, since nothing overlaps on CPUs. Needs root.
+between nodes. For ZeRO-2 with `overlap_comm` all buckets of gradients but the last are taken as hidden by the backward pass;
+the table shows which share of the reduction was. Needs root.
 """
 
 import argparse
@@ -11,93 +12,111 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from benchmarks.network import Case, contender, planned_communication, run_ranks
+from benchmarks.network import Case, contender, describe, planned_communication, run_ranks
+from raphael_dist.convert.source_checkpoint import parameter_shapes
+from raphael_dist.engine.gradient_buckets import bucket_count
 from raphael_dist.planning.communication import Cluster
 from raphael_dist.runtime.ranks import discover, initialise
 from raphael_dist.storage.files import replace_bytes
 
-STAGES, STEPS = (0, 2), 3  # ZeRO stages; steps of which the fastest counts, after one that is not measured
+STEPS = 5  # of which the fastest counts, after one that is not measured
 
 
 @dataclass(frozen=True)
 class Row:
-    """Times of a step with one ZeRO stage over one kind of link.
+    """Times of a step of one kind over one kind of link.
 
     Attributes:
-        nodes, per_node, stage: number of nodes and of ranks on each; ZeRO stage.
+        case: nodes and ranks on each, ZeRO stage, overlap, images of a rank.
         mbit_s, delay_ms: bandwidth of each node's link; one-way latency from node to node.
         alone_s: seconds of a step over links without a limit.
         measured_s, planned_s: seconds of a step over these links, measured and predicted.
+        hidden: with overlap, the time that it saves divided by the planner's time of the reduction; else None.
     """
 
-    nodes: int
-    per_node: int
-    stage: int
+    case: Case
     mbit_s: float
     delay_ms: float
     alone_s: float
     measured_s: float
     planned_s: float
+    hidden: float | None = None
 
 
-def measure(config_name: str, nodes: int, per_node: int, out: str) -> None:
-    """Time a step of each ZeRO stage on this rank; rank 0 writes the seconds by stage to the file OUT. Collective."""
+def cases(nodes: int, per_node: int, samples: int) -> list[Case]:
+    """Return the steps that are timed: ZeRO-0, ZeRO-2, and ZeRO-2 with overlap, on `samples` images per rank."""
+    kinds = ((0, False), (2, False), (2, True))
+    return [Case(nodes, per_node, stage=stage, overlap=overlap, samples=samples) for stage, overlap in kinds]
+
+
+def measure(config_name: str, nodes: int, per_node: int, samples: int, out: str) -> None:
+    """Time a step of each of the `cases` on this rank; rank 0 writes the list of seconds to the file OUT. Collective."""
     ranks = discover()
     device = initialise(ranks)
     torch.set_num_threads(1)
-    seconds = {}
-    for stage in STAGES:
-        case = Case(nodes, per_node, stage=stage)
+    steps: list[Callable[[], object]] = []
+    seconds: list[float] = []
+    for case in cases(nodes, per_node, samples):
         torch.manual_seed(0)
-        step, _ = contender(case, case.config(config_name), ranks, device)
-        times = []
-        for _ in range(STEPS + 1):
+        steps.append(contender(case, case.config(config_name), ranks, device)[0])
+    for _ in range(STEPS + 1):  # in turns, because a machine's load changes
+        for step in steps:
             dist.barrier()
             began = time.perf_counter()
             step()
             dist.barrier()
-            times.append(time.perf_counter() - began)
-        seconds[stage] = min(times[1:])
-        del step
+            seconds.append(time.perf_counter() - began)
+    kinds = len(steps)
+    fastest = [min(seconds[kinds + i :: kinds]) for i in range(kinds)]
     if ranks.rank == 0:
-        Path(out).write_text(json.dumps(seconds))
+        Path(out).write_text(json.dumps(fastest))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def communication_s(case: Case, config_name: str, mbit_s: float, delay_ms: float) -> float:
-    """Return the planner's seconds of all communication between nodes in a step. The ranks of a node share its link."""
-    net_gb_s = mbit_s / 8e3 / case.per_node
+def communication_s(case: Case, config_name: str, mbit_s: float, delay_ms: float) -> tuple[float, float]:
+    """Return the planner's seconds over these links: of the reduction of gradients, and of all other communication."""
+    net_gb_s = mbit_s / 8e3 / case.per_node  # the ranks of a node share its link
     links = Cluster(case.nodes * case.per_node, case.per_node, math.inf, net_gb_s, 0.0, 1e3 * delay_ms, gloo=True)
-    return sum(part.seconds for part in planned_communication(case, config_name, links))
+    parts = planned_communication(case, config_name, links)
+    reduction = sum(part.seconds for part in parts if part.hidden_by == "backward")
+    return reduction, sum(part.seconds for part in parts) - reduction
 
 
-def bench(config_name: str, nodes: int, per_node: int, rates: list[float], delays: list[float]) -> Iterator[Row]:
-    """Time steps over links of each bandwidth (Mbit/s) and one-way latency (ms); yield a row for each and each stage."""
+def bench(
+    config_name: str, nodes: int, per_node: int, samples: int, rates: list[float], delays: list[float]
+) -> Iterator[Row]:
+    """Time steps over links of each bandwidth (Mbit/s) and one-way latency (ms); yield a row for each and each case."""
     netns = importlib.import_module("tests.lib.netns")
+    kinds = cases(nodes, per_node, samples)
+    buckets = bucket_count(sum(map(math.prod, parameter_shapes(kinds[0].config(config_name)).values())), nodes * per_node)
 
-    def seconds(link: object) -> dict[str, float]:
+    def seconds(link: object) -> list[float]:
         with tempfile.TemporaryDirectory() as folder:
-            words = ["network-time", "--config", config_name, "--measure", str(nodes), str(per_node), f"{folder}/out"]
-            run_ranks(words, [link] * nodes, per_node)
-            times: dict[str, float] = json.loads(Path(folder, "out").read_text())
+            words = ["network-time", "--config", config_name, "--samples", str(samples), "--nodes", str(nodes)]
+            run_ranks([*words, "--ranks", str(per_node), "--measure", f"{folder}/out"], [link] * nodes, per_node)
+            times: list[float] = json.loads(Path(folder, "out").read_text())
             return times
 
     alone = seconds(netns.Link(whole=True))
     for delay_ms, mbit_s in product(delays, rates):
         measured = seconds(netns.Link(rate=mbit_s, delay_ms=delay_ms, whole=True))
-        for stage in STAGES:
-            base = alone[str(stage)]
-            planned = base + communication_s(Case(nodes, per_node, stage=stage), config_name, mbit_s, delay_ms)
-            yield Row(nodes, per_node, stage, mbit_s, delay_ms, base, measured[str(stage)], planned)
+        for case, base, actual in zip(kinds, alone, measured, strict=True):
+            reduction, rest = communication_s(case, config_name, mbit_s, delay_ms)
+            hidden = None
+            if case.overlap:
+                once = communication_s(replace(case, overlap=False), config_name, mbit_s, delay_ms)[0]
+                hidden = (measured[kinds.index(replace(case, overlap=False))] - actual) / once
+                reduction /= buckets
+            yield Row(case, mbit_s, delay_ms, base, actual, base + reduction + rest, hidden)
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -105,26 +124,30 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--config", default=str(Path(__file__).with_name("network.yaml")))
     command.add_argument("--nodes", type=int, default=2)
     command.add_argument("--ranks", type=int, default=1, help="ranks per node (default: 1)")
+    command.add_argument("--samples", type=int, default=1, help="images of a rank in a step (default: 1)")
     command.add_argument("--mbit", type=float, nargs="+", default=[50, 200, 1000], help="bandwidths in Mbit/s")
     command.add_argument("--delay", type=float, nargs="+", default=[0, 5, 50], help="one-way latencies in ms")
     command.add_argument("--out", type=Path, help="also write the rows to this JSON file")
-    command.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)  # on a rank
+    command.add_argument("--measure", help=argparse.SUPPRESS)  # on a rank
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the seconds of a step over links of each bandwidth and latency, measured and predicted by the planner."""
     if args.measure:
-        nodes, per_node, out = args.measure
-        measure(args.config, int(nodes), int(per_node), out)
+        measure(args.config, args.nodes, args.ranks, args.samples, args.measure)
         return
     rows = []
     print(
-        "| Mbit/s | ms each way | ZeRO | without a limit, s | measured, s | planned, s | difference |\n" + 7 * "|---" + "|"
+        "| Mbit/s | ms each way | | without a limit, s | measured, s | planned, s | difference | reduction hidden |\n"
+        + 8 * "|---"
+        + "|"
     )
-    for row in bench(args.config, args.nodes, args.ranks, args.mbit, args.delay):
+    for row in bench(args.config, args.nodes, args.ranks, args.samples, args.mbit, args.delay):
         rows.append(row)
         times = " | ".join(f"{seconds:.3f}" for seconds in (row.alone_s, row.measured_s, row.planned_s))
         difference = row.measured_s / row.planned_s - 1
-        print(f"| {row.mbit_s:g} | {row.delay_ms:g} | {row.stage} | {times} | {difference:+.0%} |", flush=True)
+        hidden = "" if row.hidden is None else f"{row.hidden:.0%}"
+        what = f"{row.mbit_s:g} | {row.delay_ms:g} | {describe(row.case)}"
+        print(f"| {what} | {times} | {difference:+.0%} | {hidden} |", flush=True)
     if args.out:
         replace_bytes(args.out, json.dumps([asdict(row) for row in rows], indent=1).encode())

@@ -1,0 +1,23 @@
+"""`overlap_comm` hides the reduction of gradients behind the backward pass, on a slow link."""
+
+import pytest
+
+from benchmarks.network_time import bench
+from tests.lib import netns
+from tests.lib.launch import ROOT
+
+pytestmark = [
+    pytest.mark.network,
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(bool(netns.missing()), reason=f"no nodes: {netns.missing()}"),
+]
+
+
+def test_overlap_hides_most_of_the_reduction() -> None:
+    """With 16 images per rank the backward pass takes longer than the reduction; the bound allows for a busy machine."""
+    rows = list(
+        bench(str(ROOT / "tools/benchmarks/network.yaml"), nodes=2, per_node=1, samples=16, rates=[100.0], delays=[0.0])
+    )
+    (hidden,) = [row.hidden for row in rows if row.hidden is not None]
+    assert hidden > 0.4
