@@ -82,11 +82,6 @@ class StopState:
     agreed: bool = False
     data_failure: UserError | None = None
 
-    def raise_data_failure(self) -> None:
-        """Raise `data_failure`, the error because of which this rank cannot get another batch, if there is one."""
-        if self.data_failure is not None:
-            raise self.data_failure
-
 
 @dataclass
 class Run:

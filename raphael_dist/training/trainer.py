@@ -21,7 +21,7 @@ from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.losses import compute_losses
 from raphael_dist.runtime.host_memory import without_long_collections
 from raphael_dist.runtime.long_work import run_on_rank0
-from raphael_dist.runtime.ranks import Ranks, all_reduce_sum, raise_on_all_ranks
+from raphael_dist.runtime.ranks import Ranks, all_reduce_sum, raise_if_any_failed, raise_on_all_ranks
 from raphael_dist.runtime.stop_request import StopRequest
 from raphael_dist.runtime.watchdog import SLOW, Watchdog
 from raphael_dist.sampling.grid import caption_grid, save_image
@@ -181,7 +181,7 @@ def reduce_step_stats(run: Run, loss_sum: torch.Tensor) -> tuple[float, float]:
     values = torch.stack([loss_sum.double(), run.engine.grad_square(), *tensors])
     total, square, stop, written, failed = all_reduce_sum(values, run.engine.device).tolist()
     if failed:
-        raise_on_all_ranks(run.stop.raise_data_failure)
+        raise_if_any_failed(None, run.stop.data_failure)
     run.stop.agreed = stop > 0
     if written == run.ranks.world_size:
         run.store.commit()
