@@ -61,7 +61,6 @@ class Console:
         self._began = time.monotonic()
         self._loss = ""
         self._bar = ProgressBar("train", enabled=active, transient=False)
-        self.advance(start)
 
     def advance(self, step: int) -> None:
         """Show on the progress bar that optimizer step `step` of the run is complete."""

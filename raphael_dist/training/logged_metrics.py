@@ -56,7 +56,6 @@ class Telemetry:
         self._trackers = Trackers(config) if ranks.is_main else None
         if self._writer is not None:
             self._writer.describe(to_yaml(config), flat(config))
-        self._console: Console | None = None
         self._data_timer, self._began = DataTimer(), time.monotonic()
         self._logged_step, self._logged_at = 0, time.monotonic()
         self._flops = 0.0
@@ -67,6 +66,7 @@ class Telemetry:
         `flops`: model FLOPs per sample, forward and backward, for the model FLOP utilisation (MFU).
         """
         self._logged_step, self._flops = step, flops
+        self._console = Console(self._ranks.is_main, step, self._max_steps)
         self.return_to(step)
 
     @property
@@ -75,12 +75,11 @@ class Telemetry:
         return time.monotonic() - self._began
 
     def __enter__(self) -> Self:
-        self._console = Console(self._ranks.is_main, self._logged_step, self._max_steps)
+        self._console.advance(self._logged_step)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._console is not None:
-            self._console.close()
+        self._console.close()
         for sink in (self._writer, self._trackers):
             if sink is not None:
                 sink.close()
@@ -98,9 +97,8 @@ class Telemetry:
     @contextmanager
     def computing(self) -> Iterator[None]:
         """Return a context manager that measures the time of its body, a forward pass, to find slow ranks."""
-        began = self._stopwatch.start()
-        yield
-        self._stopwatch.stop(began)
+        with self._stopwatch.measuring():
+            yield
 
     def record(self, batch: Batch, losses: Losses) -> None:
         """Add a micro-batch's samples, losses and expert loads to those of the current optimizer step.
@@ -171,8 +169,7 @@ class Telemetry:
         values["time/slowest_rank_ratio"] = self._log_stragglers(step)
         self._logged_at, self._logged_step = now, step
         self.write(step, samples_seen, values)
-        if self._console is not None:
-            self._console.scalars(step, values)
+        self._console.scalars(step, values)
 
     def _log_loads(self, step: int, reduced: dict[str, torch.Tensor], samples: float) -> dict[str, float]:
         values: dict[str, float] = {}
@@ -236,13 +233,11 @@ class Telemetry:
 
     def advance(self, step: int) -> None:
         """Show on the progress bar that optimizer step `step` of the run is complete."""
-        if self._console is not None:
-            self._console.advance(step)
+        self._console.advance(step)
 
     def line(self, text: str) -> None:
         """On rank 0, print a line on the console and write it to train.log."""
-        if self._console is not None:
-            self._console.line(text)
+        self._console.line(text)
 
     def warn(self, text: str) -> None:
         """On rank 0, write the warning `text` to train.log and to stderr."""

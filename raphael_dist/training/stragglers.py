@@ -7,6 +7,8 @@ appear slow.
 
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -27,16 +29,19 @@ class Stopwatch:
         self._seconds = 0.0
         self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
-    def start(self) -> "float | torch.cuda.Event":
-        """Start a measurement; return its start time (seconds; on a GPU a CUDA event), to be passed to `stop`."""
-        return self._mark() if is_gpu(self._device) else time.perf_counter()
-
-    def stop(self, began: "float | torch.cuda.Event") -> None:
-        """End a measurement, and add its duration to this stopwatch's total. `began`: what `start` returned."""
-        if isinstance(began, float):
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Return a context manager that adds the duration of its body, with the GPU work that it starts, to the total."""
+        if not is_gpu(self._device):
+            began = time.perf_counter()
+            yield
             self._seconds += time.perf_counter() - began
-        else:
-            self._spans.append((began, self._mark()))
+            return
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        yield
+        last.record()
+        self._spans.append((first, last))
 
     def add(self, seconds: float) -> None:
         """Add seconds that were measured elsewhere to this stopwatch's total."""
@@ -49,11 +54,6 @@ class Stopwatch:
         seconds = self._seconds + sum(a.elapsed_time(b) for a, b in self._spans) / 1e3
         self._seconds, self._spans = 0.0, []
         return seconds
-
-    def _mark(self) -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
 
 @dataclass
