@@ -17,12 +17,10 @@ from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.runtime.long_work import long_work, run_on_rank0
 from raphael_dist.runtime.ranks import Ranks, rank_table
 from raphael_dist.runtime.watchdog import SLOW, Watchdog
-from raphael_dist.sampling.sampler import Request
 from raphael_dist.text import print_line
 from raphael_dist.training import recovery, run_dir, throughput
 from raphael_dist.training.logged_metrics import Telemetry
 from raphael_dist.training.run_state import Run
-from raphael_dist.training.validation import ready_to_sample
 
 
 def open_run_dir(
@@ -71,16 +69,6 @@ def build_engine(
     engine = Engine(config, json_tree, plan, device, base)
     ema = engine.create_ema()
     return engine, ema, CheckpointStore(config, ranks, engine.fragments, ema, data.fingerprints() | digest)
-
-
-def open_requests(config: Config, ranks: Ranks, engine: Engine, data: DataSource) -> list[Request]:
-    """Return the requests for images to draw during training, one per caption in sample.prompts. Collective.
-
-    If this rank draws some of them, it also loads the weights of `data`'s text and image encoders, and reads the input
-    images. `engine`: its ZeRO stage decides which ranks draw.
-    """
-    with long_work("reading the encoders"):
-        return ready_to_sample(config, ranks, engine, data.text, data.image)
 
 
 def _read_base(config: Config, ranks: Ranks) -> tuple[RaphaelUNet | None, dict[str, str]]:

@@ -10,6 +10,7 @@ from itertools import count
 
 import torch
 
+from raphael_dist.analysis.route_report import trace_values
 from raphael_dist.config.schema import Config
 from raphael_dist.config.training_stages import stage_at
 from raphael_dist.data.batch_workers import BatchPrefetcher
@@ -20,7 +21,7 @@ from raphael_dist.model.batch import Batch
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.losses import compute_losses
 from raphael_dist.runtime.host_memory import without_long_collections
-from raphael_dist.runtime.long_work import run_on_rank0
+from raphael_dist.runtime.long_work import long_work, run_on_rank0
 from raphael_dist.runtime.ranks import Ranks, all_reduce_sum, raise_if_any_failed, raise_on_all_ranks
 from raphael_dist.runtime.stop_request import StopRequest
 from raphael_dist.runtime.watchdog import SLOW, Watchdog
@@ -30,7 +31,7 @@ from raphael_dist.training import recovery, run_dir, startup, summary
 from raphael_dist.training.lr_schedule import gate_noise_deviation, learning_rate
 from raphael_dist.training.run_state import Run, RunProgress, StopState
 from raphael_dist.training.step_guard import Guard
-from raphael_dist.training.validation import Validator, draw_samples, figures_of, routes_of
+from raphael_dist.training.validation import Validator, draw_samples, figures_of, ready_to_sample
 
 
 def build(
@@ -38,25 +39,15 @@ def build(
     json_tree: Tree,
     ranks: Ranks,
     device: torch.device,
-    stop: StopRequest | None = None,
+    stop: StopRequest,
     open_data: Callable[[Config, Ranks, torch.device], DataSource] = open_source,
     watchdog: Watchdog | None = None,
 ) -> Run:
     """Open the run directory and the data, build the engine, and resume from the newest checkpoint. Collective.
 
-    Args:
-        config: the run's configuration.
-        json_tree: the user's DeepSpeed JSON.
-        ranks: this rank and the number of ranks.
-        device: this rank's device.
-        stop: requests to stop early; None: a new one.
-        open_data: opens the training data.
-        watchdog: a watchdog that is already running; None: start one.
-
-    Raises:
-        UserError: a mistake that the user can correct; raised on all ranks.
+    `json_tree`: the user's DeepSpeed JSON. `device`: this rank's device. `stop`: requests to stop early. `open_data`: opens
+    the training data. `watchdog`: one that is already running; None: start one. Raises UserError on all ranks.
     """
-    stop = stop or StopRequest()
     with ExitStack() as on_error:
         if watchdog is None:
             watchdog = Watchdog(ranks, config.run.dir, config.run.hang_timeout_s, stop.launchers).start()
@@ -68,6 +59,8 @@ def build(
         watchdog.heartbeat("building the engine", SLOW)
         engine, ema, store = startup.build_engine(config, json_tree, ranks, device, plan, data)
         schedule = NoiseSchedule.create(config.diffusion, device)
+        with long_work("reading the encoders"):
+            requests = ready_to_sample(config, ranks, engine, data.text, data.image)
         run = Run(
             config=config,
             ranks=ranks,
@@ -83,7 +76,7 @@ def build(
             telemetry=telemetry,
             watchdog=watchdog,
             lock=lock,
-            requests=startup.open_requests(config, ranks, engine, data),
+            requests=requests,
             progress=RunProgress(config.train.max_steps),
             stop=StopState(stop),
         )
@@ -189,17 +182,12 @@ def reduce_step_stats(run: Run, loss_sum: torch.Tensor) -> tuple[float, float]:
 
 
 def train_stages(
-    config: Config,
-    json_tree: Tree,
-    ranks: Ranks,
-    device: torch.device,
-    stop: StopRequest | None = None,
-    watchdog: Watchdog | None = None,
+    config: Config, json_tree: Tree, ranks: Ranks, device: torch.device, stop: StopRequest, watchdog: Watchdog | None
 ) -> bool:
     """Build and train a run, one stage of train.stages after another; return whether the run is complete.
 
     `json_tree`: the user's DeepSpeed JSON. `ranks`, `device`: this rank and its device. `stop`: requests to stop early.
-    `watchdog`: a watchdog that is already running; None: start one. Without stages, the run is built once.
+    `watchdog`: the watchdog that is already running. Without stages, the run is built once.
     """
     step = run_on_rank0("looking for checkpoints", lambda _: run_dir.newest_step(config))
     while True:
@@ -301,19 +289,20 @@ def validate(run: Run, validator: Validator) -> None:
 
 def sample(run: Run) -> None:
     """Draw the images of `run.requests` (sample.prompts) with the averaged weights; write them as one grid. Collective."""
-    samples = draw_samples(run.config, run.ranks, run.engine, run.ema, run.data.text, run.data.image, run.requests)
-    if samples is None:
+    drawn = draw_samples(run.config, run.ranks, run.engine, run.ema, run.data.text, run.data.image, run.requests)
+    if drawn is None:
         return
+    images, trace = drawn
     step, prompts = run.progress.step, [request.prompt for request in run.requests]
     path = run.config.run.dir / "samples" / f"step-{step:08d}.png"
-    grid = caption_grid(samples.images, prompts)
+    grid = caption_grid(images, prompts)
     try:
         save_image(grid, path)
-        routes = json.dumps(routes_of(samples, prompts[0], run.data.text))
+        routes = json.dumps(trace_values(prompts[0], trace))
         replace_bytes(path.with_suffix(".routes.json"), routes.encode(), durable=False)
     except OSError as error:
         run.telemetry.warn(f"{path} cannot be written ({error.strerror or error}); training continues")
-    run.telemetry.log_images(step, {"samples": grid, **figures_of(samples, prompts[0], run.data.text)})
+    run.telemetry.log_images(step, {"samples": grid, **figures_of(trace, prompts[0])})
     run.telemetry.line(f"step {step}: samples in {path}")
 
 

@@ -2,18 +2,16 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
 
-from raphael_dist.analysis.recorder import Record, Recorder
+from raphael_dist.analysis.recorder import Recorder
 from raphael_dist.analysis.route_figures import draw_bands, draw_overlays, draw_routes
-from raphael_dist.analysis.route_report import trace_values
 from raphael_dist.analysis.routes import split_words
-from raphael_dist.analysis.trace_prompt import make_trace
+from raphael_dist.analysis.trace_prompt import PromptTrace, make_trace
 from raphael_dist.config.schema import Config
 from raphael_dist.data.features.encoders import ImageEncoder, TextEncoder
 from raphael_dist.data.run_data import DataSource
@@ -26,7 +24,6 @@ from raphael_dist.parallel.batch_plan import BatchPlan, bucket_run_length, ranks
 from raphael_dist.runtime.ranks import Ranks, all_reduce_sum, raise_if_any_failed
 from raphael_dist.sampling.prompts import sample_requests
 from raphael_dist.sampling.sampler import Request, Sampler
-from raphael_dist.text import JsonObject
 from raphael_dist.training.route_probe import RouteProbe
 
 RECORDED_AT = 0.6  # share of the denoising steps after which the regions of words are recorded
@@ -136,19 +133,6 @@ def ready_to_sample(config: Config, ranks: Ranks, engine: Engine, text: TextEnco
     return sample_requests(config, share)
 
 
-@dataclass(frozen=True, eq=False)
-class Samples:
-    """Images drawn during training.
-
-    Attributes:
-        images: uint8 [P, H, W, 3], one image for each of P prompts.
-        record: for the first image: the experts that the gates selected, and the region of each text token in the image.
-    """
-
-    images: np.ndarray
-    record: Record
-
-
 def draw_samples(
     config: Config,
     ranks: Ranks,
@@ -157,8 +141,11 @@ def draw_samples(
     text: TextEncoder,
     image: ImageEncoder,
     requests: Sequence[Request],
-) -> Samples | None:
-    """Draw one image for each request. Collective. Returns the images on rank 0, and None on other ranks.
+) -> tuple[np.ndarray, PromptTrace] | None:
+    """Draw one image for each request. Collective.
+
+    Returns on rank 0 the images, uint8 [P, H, W, 3] for P requests, and for the first one the experts that the gates
+    selected for its words, and the words' regions. Returns None on other ranks.
 
     `ema`: the averaged weights, with which they are drawn; None: use the current weights. `text` and `image`: the encoders.
     `requests`: captions with size and seed; all must have the same size.
@@ -183,29 +170,23 @@ def draw_samples(
     # Each image is 0 on all ranks but one, so that the sum has all of them.
     images = images.to(engine.device)
     dist.reduce(images, dst=0)
-    return Samples(images.cpu().numpy(), recorder.record) if ranks.is_main else None
+    if not ranks.is_main:
+        return None
+    pixels = images.cpu().numpy()
+    words = split_words(text.tokenizer, requests[0].prompt, text.max_tokens)
+    return pixels, make_trace(pixels[0], words, recorder.record)
 
 
-def routes_of(samples: Samples, prompt: str, text: TextEncoder) -> JsonObject:
-    """Return the selected experts and the regions of the first image's words as JSON values (analysis/route_report.py).
+def figures_of(trace: PromptTrace, prompt: str) -> dict[str, Image.Image]:
+    """Return figures about an image by tag: experts and regions of the words of its caption, and its time experts.
 
-    `prompt`: the caption of the first image. `text`: the text encoder, which splits it into words.
+    `trace`: the image, with the experts and regions that were recorded while it was drawn. `prompt`: its caption.
     """
-    words = split_words(text.tokenizer, prompt, text.max_tokens)
-    return trace_values(prompt, make_trace(samples.images[0], words, samples.record))
-
-
-def figures_of(samples: Samples, prompt: str, text: TextEncoder) -> dict[str, Image.Image]:
-    """Return figures about the first image by tag: experts and regions of its words, and the time expert by timestep.
-
-    `prompt`: the caption of the first image. `text`: the text encoder, which splits it into words.
-    """
-    record, figures = samples.record, {}
+    record, figures = trace.record, {}
     if record.time_LS is not None:
         figures["paths/time"] = draw_bands(record.time_LS.numpy(), record.timesteps, "time expert of each block by timestep")
-    path = make_trace(samples.images[0], split_words(text.tokenizer, prompt, text.max_tokens), record)
-    if path.route_WL is not None and path.words:
-        figures["paths/words"] = draw_routes(path.words, path.route_WL, f"space expert of each word by block: {prompt}")
-        title = f"regions at timestep {path.timestep:.0f}: {prompt}"
-        figures["paths/regions"] = draw_overlays(path.pixels, path.words, path.regions, path.route_WL, title)
+    if trace.route_WL is not None and trace.words:
+        figures["paths/words"] = draw_routes(trace.words, trace.route_WL, f"space expert of each word by block: {prompt}")
+        title = f"regions at timestep {trace.timestep:.0f}: {prompt}"
+        figures["paths/regions"] = draw_overlays(trace.pixels, trace.words, trace.regions, trace.route_WL, title)
     return figures

@@ -47,9 +47,9 @@ def write_metrics(folder: Path) -> None:
 
 
 def write_samples(folder: Path) -> None:
-    run, samples = MagicMock(), MagicMock(images=np.zeros((1, 8, 8, 3), np.uint8))
+    run, images = MagicMock(), np.zeros((1, 8, 8, 3), np.uint8)
     run.config.run.dir, run.progress.step, run.requests = folder, 1, [MagicMock(prompt="a heart")]
-    drawn = {"draw_samples": lambda *_: samples, "routes_of": lambda *_: {}, "figures_of": lambda *_: {}}
+    drawn = {"draw_samples": lambda *_: (images, None), "trace_values": lambda *_: {}, "figures_of": lambda *_: {}}
     with patch.multiple(trainer, **drawn):
         trainer.sample(run)
     run.telemetry.warn.assert_not_called()

@@ -10,6 +10,7 @@ from pathlib import Path
 from raphael_dist.config.schema import load_config
 from raphael_dist.errors import UserError
 from raphael_dist.runtime.ranks import discover, initialise
+from raphael_dist.runtime.stop_request import StopRequest
 from raphael_dist.training import trainer
 from tests.lib.launch import leave
 
@@ -21,7 +22,7 @@ def main(out: str, cases: dict[str, list[str]]) -> None:
     for name, overrides in cases.items():
         try:
             config = load_config("tests/fixtures/small.yaml", overrides)
-            trainer.build(config, {"zero_optimization": {"stage": 1}}, ranks, device)
+            trainer.build(config, {"zero_optimization": {"stage": 1}}, ranks, device, StopRequest())
             messages[name] = None
         except UserError as error:
             messages[name] = str(error)
