@@ -129,9 +129,8 @@ def script() -> int:
 
 
 def _run(name: str, argv: Sequence[str]) -> int:
-    codes: list[int] = []
     try:
-        return run_command(lambda: codes.append(COMMANDS[name][0](argv))) or codes[0]
+        return run_command(lambda: COMMANDS[name][0](argv))
     except BrokenPipeError:  # the reader, `| head` for example, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0

@@ -132,15 +132,16 @@ def _write(path: str, text: str) -> None:
         file.write(text)
 
 
-def run_command(command: Callable[[], object]) -> int:
+def run_command(command: Callable[[], int | None]) -> int:
     """Call the function `command` (the body of a command-line program) and return the exit code for this process.
 
     Returns:
-        0; 2 after a UserError, which is printed as one line; or 130 after Ctrl-C. Other exceptions are not caught.
+        What `command` returns, or 0 for None; 2 after a UserError, which is printed as one line; or 130 after Ctrl-C. Other
+        exceptions are not caught.
     """
     prepare_streams()
     try:
-        command()
+        return command() or 0
     except UserError as error:
         print_line(f"error: {error}", file=sys.stderr)
         write_exit_code(EXIT_USER_ERROR, str(error))  # a Slurm job reads it
@@ -148,4 +149,3 @@ def run_command(command: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
-    return 0

@@ -30,16 +30,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool with the command line `argv` (None: that of the process); return the exit code."""
-    args, sound = parse(sys.argv[1:] if argv is None else argv), []
+    args = parse(sys.argv[1:] if argv is None else argv)
 
-    def run() -> None:
+    def run() -> int:
         from raphael_dist.config.schema import load_config
         from raphael_dist.convert.inspect_checkpoint import open_for_inspection, show
 
         config = load_config(args.config) if args.config else None
-        sound.append(show(open_for_inspection(args.path, args.unpickle, config)))
+        return int(not show(open_for_inspection(args.path, args.unpickle, config)))
 
-    return run_command(run) or int(not sound[0])
+    return run_command(run)
 
 
 if __name__ == "__main__":

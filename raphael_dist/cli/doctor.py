@@ -43,8 +43,7 @@ def add_cluster(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command `doctor` with the arguments `argv` (None: those of this process); return the exit code."""
     args = parse(sys.argv[1:] if argv is None else argv)
-    codes: list[int] = []
-    return run_command(lambda: codes.append(run(args))) or codes[0]
+    return run_command(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> int:

@@ -35,8 +35,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command `prove` with the arguments `argv` (None: those of this process); return the exit code."""
     args = parse(sys.argv[1:] if argv is None else argv)
-    codes: list[int] = []
-    return run_command(lambda: codes.append(run(args))) or codes[0]
+    return run_command(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> int:
