@@ -10,7 +10,6 @@ import os
 import socket
 import threading
 import time
-import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -29,7 +28,7 @@ from raphael_dist.data.shards.open_index import find_shards
 from raphael_dist.errors import UserError
 from raphael_dist.parallel.async_collectives import ExpertGroup
 from raphael_dist.runtime import rendezvous
-from raphael_dist.runtime.ranks import Ranks, gather_objects, host_name, num_threads, own_group
+from raphael_dist.runtime.ranks import Ranks, gather_objects, host_name, initialise, num_threads, own_group
 from raphael_dist.storage.files import free_bytes, replace_bytes, write_bytes
 from raphael_dist.storage.versions import versions
 from raphael_dist.text import JsonObject
@@ -71,7 +70,6 @@ class Probe:
         timer = threading.Timer(self._limit(LIMIT_S), self._out_of_time)
         timer.daemon = True
         timer.start()
-        warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*deprecated")
         self._try("device", self._identity)
         if self._with_data:
             self._try("data", self._data)
@@ -184,18 +182,10 @@ class Probe:
         return {"mb_per_s": PROBE_BYTES / 1e6 / max(seconds, 1e-9), "free_gib": free / 2**30}
 
     def _join(self) -> str:
-        backend = "nccl" if self.device.type == "cuda" else "gloo"
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-        if self.ranks.local_world_size == self.ranks.world_size:
-            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        rank, world_size, timeout = self.ranks.rank, self.ranks.world_size, timedelta(seconds=self._limit(JOIN_S))
-        store = rendezvous.connect(rank, world_size, timeout)
-        rendezvous.wait_for_all(rank, world_size, timeout)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        initialise(self.ranks, timedelta(seconds=self._limit(JOIN_S)))
         dist.barrier()
         self._nodes: list[str] = gather_objects(self.report["node"])
-        return backend
+        return dist.get_backend()
 
     def _clock(self) -> float:
         """Return by how many seconds this rank's clock is ahead of rank 0's, the smallest of 3 measurements. Collective."""
