@@ -265,9 +265,8 @@ class Worker:
         context = multiprocessing.get_context(START_METHOD)
         self._pipe, theirs = context.Pipe(duplex=False)
         self._ended = False
-        arguments = (theirs, list(names), {k: str(v) for k, v in env.items()}, run.config, run.out, log)
-        options = {"world": ranks.world_size}
-        self._process = context.Process(target=work, args=(*arguments, options), daemon=True)  # type: ignore[attr-defined]
+        arguments = (theirs, list(names), {k: str(v) for k, v in env.items()}, run.config, run.out, log, ranks.world_size)
+        self._process = context.Process(target=work, args=arguments, daemon=True)  # type: ignore[attr-defined]
         self._process.start()
         theirs.close()
 

@@ -15,8 +15,7 @@ import torch
 
 from raphael_dist.cluster.collective_timing import COLLECTIVES, Collective
 from raphael_dist.cluster.preflight_report import SLOW_PAIR
-from raphael_dist.cluster.prove_cases import Case, case_config
-from raphael_dist.cluster.prove_model import position_batch
+from raphael_dist.cluster.prove_model import Case, case_config, position_batch
 from raphael_dist.cluster.prove_results import Problem, Proof, Result
 from raphael_dist.config import assets
 from raphael_dist.config.schema import Config
@@ -89,13 +88,11 @@ class Measured:
 
     Attributes:
         engine: the training engine after the steps.
-        losses: for each step, the loss summed over the samples of all ranks.
         norms: gradient norm of each step, over all ranks.
         seconds: duration of the fastest step in seconds. The first two steps (WARMUP) are not counted.
     """
 
     engine: Engine
-    losses: list[float]
     norms: list[float]
     seconds: float
 
@@ -115,7 +112,7 @@ def take_steps(proof: Proof, config: Config, tree: Tree, count_waits: list[int] 
     engine, schedule = Engine(config, tree, plan, device), NoiseSchedule.create(config.diffusion, device)
     slots = [plan.slots(0, proof.ranks.rank, micro) for micro in range(plan.accumulation)]
     batches = [position_batch(config, micro, engine.module.num_blocks).to(device) for micro in slots]
-    result = Measured(engine, [], [], float("inf"))
+    result = Measured(engine, [], float("inf"))
     for step in range(WARMUP + MEASURED):
         proof.mark(f"step {step + 1}")
         began = time.perf_counter()
@@ -130,14 +127,13 @@ def take_steps(proof: Proof, config: Config, tree: Tree, count_waits: list[int] 
                 engine.backward(loss * plan.loss_scale)
                 total += loss.detach()
             values = torch.stack([total.double(), engine.grad_square()])
-            loss_sum, square = all_reduce_sum(values, device).tolist()
+            _, square = all_reduce_sum(values, device).tolist()
             engine.update(config.optim.lr, square**0.5)
             if count_waits is not None:
                 torch.cuda.set_sync_debug_mode("default")
                 count_waits.append(sum("synchroniz" in str(warning.message) for warning in seen))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        result.losses.append(loss_sum)
         result.norms.append(square**0.5)
         if step >= WARMUP:
             result.seconds = min(result.seconds, time.perf_counter() - began)

@@ -1,14 +1,15 @@
-"""The small model that the command `prove` trains: its configuration, its batches, and its training in plain PyTorch."""
+"""The small model that the command `prove` trains: its configurations, its batches, and its training in plain PyTorch."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from raphael_dist.config.schema import Config, config_from_tree
+from raphael_dist.config.types import Dtype
 from raphael_dist.model.batch import Batch
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.losses import compute_losses
@@ -42,11 +43,49 @@ TREE: dict[str, JsonObject] = {
 }
 
 
-def proof_config(**sections: JsonObject) -> Config:
-    """Return the configuration of the small model that the command `prove` trains.
+@dataclass(frozen=True)
+class Case:
+    """One combination of settings with which the command `prove` tests training.
 
-    `sections`: settings to replace, as {key: value} by section, e.g. optim={"lr": 0.1}.
+    Attributes:
+        dtype: "float32" or "bfloat16".
+        stage: ZeRO stage, from 0 to 3.
+        ep: number of ranks over which the experts of each layer are sharded; 1: not sharded.
     """
+
+    dtype: str
+    stage: int
+    ep: int
+
+    def __str__(self) -> str:
+        return f"{self.dtype} ZeRO-{self.stage} ep {self.ep}"
+
+
+def cases(world: int) -> list[Case]:
+    """Return all combinations of dtype, ZeRO stage and expert parallelism that `prove` tests on `world` ranks."""
+    sizes = expert_sizes(world)
+    plain = [Case(dtype, stage, 1) for dtype in get_args(Dtype) for stage in range(4) if (dtype, stage) != ("bfloat16", 0)]
+    return plain + [Case(dtype, stage, ep) for dtype in get_args(Dtype) for stage in (1, 2) for ep in sizes[1:]]
+
+
+def expert_sizes(world: int) -> list[int]:
+    """Return over how many of `world` ranks the 8 experts of the model of `prove` can be sharded: some of 1, 2, 4, 8."""
+    return [n for n in range(1, EXPERTS + 1) if EXPERTS % n == 0 and world % n == 0]
+
+
+def case_config(case: Case, world: int, batch: int = 0, micro: int = 2, **sections: JsonObject) -> Config:
+    """Return the configuration of the small model of `prove` with the settings of `case` on `world` ranks.
+
+    Args:
+        case: dtype, ZeRO stage and expert parallelism.
+        world: number of ranks.
+        batch: global batch size. 0: 4 world - 1, so that with `micro` = 2 a step has two micro-steps, and the last one has
+            an empty slot (a sample with weight 0).
+        micro: micro-batch size.
+        **sections: settings to replace, as {key: value} by section.
+    """
+    sections["train"] = {"global_batch_size": batch or 4 * world - 1, "micro_batch_size": micro, "dtype": case.dtype}
+    sections["parallel"] = {"space_ep": case.ep, "time_ep": case.ep, "placement": ["shard"]}
     return config_from_tree({name: {**TREE.get(name, {}), **sections.get(name, {})} for name in {*TREE, *sections}})
 
 

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from raphael_dist.checkpoint.tensors import stacked
 from raphael_dist.cluster.gradient_comparison import differs, pieces
-from raphael_dist.cluster.prove_cases import Case, case_config, cases
-from raphael_dist.cluster.prove_model import Reference, Slots, digest, position_batch
+from raphael_dist.cluster.prove_model import Case, Reference, Slots, case_config, cases, digest, position_batch
 from raphael_dist.cluster.prove_results import Problem, Proof, Result
 from raphael_dist.config.schema import Config
 from raphael_dist.engine.ds_keys import Tree
@@ -48,7 +47,7 @@ class Steps:
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self._reference = Reference(config, device)
-        self._batch = config.train.global_batch_size
+        self._batch, self._tolerance = config.train.global_batch_size, TOLERANCE[config.train.dtype][0]
         self.weights: list[dict[str, Tensor]] = [self._copy()]
         self.losses: list[Tensor] = []
         self.gradients: list[dict[str, Tensor]] = []
@@ -89,6 +88,32 @@ class Steps:
             for name, p in self._reference.weights.items():
                 p.copy_(self.weights[-1][name])
         return loss
+
+    def loss_problem(self, step: int, slots: Sequence[Slots], loss: float) -> Problem | None:
+        """Compare the loss of some samples of step `step` (from 0) with this training; return a problem if they differ.
+
+        `slots`: for each micro-step, (position in the order of training samples, weight) of each of a rank's samples.
+        `loss`: sum of the weighted losses of these samples, as this rank computed it.
+        """
+        own = [slot for micro in slots for slot in micro]
+        reference = self.own_loss(step, own)
+        if math.isclose(loss, reference, rel_tol=self._tolerance, abs_tol=1e-6):
+            return None
+        if step and math.isclose(loss, self.own_loss(step, own, before=1), rel_tol=self._tolerance):
+            return Problem(f"this rank computes step {step + 1} with stale weights: those before the update of step {step}")
+        return Problem(
+            f"this rank's loss in step {step + 1} is {loss:.6g}, but {reference:.6g} in a training in one process"
+        )
+
+    def norm_problem(self, step: int, norm: float) -> Problem | None:
+        """Compare the gradient norm `norm` of step `step` (from 0) with this training; return a problem if they differ."""
+        reference = self.norms[step]
+        if math.isclose(norm, reference, rel_tol=self._tolerance):
+            return None
+        rest = [float(g.square().sum()) for name, g in self.gradients[step].items() if not stacked(name)]
+        without = math.isclose(norm, math.sqrt(sum(rest)), rel_tol=self._tolerance)
+        why = ": the gradients of the experts are left out" if without else ""
+        return Problem(f"the gradient norm of step {step + 1} is {norm:.6g}, but in one process {reference:.6g}{why}", False)
 
 
 @cache
@@ -141,24 +166,21 @@ def _compare_case(proof: Proof, case: Case) -> tuple[float, Problem | None]:
 
     Returns the relative difference (L2 norm) of the weights that this rank stores, and the first problem or None.
     """
-    world, rank = proof.ranks.world_size, proof.ranks.rank
-    config = case_config(case, world)
+    world = proof.ranks.world_size
     expected = _steps(case.dtype, world, proof.device)
-    plan = BatchPlan.of(config, world)
-    run = Trained(proof, config, {"stage": case.stage, **SMALL}, plan)
+    run = Trained(proof, case_config(case, world), {"stage": case.stage, **SMALL})
     problem: Problem | None = None
     for step in range(STEPS):
         proof.mark(f"{case}, step {step + 1}")
-        slots = [plan.slots(step * plan.global_batch_size, rank, micro) for micro in range(plan.accumulation)]
-        loss = run.accumulate(slots)
+        slots, loss = run.accumulate(step)
         if step == 0:
             problem = run.local_problem(slots)
-        problem = problem or loss_problem(case, expected, step, [slot for micro in slots for slot in micro], loss)
+        problem = problem or expected.loss_problem(step, slots, loss)
         before = run.masters()
-        run.engine.step(config.optim.lr)
+        run.update()
         if step == 0 and problem is None:
-            problem = _reduced_problem(case, expected, run, before)
-        problem = problem or norm_problem(case, expected, step, run.engine.grad_norm)
+            problem = _reduced_problem(expected, run, before)
+        problem = problem or expected.norm_problem(step, run.engine.grad_norm)
     difference = weights_difference(expected.weights[STEPS], run)
     if problem is None and not difference < TOLERANCE[case.dtype][2]:
         problem = Problem(f"weights after {STEPS} steps differ by {difference:.0e} from a training in one process", False)
@@ -168,9 +190,10 @@ def _compare_case(proof: Proof, case: Case) -> tuple[float, Problem | None]:
 class Trained:
     """The small model of `prove` in a training engine. It records this rank's gradients before the reduction over ranks."""
 
-    def __init__(self, proof: Proof, config: Config, zero: Tree, plan: BatchPlan) -> None:
-        self.config, self.plan, self._proof = config, plan, proof
-        self.engine = Engine(config, {"zero_optimization": zero}, plan, proof.device)
+    def __init__(self, proof: Proof, config: Config, zero: Tree) -> None:
+        self.config, self._proof = config, proof
+        self.plan = BatchPlan.of(config, proof.ranks.world_size)
+        self.engine = Engine(config, {"zero_optimization": zero}, self.plan, proof.device)
         self._schedule = NoiseSchedule.create(config.diffusion, proof.device)
         self._micro = 0
         self.recorded: list[dict[str, Tensor]] = []  # by micro-step
@@ -184,11 +207,14 @@ class Trained:
         value = gradient.detach().float().clone()
         recorded[name] = recorded[name] + value if name in recorded else value
 
-    def accumulate(self, slots: Sequence[Slots]) -> float:
-        """Run forward and backward of all micro-steps of a step; return the summed loss of this rank's samples. Collective.
+    def accumulate(self, step: int) -> tuple[list[Slots], float]:
+        """Run forward and backward of all micro-steps of step `step` (from 0). Collective.
 
-        `slots`: for each micro-step, (position in the order of training samples, weight) of each of this rank's samples.
+        Returns for each micro-step (position in the order of training samples, weight) of each of this rank's samples, and
+        the summed loss of all these samples.
         """
+        first, plan = step * self.plan.global_batch_size, self.plan
+        slots: list[Slots] = [plan.slots(first, self._proof.ranks.rank, micro) for micro in range(plan.accumulation)]
         self.recorded = [{} for _ in slots]
         total = 0.0
         for self._micro, micro in enumerate(slots):
@@ -196,7 +222,11 @@ class Trained:
             loss = compute_losses(self.engine, batch, self._schedule, self.config, self.engine.dtype).total.sum()
             self.engine.backward(loss * self.plan.loss_scale)
             total += float(loss.detach())
-        return total
+        return slots, total
+
+    def update(self) -> None:
+        """Reduce the gradients over ranks, and change the weights. Collective."""
+        self.engine.step(self.config.optim.lr)
 
     def masters(self) -> list[Tensor]:
         """Return copies of the fp32 weights that this rank owns under ZeRO: one tensor per range of a parameter."""
@@ -205,7 +235,7 @@ class Trained:
     def local_problem(self, slots: Sequence[Slots]) -> Problem | None:
         """Compare this rank's gradients, before they are reduced over ranks, with those of a training in one process.
 
-        `slots`: the argument of the last call of `accumulate`. Returns a problem that states the first difference, or None.
+        `slots`: what the last call of `accumulate` returned. Returns a problem that states the first difference, or None.
         """
         reference = Reference(self.config, self._proof.device)
         micro_steps = [self._expected(reference, micro, number) for number, micro in enumerate(slots)]
@@ -245,48 +275,14 @@ class Trained:
         return expected
 
 
-def loss_problem(case: Case, expected: Steps, step: int, slots: Slots, loss: float) -> Problem | None:
-    """Compare the loss of this rank's samples with that in a training in one process; return a problem if they differ.
-
-    Args:
-        case: the tested settings. Their dtype decides the tolerance.
-        expected: the training in one process.
-        step: number of the step, from 0.
-        slots: (position in the order of training samples, weight) of each of this rank's samples in this step.
-        loss: sum of the weighted losses of these samples, as this rank computed it.
-    """
-    tolerance = TOLERANCE[case.dtype][0]
-    reference = expected.own_loss(step, slots)
-    if math.isclose(loss, reference, rel_tol=tolerance, abs_tol=1e-6):
-        return None
-    if step and math.isclose(loss, expected.own_loss(step, slots, before=1), rel_tol=tolerance):
-        return Problem(f"this rank computes step {step + 1} with stale weights: those before the update of step {step}")
-    return Problem(f"this rank's loss in step {step + 1} is {loss:.6g}, but {reference:.6g} in a training in one process")
-
-
-def norm_problem(case: Case, expected: Steps, step: int, norm: float) -> Problem | None:
-    """Compare the gradient norm `norm` of step `step` (from 0) with that in one process; return a problem if they differ.
-
-    `case`: the tested settings, whose dtype decides the tolerance. `expected`: the training in one process.
-    """
-    tolerance = TOLERANCE[case.dtype][0]
-    reference = expected.norms[step]
-    if math.isclose(norm, reference, rel_tol=tolerance):
-        return None
-    rest = [float(g.square().sum()) for name, g in expected.gradients[step].items() if not stacked(name)]
-    without = math.isclose(norm, math.sqrt(sum(rest)), rel_tol=tolerance)
-    why = ": the gradients of the experts are left out" if without else ""
-    return Problem(f"the gradient norm of step {step + 1} is {norm:.6g}, but in one process {reference:.6g}{why}", False)
-
-
-def _reduced_problem(case: Case, expected: Steps, run: Trained, before: list[Tensor]) -> Problem | None:
+def _reduced_problem(expected: Steps, run: Trained, before: list[Tensor]) -> Problem | None:
     """Compare this rank's part of the reduced gradient with training in one process; return a problem or None.
 
     The reduced gradient is computed from the change of the weights in the first step of SGD. `before`: weights before it.
     """
     clip, norm, lr = run.config.optim.max_grad_norm, run.engine.grad_norm, run.config.optim.lr
     scale = lr * min(1.0, clip / (norm + 1e-6))
-    tolerance = TOLERANCE[case.dtype][1]
+    tolerance = TOLERANCE[run.config.train.dtype][1]
     for fragment, old in zip(run.engine.fragments, before, strict=True):
         change = (old - fragment.master) / scale
         gradient = expected.gradients[0][fragment.name].flatten()[fragment.start : fragment.start + fragment.numel]
@@ -326,11 +322,10 @@ def sums(proof: Proof) -> Result:
         case = Case("bfloat16", stage, 1)
         proof.mark(str(case))
         config = case_config(case, world, batch=SUMMED_STEPS * world, micro=1)
-        plan = BatchPlan.of(config, world)
-        run = Trained(proof, config, {"stage": stage}, plan)
-        run.accumulate([plan.slots(0, proof.ranks.rank, micro) for micro in range(plan.accumulation)])
+        run = Trained(proof, config, {"stage": stage})
+        run.accumulate(0)
         before = run.masters()
-        run.engine.step(config.optim.lr)
+        run.update()
         summed = {}
         for name in sorted(run.engine.fragments.shapes):
             total = torch.stack([micro[name] for micro in run.recorded if name in micro]).sum(0)

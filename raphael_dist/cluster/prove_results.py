@@ -1,7 +1,7 @@
 """Data classes that the checks of `prove` share: `Proof` (arguments of a check), `Result` and `Problem`."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -46,10 +46,6 @@ class Result:
     values: JsonObject = field(default_factory=dict)
     not_proven: list[str] = field(default_factory=list)
 
-    def as_dict(self) -> JsonObject:
-        """Return the fields as nested dicts and lists that can be written as JSON."""
-        return asdict(self)
-
 
 @dataclass
 class Proof:
@@ -60,7 +56,7 @@ class Proof:
         device: this rank's device.
         config: the user's configuration, for the checks of speed and memory.
         folder: folder of the reports, which all ranks share.
-        options: further arguments: "world", the number of ranks that the launcher started.
+        launched: number of ranks that the launcher started.
         mark: a function to call with a description of what this rank begins now. If ranks hang, those with the fewest calls
             are late.
     """
@@ -69,5 +65,5 @@ class Proof:
     device: torch.device
     config: Config
     folder: Path
-    options: dict[str, int]
+    launched: int
     mark: Callable[[str], None]

@@ -11,12 +11,10 @@ from raphael_dist.checkpoint.progress import Progress
 from raphael_dist.checkpoint.save import CheckpointStore
 from raphael_dist.checkpoint.tensors import stacked
 from raphael_dist.cluster.gradient_comparison import pieces
-from raphael_dist.cluster.prove_cases import Case, case_config, expert_sizes
-from raphael_dist.cluster.prove_model import ADAM_EPS
-from raphael_dist.cluster.prove_numbers import TOLERANCE, Steps, Trained, loss_problem, norm_problem, weights_difference
+from raphael_dist.cluster.prove_model import ADAM_EPS, Case, case_config, expert_sizes
+from raphael_dist.cluster.prove_numbers import TOLERANCE, Steps, Trained, weights_difference
 from raphael_dist.cluster.prove_results import Problem, Proof, Result
 from raphael_dist.config.schema import Config
-from raphael_dist.parallel.batch_plan import BatchPlan
 
 SAVED_STEP, RESUMED_STEPS = 2, 2
 DATA = {"data.shards": "synthetic"}
@@ -30,7 +28,7 @@ def _run_config(proof: Proof, world: int, ep: int) -> Config:
     optim = {"kind": "adamw", "lr": 3e-3, "eps": ADAM_EPS, "max_grad_norm": 0.5}
     run = {"dir": str(proof.folder / "resume")}
     case = Case("float32", 2, ep)
-    return case_config(case, world, batch=4 * proof.options["world"] - 1, optim=optim, run=run)
+    return case_config(case, world, batch=4 * proof.launched - 1, optim=optim, run=run)
 
 
 def save_and_kill(proof: Proof) -> Result:
@@ -41,16 +39,14 @@ def save_and_kill(proof: Proof) -> Result:
     """
     world = proof.ranks.world_size
     config = _run_config(proof, world, expert_sizes(world)[-1])
-    plan = BatchPlan.of(config, world)
-    run = Trained(proof, config, {"stage": 2}, plan)
+    run = Trained(proof, config, {"stage": 2})
     store = CheckpointStore(config, proof.ranks, run.engine.fragments, None, DATA)
     store.root.mkdir(parents=True, exist_ok=True)
     for step in range(SAVED_STEP + 2):
         proof.mark(f"step {step + 1}")
-        first = step * plan.global_batch_size
-        run.accumulate([plan.slots(first, proof.ranks.rank, micro) for micro in range(plan.accumulation)])
-        run.engine.step(config.optim.lr)
-        progress = Progress(step + 1, first + plan.global_batch_size, step + 1, {})
+        run.accumulate(step)
+        run.update()
+        progress = Progress(step + 1, (step + 1) * config.train.global_batch_size, step + 1, {})
         if step + 1 == SAVED_STEP:
             store.save(progress)
     proof.mark("killed")
@@ -69,8 +65,7 @@ def resume(proof: Proof) -> Result:
     """
     world = proof.ranks.world_size
     config = _run_config(proof, world, 1)
-    plan = BatchPlan.of(config, world)
-    run = Trained(proof, config, {"stage": 1}, plan)
+    run = Trained(proof, config, {"stage": 1})
     store = CheckpointStore(config, proof.ranks, run.engine.fragments, None, DATA)
     proof.mark("resuming")
     progress = store.resume()
@@ -80,12 +75,10 @@ def resume(proof: Proof) -> Result:
     problem = _restored_problem(expected.weights[progress.step], run)
     for step in range(progress.step, progress.step + RESUMED_STEPS):
         proof.mark(f"step {step + 1}")
-        slots = [plan.slots(step * plan.global_batch_size, proof.ranks.rank, micro) for micro in range(plan.accumulation)]
-        loss = run.accumulate(slots)
-        case = Case("float32", 1, 1)
-        problem = problem or loss_problem(case, expected, step, [slot for micro in slots for slot in micro], loss)
-        run.engine.step(config.optim.lr)
-        problem = problem or norm_problem(case, expected, step, run.engine.grad_norm)
+        slots, loss = run.accumulate(step)
+        problem = problem or expected.loss_problem(step, slots, loss)
+        run.update()
+        problem = problem or expected.norm_problem(step, run.engine.grad_norm)
     difference = weights_difference(expected.weights[-1], run)
     if problem is None and not difference < TOLERANCE["float32"][2]:
         problem = Problem(
@@ -93,7 +86,7 @@ def resume(proof: Proof) -> Result:
             "in one process",
             False,
         )
-    before = proof.options["world"]
+    before = proof.launched
     lines = [
         f"saved by {before} ranks (ZeRO-2, ep {expert_sizes(before)[-1]}), killed during the next save, resumed at step "
         f"{progress.step} on {world} ranks (ZeRO-1, ep 1)",

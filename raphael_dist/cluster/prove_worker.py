@@ -7,6 +7,7 @@ import threading
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def work(
     config: Config,
     out: Path,
     log: Path,
-    options: dict[str, int],
+    launched: int,
 ) -> None:
     """Run checks of `prove` in this worker process; send progress and results to its agent, the process that supervises it.
 
@@ -43,7 +44,7 @@ def work(
         config: the user's configuration.
         out: folder of the reports.
         log: file for the output of this process.
-        options: further arguments of the checks (`Proof.options`).
+        launched: number of ranks that the launcher started.
     """
     descriptor = open_log(log)
     os.dup2(descriptor, 1)
@@ -57,10 +58,10 @@ def work(
     torch.backends.cudnn.allow_tf32 = False  # results are compared in float32; TF32 would round them
     try:
         device = torch.device("cpu") if names[0] == PREFLIGHT else initialise(ranks)
-        proof = Proof(ranks, device, config, out, options, lambda text: pipe.send(("mark", text)))
+        proof = Proof(ranks, device, config, out, launched, lambda text: pipe.send(("mark", text)))
         for name in names:
             proof.mark(name)
-            pipe.send(("result", CHECKS[name].run(proof).as_dict()))
+            pipe.send(("result", asdict(CHECKS[name].run(proof))))
     except Exception as error:
         import traceback
 

@@ -20,8 +20,7 @@ import torch.distributed as dist
 from raphael_dist.checkpoint.reader import CheckpointReader
 from raphael_dist.checkpoint.tensors import stacked
 from raphael_dist.cli import prove as command
-from raphael_dist.cluster import preflight, prove, prove_cases, prove_hardware, prove_numbers
-from raphael_dist.cluster.prove_model import proof_config
+from raphael_dist.cluster import preflight, prove, prove_hardware, prove_model, prove_numbers
 from raphael_dist.engine import ds_config
 from raphael_dist.engine.engine import Engine, square_sum
 
@@ -70,7 +69,7 @@ def dropped_micro_step() -> None:
 
 
 def other_seed() -> None:
-    prove_cases.proof_config = lambda **sections: proof_config(**sections, run={"seed": 7})  # type: ignore[assignment]
+    prove_model.TREE["run"] = {"seed": 7}
 
 
 def bf16_sums() -> None:
@@ -181,7 +180,7 @@ def main(spec: dict[str, Any]) -> int:
     if "limit_s" in spec:
         prove.START_S = 0.0
     if "cases" in spec:
-        prove_numbers.cases = lambda world: [prove_cases.Case(*case) for case in spec["cases"]]
+        prove_numbers.cases = lambda world: [prove_model.Case(*case) for case in spec["cases"]]
     prove_numbers.SUMMED_STAGES, prove_numbers.SUMMED_STEPS = (2,), 24
     if spec.get("fault"):
         ranks, plant = FAULTS[spec["fault"]]
