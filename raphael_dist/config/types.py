@@ -6,12 +6,13 @@ A mark of a field (FREE or SHAPES) states whether its value may differ when a ru
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
+T = TypeVar("T")
 INT_LIMIT = 2**63  # tensors and files hold 64-bit integers
 _NAME_LIMIT = 255  # bytes of a file name
 
@@ -55,39 +56,21 @@ FREE: JsonDict = {"on_resume": "free"}
 SHAPES: JsonDict = {"on_resume": "never"}  # the shapes of the weights depend on it
 
 
-def setting(default: object, description: str, mark: JsonDict | None = None, min_length: int | None = None) -> Any:
-    """Define a setting: a field of a section of the configuration (pydantic model). By default its value affects results.
-
-    Args:
-        default: the default value.
-        description: what the setting means, for users.
-        mark: FREE: the value may always change on resume. SHAPES: never, because shapes of weights depend on it. None: only
-            if run.allow_change names it.
-        min_length: smallest number of entries of a list.
-    """
-    return Field(default, description=description, json_schema_extra=mark, min_length=min_length)
-
-
-def free_setting(default: object, description: str) -> Any:
-    """Define a setting (field of a section of the configuration) whose value may change whenever a run is resumed.
-
-    `default`: the default value. `description`: what the setting means, for users.
-    """
-    return setting(default, description, FREE)
-
-
-def shape_setting(default: object, description: str, min_length: int | None = None) -> Any:
-    """Define a setting (field of a section of the configuration) that decides shapes of weights: it is fixed on resume.
-
-    `default`: the default value. `description`: what it means, for users. `min_length`: fewest entries of a list.
-    """
-    return setting(default, description, SHAPES, min_length)
+# The types of such fields. `Free[int]` is an int, with the mark.
+Free = Annotated[T, Field(json_schema_extra=FREE)]
+Shape = Annotated[T, Field(json_schema_extra=SHAPES)]
+NonEmpty = Annotated[tuple[T, ...], Field(min_length=1)]
 
 
 class Section(BaseModel):
-    """A section of the configuration. Unknown keys are refused, and values cannot be changed after validation."""
+    """A section of the configuration. Unknown keys are refused, and values cannot be changed after validation.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    The string below a field says what the setting means, for users.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     @field_validator("*", mode="before")
     @classmethod

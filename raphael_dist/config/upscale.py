@@ -1,6 +1,6 @@
 """Section `upscale`: super-resolution, which enlarges a small image guided by a caption."""
 
-from raphael_dist.config.types import NonNegative, NonNegativeFloat, Positive, Section, free_setting, setting, shape_setting
+from raphael_dist.config.types import Free, NonNegative, NonNegativeFloat, Positive, Section, Shape
 from raphael_dist.errors import UserError
 
 COLOURS = 3
@@ -9,28 +9,27 @@ COLOURS = 3
 class Upscale(Section):
     """Super-resolution: the U-Net gets a small image as a second input, and generates a larger one."""
 
-    factor: NonNegative = shape_setting(
-        0,
-        "Super-resolution: the model enlarges a small image, which the U-Net gets as a second input, by this factor per "
-        "side: 2, 4, 8 or another power of two. 0: no super-resolution.",
-    )
-    patch: Positive = shape_setting(
-        1,
-        "Super-resolution: each latent position gets, as additional input channels, the patch x patch pixels of the small "
-        "image at this place. Only one value is valid: max(1, F / upscale.factor), where F is the downsampling factor of "
-        "the VAE (8 for Stable Diffusion, 1 without a VAE).",
-    )
-    noise: NonNegativeFloat = setting(
-        0.0,
-        "Super-resolution: training adds noise to the small image, whose values are from -1 to 1. This is the largest "
-        "standard deviation of that noise; that of each image is drawn between 0 and this value. 0: no noise.",
-    )
-    back_projections: NonNegative = free_setting(
-        3,
-        "Super-resolution: number of corrections after sampling that bring the enlarged image closer to the small input "
-        "image. Each correction scales the output down, subtracts it from the small image, enlarges the difference and adds "
-        "it to the output. 0: no corrections.",
-    )
+    factor: Shape[NonNegative] = 0
+    """Super-resolution: the model enlarges a small image, which the U-Net gets as a second input, by this factor per side:
+    2, 4, 8 or another power of two. 0: no super-resolution.
+    """
+
+    patch: Shape[Positive] = 1
+    """Super-resolution: each latent position gets, as additional input channels, the patch x patch pixels of the small image
+    at this place. Only one value is valid: max(1, F / upscale.factor), where F is the downsampling factor of the VAE (8 for
+    Stable Diffusion, 1 without a VAE).
+    """
+
+    noise: NonNegativeFloat = 0.0
+    """Super-resolution: training adds noise to the small image, whose values are from -1 to 1. This is the largest standard
+    deviation of that noise; that of each image is drawn between 0 and this value. 0: no noise.
+    """
+
+    back_projections: Free[NonNegative] = 3
+    """Super-resolution: number of corrections after sampling that bring the enlarged image closer to the small input image.
+    Each correction scales the output down, subtracts it from the small image, enlarges the difference and adds it to the
+    output. 0: no corrections.
+    """
 
     @property
     def channels(self) -> int:
