@@ -5,7 +5,7 @@ import math
 import platform
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn, get_args
@@ -15,7 +15,7 @@ from raphael_dist.config import assets
 from raphael_dist.config.key_names import known_key, near_key
 from raphael_dist.config.load import preset_names
 from raphael_dist.config.types import INT_LIMIT, WEIGHTS, Scheduler
-from raphael_dist.errors import UserError, did_you_mean
+from raphael_dist.errors import UserError, did_you_mean, run_command
 
 _DEPENDENCIES = ("torch", "deepspeed", "diffusers", "transformers")
 _WIDTH = 120  # of help texts, in characters
@@ -92,6 +92,16 @@ class Parser(argparse.ArgumentParser):
 
 def _name(word: str) -> str:
     return word.partition("=")[0]
+
+
+def command(
+    parse: Callable[[Sequence[str]], argparse.Namespace], run: Callable[[argparse.Namespace], int | None]
+) -> Callable[[Sequence[str]], int]:
+    """Return the function `main` of a command: it takes the command's arguments, and returns the exit code.
+
+    `parse`: parses the arguments. `run`: does the work, and may return an exit code.
+    """
+    return lambda argv: run_command(lambda: run(parse(argv)))
 
 
 class Once(argparse.Action):

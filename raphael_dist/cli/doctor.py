@@ -1,13 +1,12 @@
 """Command line: `python -m raphael_dist doctor RUN` lists the problems of a run and what to do about them."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raphael_dist.cli.common import Parser
-from raphael_dist.errors import UserError, run_command
+from raphael_dist.cli.common import Parser, command
+from raphael_dist.errors import UserError
 from raphael_dist.text import escape_control, hide_secrets_in_text, print_line
 
 if TYPE_CHECKING:
@@ -38,12 +37,6 @@ def add_cluster(parser: argparse.ArgumentParser) -> None:
         help="also predict speed and memory on these devices: h100x8, cpu, ..., or a YAML file; none: no prediction "
         "(default: cpu, for runs on CPUs)",
     )  # fmt: skip
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command `doctor` with the arguments `argv` (None: those of this process); return the exit code."""
-    args = parse(sys.argv[1:] if argv is None else argv)
-    return run_command(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -79,3 +72,6 @@ def describe(examined: "Examined") -> list[str]:
     if examined.not_looked_at:
         lines.append(f"Not checked, since the run directory has no data about it: {', '.join(examined.not_looked_at)}.")
     return [*lines, *examined.notes]
+
+
+main = command(parse, run)

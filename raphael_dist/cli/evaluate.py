@@ -7,13 +7,12 @@ launcher share the work. A command that was stopped continues when it is started
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raphael_dist.cli.common import Parser, add_sampling, check_range, check_seed
-from raphael_dist.errors import UserError, run_command
+from raphael_dist.cli.common import Parser, add_sampling, check_range, check_seed, command
+from raphael_dist.errors import UserError
 from raphael_dist.text import escape_control
 
 if TYPE_CHECKING:
@@ -79,12 +78,6 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, nargs="+", metavar="G", help="one or more guidance scales")
     parser.add_argument("--count", type=int, metavar="N", help="number of captions (FID-30k: 30000)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the noise and of the choice of captions")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command `evaluate` with the arguments `argv` (None: those of this process); return the exit code."""
-    args = parse(sys.argv[1:] if argv is None else argv)
-    return run_command(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -239,3 +232,6 @@ def _describe_study(args: argparse.Namespace, study: "Study") -> dict[str, objec
     names = ("captions", "reference", "features", "side", "ocr", "clip")
     options = {name: str(getattr(args, name)) for name in names if getattr(args, name, None) is not None}
     return {**options, "count": len(study.requests), "prompts_digest": prompts}
+
+
+main = command(parse, run)

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from raphael_dist.cli.common import Parser, add_config
+from raphael_dist.cli.common import Parser, add_config, command
 from raphael_dist.config.schema import load_config
-from raphael_dist.errors import EXIT_USER_ERROR, HungError, UserError, run_command
+from raphael_dist.errors import EXIT_USER_ERROR, HungError, UserError
 from raphael_dist.text import print_line
 
 DEFAULT_CONFIG = "emoji-tiny"
@@ -32,12 +32,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command `prove` with the arguments `argv` (None: those of this process); return the exit code."""
-    args = parse(sys.argv[1:] if argv is None else argv)
-    return run_command(lambda: run(args))
-
-
 def run(args: argparse.Namespace) -> int:
     """Check network, gradients, checkpoints and speed on this rank of a launcher; return the exit code.
 
@@ -57,3 +51,6 @@ def run(args: argparse.Namespace) -> int:
         return EXIT_USER_ERROR
     except OSError as error:
         raise UserError(f"--out={args.out} cannot be used: {error.strerror or error}. Choose another folder.") from None
+
+
+main = command(parse, run)

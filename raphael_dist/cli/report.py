@@ -2,13 +2,12 @@
 
 import argparse
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from raphael_dist.cli.common import Parser
+from raphael_dist.cli.common import Parser, command
 from raphael_dist.cli.doctor import add_cluster
-from raphael_dist.errors import UserError, run_command
+from raphael_dist.errors import UserError
 from raphael_dist.text import print_line
 
 
@@ -24,12 +23,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.html", help="the file to write")
     add_cluster(parser)
     return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command `report` with the arguments `argv` (None: those of this process); return the exit code."""
-    args = parse(sys.argv[1:] if argv is None else argv)
-    return run_command(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -54,3 +47,6 @@ def run(args: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f"--out {args.out}: cannot be written: {error.strerror or error}. Choose another file.") from None
     print_line(f"report: {args.out} ({len(page) / 1e6:.1f} MB)")
+
+
+main = command(parse, run)

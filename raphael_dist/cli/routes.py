@@ -6,13 +6,12 @@ the paper: diffusion paths), and the image region that belongs to each word.
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raphael_dist.cli.common import Parser, add_model, check_range, check_seed
-from raphael_dist.errors import UserError, run_command
+from raphael_dist.cli.common import Parser, add_model, check_range, check_seed, command
+from raphael_dist.errors import UserError
 from raphael_dist.text import escape_control
 
 if TYPE_CHECKING:
@@ -52,12 +51,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--captions", nargs="+", metavar="SHARDS", help="shards to take captions from (default: data.shards of the run)"
     )
     return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command `routes` with the arguments `argv` (None: those of this process); return the exit code."""
-    args = parse(sys.argv[1:] if argv is None else argv)
-    return run_command(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -176,3 +169,6 @@ def _read_captions(args: argparse.Namespace, trained: "TrainedModel") -> list[st
     config, option = trained.config, "--captions" if args.captions else "data.shards"
     samples = read_samples(args.captions or config.data.shards, config.data.cache_dir, (8, 8), option, limit=CAPTIONS)
     return [sample.captions[0] for sample in samples]
+
+
+main = command(parse, run)
