@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -27,6 +27,7 @@ import torch
 from raphael_dist.cluster import preflight, prove_report
 from raphael_dist.cluster.prove_checks import CHECKS, KILL, PREFLIGHT
 from raphael_dist.cluster.prove_report import CheckReport, Report
+from raphael_dist.cluster.prove_results import Outcome
 from raphael_dist.cluster.prove_worker import KILLED, Message, work
 from raphael_dist.config import assets
 from raphael_dist.config.schema import Config
@@ -40,28 +41,6 @@ from raphael_dist.text import JsonObject, print_line
 JOIN_S, START_S, GRACE_S = 120.0, 120.0, 20.0
 POLL_S = 0.2
 START_METHOD = "spawn"  # a forked process could not use a GPU
-
-
-@dataclass
-class Outcome:
-    """How one check of `prove` ended on one rank, as recorded by its agent (the process that supervises the rank's checks).
-
-    Attributes:
-        rank, node: the rank, and the host name of its node.
-        result: the check's `prove_results.Result` as a dict; None: the check did not finish.
-        marks: number of progress messages that the worker process, which runs the check, has sent.
-        last: the last of these messages.
-        why: why the check did not finish; "" if it did.
-        seconds: how long the check ran.
-    """
-
-    rank: int
-    node: str
-    result: JsonObject | None = None
-    marks: int = 0
-    last: str = "nothing"
-    why: str = ""
-    seconds: float = 0.0
 
 
 class Agents:
@@ -199,27 +178,28 @@ class _Run:
         world = CHECKS[names[0]].ranks(self.agents.ranks.world_size)
         port = free_port() if self.agents.ranks.is_main else 0
         ports = self.agents.exchange(port, JOIN_S)
-        worker = None
-        if self.agents.ranks.rank < world:
-            worker = Worker(self, names, world, ports[0] or 0)
-        for number, name in enumerate(names):
+        with ExitStack() as at_end:
+            worker = None
+            if self.agents.ranks.rank < world:
+                worker = Worker(self, names, world, ports[0] or 0)
+                at_end.callback(worker.end)
+            return self._follow_checks(names, world, worker)
+
+    def _follow_checks(self, names: Sequence[str], world: int, worker: "Worker | None") -> int | None:
+        for number, name in enumerate(names, start=1):
             outcome = Outcome(self.agents.ranks.rank, self.hosts[self.agents.ranks.rank])
             if worker is not None:
-                worker.follow(name, outcome, first=number == 0)
+                worker.follow(name, outcome, first=number == 1)
             if name == PREFLIGHT:
                 outcome.result = _own_probe(self.out, self.agents.ranks.rank)
             answers = self.agents.exchange(vars(outcome), CHECKS[name].limit_s + START_S + GRACE_S)
             every = [None if answer is None else Outcome(**answer) for answer in answers[:world]]
             status = self._record(name, every)
             if not all(answers) or (name == PREFLIGHT and not status.joined):
-                if worker is not None:
-                    worker.end()
                 return None
             if any(o is None or o.result is None for o in every) and name not in (KILL, PREFLIGHT):
                 break  # further checks need new workers
-        if worker is not None:
-            worker.end()
-        return number + 1
+        return number
 
     def _record(self, name: str, every: list[Outcome | None]) -> CheckReport:
         check = CHECKS[name]
@@ -227,8 +207,7 @@ class _Run:
             probes = [o.result for o in every if o is not None and o.result]
             status = prove_report.judge_environment(probes, self.hosts)
         else:
-            outcomes = [None if o is None else vars(o) for o in every]
-            status = prove_report.judge_check(name, outcomes, self.hosts, check.environment, expects_kill=name == KILL)
+            status = prove_report.judge_check(every, self.hosts, check.environment, expects_kill=name == KILL)
         status = replace(status, name=name, title=check.title, seconds=max((o.seconds for o in every if o), default=0.0))
         if self.agents.ranks.is_main:
             self.report.add(status)

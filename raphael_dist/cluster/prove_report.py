@@ -12,6 +12,7 @@ from html import escape
 from pathlib import Path
 
 from raphael_dist.cluster.preflight_report import judge
+from raphael_dist.cluster.prove_results import Outcome
 from raphael_dist.errors import EXIT_USER_ERROR
 from raphael_dist.storage.files import replace_bytes
 from raphael_dist.text import JsonObject
@@ -133,27 +134,25 @@ def judge_environment(probes: list[JsonObject], hosts: list[str]) -> CheckReport
     return CheckReport(status=status, code=code, lines=verdict.lines, problems=problems + verdict.warnings, joined=joined)
 
 
-def judge_check(
-    name: str, outcomes: list[JsonObject | None], hosts: list[str], environment: bool, expects_kill: bool
-) -> CheckReport:
+def judge_check(outcomes: list[Outcome | None], hosts: list[str], environment: bool, expects_kill: bool) -> CheckReport:
     """Combine the outcomes of a check on all ranks that ran it into one result.
 
     Args:
-        name: name of the check. Not used.
-        outcomes: fields of `prove.Outcome` by rank; None for a rank whose supervising process (agent) did not answer.
+        outcomes: how the check ended, by rank; None for a rank whose supervising process (agent) did not answer.
         hosts: host name of each rank.
         environment: whether a failure means a bad environment, not wrong numbers.
         expects_kill: whether the check kills its own processes on all ranks. It passes only if all of them were killed.
     """
-    silent = [f"rank {rank} on {hosts[rank]} does not answer: its node hangs or is gone" for rank in _where_none(outcomes)]
+    lost = [rank for rank, outcome in enumerate(outcomes) if outcome is None]
+    silent = [f"rank {rank} on {hosts[rank]} does not answer: its node hangs or is gone" for rank in lost]
     answered = [outcome for outcome in outcomes if outcome is not None]
-    if expects_kill and not silent and all(o["last"] == "killed" and "ended with" in o["why"] for o in answered):
+    if expects_kill and not silent and all(o.last == "killed" and "ended with" in o.why for o in answered):
         return CheckReport(status=GREEN, lines=[f"{len(answered)} ranks were killed while a checkpoint was being written"])
-    unfinished = silent + _unfinished([outcome for outcome in answered if outcome["result"] is None])
+    unfinished = silent + _unfinished([outcome for outcome in answered if outcome.result is None])
     if unfinished:
         return CheckReport(status=RED, code=EXIT_USER_ERROR, problems=unfinished)
-    results = [outcome["result"] for outcome in answered]
-    pairs = [(o, p) for o in answered for p in o["result"]["problems"]]
+    results = [outcome.result for outcome in answered if outcome.result is not None]
+    pairs = [(o, p) for o, result in zip(answered, results, strict=True) for p in result["problems"]]
     problems = _named([(o, p) for o, p in pairs if not p["amber"]])
     warnings = _named([(o, p) for o, p in pairs if p["amber"]])
     lines, not_proven = results[0]["lines"], results[0]["not_proven"]
@@ -169,46 +168,42 @@ def judge_check(
     )
 
 
-def _where_none(outcomes: list[JsonObject | None]) -> list[int]:
-    return [rank for rank, outcome in enumerate(outcomes) if outcome is None]
-
-
-def _unfinished(outcomes: list[JsonObject]) -> list[str]:
+def _unfinished(outcomes: list[Outcome]) -> list[str]:
     """Return lines that name the ranks because of which a check did not finish: those that died or failed.
 
     If none died or failed, these are the ranks that sent the fewest progress messages. Ranks that only waited for others
-    are not named. `outcomes`: fields of `prove.Outcome` of all ranks that did not finish.
+    are not named. `outcomes`: those of all ranks that did not finish.
     """
     if not outcomes:
         return []
-    late = [o for o in outcomes if o["why"].startswith("not finished")]
-    failed = [o for o in outcomes if not o["why"].startswith(("not finished", "stopped"))]
+    late = [o for o in outcomes if o.why.startswith("not finished")]
+    failed = [o for o in outcomes if not o.why.startswith(("not finished", "stopped"))]
     if late:  # their processes were killed, so that others lost their connection
-        failed = [o for o in failed if not re.search("(closed|reset) by peer", o["why"])]
+        failed = [o for o in failed if not re.search("(closed|reset) by peer", o.why)]
     # The death of a rank makes others fail in a collective: a process that ended by itself comes first.
-    died = [o for o in failed if o["why"].startswith("its process ended")]
+    died = [o for o in failed if o.why.startswith("its process ended")]
     if died or failed:
-        return [f"rank {o['rank']} on {o['node']}: {o['why']}, at {o['last']!r}" for o in died or failed]
-    least, most = min(o["marks"] for o in outcomes), max(o["marks"] for o in outcomes)
+        return [f"rank {o.rank} on {o.node}: {o.why}, at {o.last!r}" for o in died or failed]
+    least, most = min(o.marks for o in outcomes), max(o.marks for o in outcomes)
     if least == most:
-        return [f"all ranks hang at {outcomes[0]['last']!r}: {late[0]['why'] if late else outcomes[0]['why']}"]
-    ahead = next(o["last"] for o in outcomes if o["marks"] == most)
-    behind = [o for o in outcomes if o["marks"] == least]
-    return [f"rank {o['rank']} on {o['node']} hangs at {o['last']!r}; others are at {ahead!r}" for o in behind]
+        return [f"all ranks hang at {outcomes[0].last!r}: {late[0].why if late else outcomes[0].why}"]
+    ahead = next(o.last for o in outcomes if o.marks == most)
+    behind = [o for o in outcomes if o.marks == least]
+    return [f"rank {o.rank} on {o.node} hangs at {o.last!r}; others are at {ahead!r}" for o in behind]
 
 
-def _named(pairs: list[tuple[JsonObject, JsonObject]]) -> list[str]:
+def _named(pairs: list[tuple[Outcome, JsonObject]]) -> list[str]:
     """Return one line per different problem, with the ranks that have it.
 
-    `pairs`: (fields of `prove.Outcome`, fields of `Problem`). If some ranks cause problems themselves (`own`), only these
+    `pairs`: (outcome of a rank, fields of a `Problem`). If some ranks cause problems themselves (`own`), only these
     problems are listed; the others can follow from them.
     """
     own = [(o, p) for o, p in pairs if p["own"]]
     ranks: dict[str, list[str]] = {}
     for outcome, problem in own or pairs:
-        ranks.setdefault(problem["text"], []).append(f"rank {outcome['rank']} on {outcome['node']}")
+        ranks.setdefault(problem["text"], []).append(f"rank {outcome.rank} on {outcome.node}")
     lines = [f"{', '.join(names[:4])}{' and others' * (len(names) > 4)}: {text}" for text, names in ranks.items()]
-    effects = {o["rank"] for o, _ in pairs} - {o["rank"] for o, _ in own}
+    effects = {o.rank for o, _ in pairs} - {o.rank for o, _ in own}
     if own and effects:
         lines.append(f"problems of {len(effects)} other ranks, which can follow from this one, are not listed")
     return lines

@@ -1,4 +1,4 @@
-"""Data classes that the checks of `prove` share: `Proof` (arguments of a check), `Result` and `Problem`."""
+"""Data classes that the checks of `prove` share: `Proof` (arguments of a check), `Result`, `Problem` and `Outcome`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -45,6 +45,28 @@ class Result:
     problems: list[Problem] = field(default_factory=list)
     values: JsonObject = field(default_factory=dict)
     not_proven: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Outcome:
+    """How one check of `prove` ended on one rank, as recorded by its agent (the process that supervises the rank's checks).
+
+    Attributes:
+        rank, node: the rank, and the host name of its node.
+        result: the check's `Result` as a dict; None: the check did not finish.
+        marks: number of progress messages that the worker process, which runs the check, has sent.
+        last: the last of these messages.
+        why: why the check did not finish; "" if it did.
+        seconds: how long the check ran.
+    """
+
+    rank: int
+    node: str
+    result: JsonObject | None = None
+    marks: int = 0
+    last: str = "nothing"
+    why: str = ""
+    seconds: float = 0.0
 
 
 @dataclass

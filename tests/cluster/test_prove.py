@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from raphael_dist.cluster.prove_report import html, judge_check
+from raphael_dist.cluster.prove_results import Outcome
 from tests.lib.forks import Forks, output_of, server
 from tests.lib.small_disk import small_disk
 
@@ -146,20 +147,7 @@ def test_speed_checks_measure_and_say_what_a_cpu_cannot_prove(forks: Forks, tmp_
 
 
 def test_lost_connection_to_a_killed_rank_does_not_hide_who_was_late() -> None:
-    late = {
-        "rank": 1,
-        "node": "n2",
-        "why": "not finished after 15 s",
-        "marks": 2,
-        "last": "a group of all ranks",
-        "result": None,
-    }
-    lost = late | {
-        "rank": 0,
-        "node": "n1",
-        "why": "RuntimeError: Connection closed by peer",
-        "marks": 3,
-        "last": "all_reduce",
-    }
-    report = judge_check("links", [lost, late], ["n1", "n2"], environment=True, expects_kill=False)
+    late = Outcome(1, "n2", marks=2, last="a group of all ranks", why="not finished after 15 s")
+    lost = Outcome(0, "n1", marks=3, last="all_reduce", why="RuntimeError: Connection closed by peer")
+    report = judge_check([lost, late], ["n1", "n2"], environment=True, expects_kill=False)
     assert report.problems == ["rank 1 on n2 hangs at 'a group of all ranks'; others are at 'all_reduce'"]
