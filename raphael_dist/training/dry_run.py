@@ -41,8 +41,9 @@ def problems(config: Config) -> list[str]:
     (the edge detector) if `sample.images` requires it.
     """
     shards = [partial(_check_shards, name=name) for name in ("shards", "val_shards")]
-    checks: list[Callable[[Config], object]] = [_check_run_dir, _check_cache_dir, check_installed, _check_kernels]
-    checks += [_check_encoders, _check_edge_encoder, *shards, _check_initial_weights, sample_requests]
+    checks: list[Callable[[Config], object]] = [_check_run_dir, _check_cache_dir, check_installed]
+    checks += [lambda c: require_triton(c.train.kernels), _check_encoders, partial(edge_encoder, device=torch.device("cpu"))]
+    checks += [*shards, _check_initial_weights, sample_requests]
     lines: list[str] = []
     for check in checks:
         attempt(lines, partial(check, config))
@@ -56,10 +57,6 @@ def attempt(lines: list[str], work: Callable[[], T]) -> T | None:
     except UserError as error:
         lines += error.args
         return None
-
-
-def _check_kernels(config: Config) -> None:
-    require_triton(config.train.kernels)
 
 
 def _check_run_dir(config: Config) -> None:
@@ -124,10 +121,6 @@ def _check_encoders(config: Config) -> None:
         check_encoders(config, text, image)
     if lines:
         raise UserError(*lines)
-
-
-def _check_edge_encoder(config: Config) -> None:
-    edge_encoder(config, torch.device("cpu"))
 
 
 def _check_shards(config: Config, name: str) -> None:

@@ -53,9 +53,10 @@ class Telemetry:
         self._steps: list[tuple[int, Metrics]] = []  # since the last log line
         self._stopwatch, self._stragglers = Stopwatch(device), Stragglers(hosts)
         self._writer = MetricsWriter(config.run.dir, config.train.load_scalars) if ranks.is_main else None
-        self._trackers = Trackers(config) if ranks.is_main else None
+        self._sinks: list[MetricsWriter | Trackers] = []
         if self._writer is not None:
             self._writer.describe(to_yaml(config), flat(config))
+            self._sinks = [self._writer, Trackers(config)]
         self._data_timer, self._began = DataTimer(), time.monotonic()
         self._logged_step, self._logged_at = 0, time.monotonic()
         self._flops = 0.0
@@ -80,9 +81,8 @@ class Telemetry:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._console.close()
-        for sink in (self._writer, self._trackers):
-            if sink is not None:
-                sink.close()
+        for sink in self._sinks:
+            sink.close()
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[DataTimer]:
@@ -212,11 +212,9 @@ class Telemetry:
 
         `step`: the optimizer step in which they were drawn. `images`: PIL images by tag (the name they are shown under).
         """
-        for tag, image in images.items():
-            if self._writer is not None:
-                self._writer.image(tag, step, image)
-            if self._trackers is not None:
-                self._trackers.image(tag, step, image)
+        for sink in self._sinks:
+            for tag, image in images.items():
+                sink.image(tag, step, image)
 
     def write(self, step: int, samples_seen: int, values: dict[str, float]) -> None:
         """On rank 0, write metrics to metrics.jsonl, TensorBoard and the trackers (`run.trackers`, e.g. Weights & Biases).
@@ -226,10 +224,8 @@ class Telemetry:
             samples_seen: number of training samples that the run has used up to this step.
             values: the metrics by name, e.g. "train/loss".
         """
-        if self._writer is not None:
-            self._writer.write(step, samples_seen, values)
-        if self._trackers is not None:
-            self._trackers.scalars(step, values)
+        for sink in self._sinks:
+            sink.write(step, samples_seen, values)
 
     def advance(self, step: int) -> None:
         """Show on the progress bar that optimizer step `step` of the run is complete."""

@@ -139,15 +139,6 @@ def _return_to(run: Run, saved: Progress, samples_seen: int) -> None:
     run.telemetry.warn(f"the run is back at step {saved.step} and continues with sample {samples_seen}")
 
 
-def restore(run: Run, saved: Progress) -> None:
-    """Set the run's step, samples_seen and the state of `run.guard`, which detects bad losses, to those of a checkpoint.
-
-    `saved`: the progress that is stored in the checkpoint. Weights are restored elsewhere.
-    """
-    run.progress.step, run.progress.samples_seen = saved.step, saved.samples_seen
-    run.guard.restore(saved.guard)
-
-
 def progress_record(run: Run, *, rollbacks: int | None = None) -> Progress:
     """Return the progress of the run in the form that is stored in a checkpoint.
 

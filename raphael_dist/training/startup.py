@@ -18,7 +18,7 @@ from raphael_dist.runtime.long_work import long_work, run_on_rank0
 from raphael_dist.runtime.ranks import Ranks, rank_table
 from raphael_dist.runtime.watchdog import SLOW, Watchdog
 from raphael_dist.text import print_line
-from raphael_dist.training import recovery, run_dir, throughput
+from raphael_dist.training import run_dir, throughput
 from raphael_dist.training.logged_metrics import Telemetry
 from raphael_dist.training.run_state import Run
 
@@ -90,12 +90,12 @@ def _read_base(config: Config, ranks: Ranks) -> tuple[RaphaelUNet | None, dict[s
 def resume(run: Run) -> None:
     """Restore the newest checkpoint of the run. If there is none, load the weights of run.init_from, if set. Collective."""
     run.watchdog.heartbeat("looking for a checkpoint", SLOW)
-    saved = run.store.resume()
+    saved, progress = run.store.resume(), run.progress
     if saved is not None:
-        recovery.restore(run, saved)
+        progress.step, progress.samples_seen = saved.step, saved.samples_seen
+        run.guard.restore(saved.guard)
     elif run.config.run.init_from is not None and not run.config.trains_adapter_only:
         _load_initial_weights(run)
-    progress = run.progress
     progress.first_step = progress.step
     run.builder.phase = progress.samples_seen % run.config.train.global_batch_size
 

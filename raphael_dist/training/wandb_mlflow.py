@@ -124,7 +124,7 @@ class Trackers:
             except Exception as error:
                 _warn(name, error)
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    def write(self, step: int, samples_seen: int, values: Mapping[str, float]) -> None:
         unlogged = {tag: value for tag, value in values.items() if step > self._last_steps.get(tag, -1)}
         if unlogged:
             self._last_steps.update(dict.fromkeys(unlogged, step))

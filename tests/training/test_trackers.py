@@ -53,7 +53,7 @@ def run_of(folder: Path, name: str, steps: range) -> None:
     tracker = Trackers(config_in(folder, name))
     assert tracker._open.keys() == {name}
     for step in steps:
-        tracker.scalars(step, {"train/loss": 1 / step})
+        tracker.write(step, step, {"train/loss": 1 / step})
     tracker.image("samples", steps[-1], Image.new("RGB", (4, 4)))
     tracker.close()
 
@@ -89,7 +89,7 @@ def test_tracker_logs_repeated_steps_once(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     resumed = Trackers(config_in(tmp_path, "mlflow"))
     for step in (1, 2, 3, 2, 3, 4):  # from the checkpoint of step 0, and once more from that of step 1
-        resumed.scalars(step, {"train/loss": 1.0, "val/loss": 1.0})
+        resumed.write(step, step, {"train/loss": 1.0, "val/loss": 1.0})
     both = {"train/loss": 1.0, "val/loss": 1.0}
     assert logged == [(2, {"val/loss": 1.0}), (3, both), (4, both)]
 
@@ -132,7 +132,7 @@ def test_failing_tracker_is_closed_with_one_warning(tmp_path: Path, monkeypatch)
     monkeypatch.setattr(wandb_mlflow._log, "handlers", [handler])
     both = Trackers(config_in(tmp_path, "mlflow"))
     for step in range(3):
-        both.scalars(step, {"train/loss": 1.0})
+        both.write(step, step, {"train/loss": 1.0})
     both.close()
     assert [r.getMessage() for r in records] == ["run.trackers: mlflow failed (no network); training continues without it"]
 
