@@ -114,14 +114,13 @@ def _judge_local_checks(verdict: Verdict, reports: list[Report]) -> None:
         for problem in r["problems"]:
             if problem["phase"] in LOCAL_CHECKS:
                 verdict.add_fault(r["node"], _text(problem))
-    for name, title in (("data", "data"), ("checkpoints", "checkpoints")):
+    for name, verb in (("data", "readable"), ("checkpoints", "writable")):
         speeds = {r["node"]: r[name]["mb_per_s"] for r in reports if (r.get(name) or {}).get("mb_per_s")}
         if speeds:
             node = min(speeds, key=lambda n: speeds[n])
             free = min((r[name].get("free_gib", float("inf")) for r in reports if r.get(name)), default=float("inf"))
             space = f", {free:.0f} GiB free" if name == "checkpoints" else ""
-            verb = "readable" if name == "data" else "writable"
-            verdict.lines.append(f"{title:<12} {verb} on {len(speeds)} nodes, slowest {node} {speeds[node]:.0f} MB/s{space}")
+            verdict.lines.append(f"{name:<12} {verb} on {len(speeds)} nodes, slowest {node} {speeds[node]:.0f} MB/s{space}")
 
 
 def _judge_versions(verdict: Verdict, reports: list[Report]) -> None:

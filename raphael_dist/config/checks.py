@@ -3,7 +3,7 @@
 Each function yields one error message per mistake, except `check_steps`, which yields warnings.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from raphael_dist.config.data_sections import Data, Image
 from raphael_dist.config.model_sections import Control, Diffusion, Edge, Lora, Model, Parallel
@@ -11,6 +11,8 @@ from raphael_dist.config.run_sections import EmaConfig, Optim, RunConfig, Sample
 from raphael_dist.config.types import EXPERT_KINDS, Kernel
 from raphael_dist.config.upscale import Upscale
 from raphael_dist.text import shorten
+
+Requirement = tuple[bool, str, str]  # whether it is fulfilled, its text, and what is so instead
 
 
 def check_data(data: Data, image: Image, train: Train) -> Iterator[str]:
@@ -59,29 +61,26 @@ def check_diffusion(diffusion: Diffusion, edge: Edge, sample: Sample) -> Iterato
 
 
 def _check_flow(diffusion: Diffusion, sample: Sample) -> Iterator[str]:
+    gamma, scheduler = diffusion.min_snr_gamma, sample.scheduler
+    same = f"it is {gamma:g}, and the loss of a flow has the same weight at all timesteps"
     requirements = (
         (
             not diffusion.zero_terminal_snr,
             "diffusion.zero_terminal_snr=false",
-            "true, and a flow ends at pure noise in any case",
+            "it is true, and a flow ends at pure noise in any case",
         ),
-        (
-            not diffusion.min_snr_gamma,
-            "diffusion.min_snr_gamma=0",
-            f"{diffusion.min_snr_gamma:g}, and the loss of a flow has the same weight at all timesteps",
-        ),
-        (
-            sample.scheduler != "dpm++",
-            "sample.scheduler=euler",
-            f"{sample.scheduler}, which does not support flows",
-        ),
+        (not gamma, "diffusion.min_snr_gamma=0", same),
+        (scheduler != "dpm++", "sample.scheduler=euler", f"it is {scheduler}, which does not support flows"),
     )
+    remedy = "set diffusion.prediction=v_prediction"
+    yield from _unfulfilled("diffusion.prediction=flow", requirements, remedy)
+
+
+def _unfulfilled(subject: str, requirements: Iterable[Requirement], remedy: str) -> Iterator[str]:
+    """Yield an error message for each requirement of a setting, `subject`, that is not fulfilled."""
     for fulfilled, requirement, actual in requirements:
         if not fulfilled:
-            yield (
-                f"diffusion.prediction=flow requires {requirement}, but it is {actual}. Set {requirement}, or set "
-                "diffusion.prediction=v_prediction."
-            )
+            yield f"{subject} requires {requirement}, but {actual}. Set {requirement}, or {remedy}."
 
 
 def check_parallel(parallel: Parallel, model: Model) -> Iterator[str]:
@@ -110,7 +109,7 @@ def check_kernels(train: Train, model: Model, optim: Optim, lora: Lora, parallel
         (model.expert_backend == "auto", "model.expert_backend=auto", f"it is {model.expert_backend}"),
         (not adapted, "lora.rank=0, or lora.targets without experts", f"lora.targets={list(lora.targets)}"),
     )
-    requirements: dict[Kernel, tuple[tuple[bool, str, str], ...]] = {
+    requirements: dict[Kernel, tuple[Requirement, ...]] = {
         "group_norm": ((not train.compile, "train.compile=false", "it is true, which fuses the same operations"),),
         "layer_norm": ((max(model.channels) <= 4096, "model.channels up to 4096", f"they are {list(model.channels)}"),),
         "space_moe": ((model.space_experts > 0, "model.space_experts above 0", "it is 0"), *experts),
@@ -123,12 +122,8 @@ def check_kernels(train: Train, model: Model, optim: Optim, lora: Lora, parallel
         "adamw": ((optim.kind == "adamw", "optim.kind=adamw", f"it is {optim.kind}"),),
     }
     for name in train.kernels:
-        for fulfilled, requirement, actual in requirements[name]:
-            if not fulfilled:
-                yield (
-                    f"train.kernels={list(train.kernels)}: the kernel {name} requires {requirement}, but {actual}. Set "
-                    f"{requirement}, or remove {name} from train.kernels."
-                )
+        subject = f"train.kernels={list(train.kernels)}: the kernel {name}"
+        yield from _unfulfilled(subject, requirements[name], f"remove {name} from train.kernels")
 
 
 def check_lora(lora: Lora, model: Model, run: RunConfig) -> Iterator[str]:
