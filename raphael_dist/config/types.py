@@ -56,7 +56,7 @@ FREE: JsonDict = {"on_resume": "free"}
 SHAPES: JsonDict = {"on_resume": "never"}  # the shapes of the weights depend on it
 
 
-# The types of such fields. `Free[int]` is an int, with the mark.
+# Types of fields with such a mark: `Free[int]` is an int with the mark FREE, `Shape[int]` one with the mark SHAPES.
 Free = Annotated[T, Field(json_schema_extra=FREE)]
 Shape = Annotated[T, Field(json_schema_extra=SHAPES)]
 NonEmpty = Annotated[tuple[T, ...], Field(min_length=1)]
