@@ -28,7 +28,7 @@ from torch import Tensor
 from raphael_dist.checkpoint import folders
 from raphael_dist.checkpoint.manifest import FORMAT, MANIFEST, Manifest, seal
 from raphael_dist.checkpoint.progress import Progress
-from raphael_dist.checkpoint.reader import CheckpointReader, newest
+from raphael_dist.checkpoint.reader import CheckpointReader
 from raphael_dist.checkpoint.resume import Restorer
 from raphael_dist.checkpoint.save_state import Save, WrittenFile
 from raphael_dist.checkpoint.snapshot import Snapshot, write_snapshot
@@ -272,7 +272,7 @@ class CheckpointStore:
             files.replace_bytes(self.root / "latest", save.final.name.encode())
             # Every file has been read back, so older checkpoints may be removed.
             keep = self._config.checkpoint
-            for old in folders.expired(newest(self.root), keep.keep, keep.keep_every):
+            for old in folders.expired(folders.newest(self.root), keep.keep, keep.keep_every):
                 if old != save.final:
                     folders.remove(old)
         except (OSError, UserError) as error:  # resuming does not need `latest`
