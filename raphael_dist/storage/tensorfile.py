@@ -251,13 +251,6 @@ class HashedFile:
         self.bytes += view.nbytes
         return view.nbytes
 
-    def flush(self) -> None:
-        """Do nothing, since `write` is not buffered. Code that writes to a file object may call this method."""
-
-    def tell(self) -> int:
-        """Return the position in the file: the number of bytes written so far."""
-        return self.bytes
-
     def _hash(self) -> None:
         while (data := self._queue.get()) is not None:
             self._digest.update(data)
