@@ -190,8 +190,6 @@ def small_images(images: Sequence[Image.Image], size_hw: tuple[int, int], factor
         UserError: there are none, or they have the wrong size.
     """
     small = [np.array(to_rgb(image)) for image in images]
-    if not small:
-        check_small(factor, None, size_hw, "image")
-    for pixels in small:
+    for pixels in small or [None]:
         check_small(factor, pixels, size_hw, "image")
     return to_tensor(np.stack(small))
