@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from raphael_dist.checkpoint.reader import CheckpointReader, check_architecture
-from raphael_dist.checkpoint.tensors import default_weights
 from raphael_dist.config.schema import Config
-from raphael_dist.convert.adapter_files import export_folder, open_run
+from raphael_dist.convert.adapter_files import export_folder, open_run, trained_weights
 from raphael_dist.convert.exported_code import model_code
 from raphael_dist.convert.layouts.canonical import gather
 from raphael_dist.convert.layouts.dense import STEM
@@ -87,8 +86,7 @@ def control_weights(reader: CheckpointReader, weights: str | None, option: str) 
             f"{option} {reader.folder} must be of a run that trained a ControlNet (control.enabled=true), but this run has "
             "control.enabled=false. Give a run that was trained with control.enabled=true."
         )
-    kind = "master" if weights == "master" else default_weights(reader.kinds())
-    return {name.removeprefix(_PREFIX): reader.whole(kind, name) for name in reader.shapes}
+    return {name.removeprefix(_PREFIX): value for name, value in trained_weights(reader, weights).items()}
 
 
 def write_control(values: dict[str, Tensor], config: Config, folder: Path) -> None:
@@ -143,7 +141,4 @@ def _read_folder(folder: Path, option: str) -> dict[str, Tensor]:
             "the folder of an exported ControlNet."
         )
     stored, reader = gather(weight_files(folder).paths), FileReader()
-    try:
-        return {name: reader.read([tensor], 0, tensor.numel).view(tensor.shape) for name, tensor in stored.items()}
-    finally:
-        reader.close()
+    return {name: reader.read([tensor], 0, tensor.numel).view(tensor.shape) for name, tensor in stored.items()}

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from raphael_dist.checkpoint.progress import START
 from raphael_dist.checkpoint.reader import CheckpointReader
-from raphael_dist.checkpoint.tensors import Shapes, default_weights, stacked
+from raphael_dist.checkpoint.tensors import Shapes, stacked
 from raphael_dist.config.model_sections import Lora
-from raphael_dist.convert.adapter_files import export_folder, open_run, read_tensors
+from raphael_dist.convert.adapter_files import export_folder, open_run, read_tensors, trained_weights
 from raphael_dist.convert.write_plan import Source
 from raphael_dist.errors import UserError
 from raphael_dist.model.lora import ATTENTION, import_peft, lora_scale, parse_adapter_name
@@ -161,13 +161,12 @@ def adapter_of(reader: CheckpointReader, weights: str | None = None, option: str
             f"{option} {reader.folder} must be of a run that trained LoRA adapters (lora.rank above 0), but it has "
             "lora.rank=0. Give a run that was trained with lora.rank above 0."
         )
-    kind = "master" if weights == "master" else default_weights(reader.kinds())
     parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for name in reader.shapes:
+    for name, value in trained_weights(reader, weights).items():
         target = parse_adapter_name(name)
         assert target is not None, name
         parameter, factor = target
-        parts[parameter][factor] = reader.whole(kind, name)
+        parts[parameter][factor] = value
     factors = {name: (both["A"], both["B"]) for name, both in parts.items()}
     return Adapter(reader.folder, lora_scale(lora.rank, lora.alpha), factors)
 
@@ -312,15 +311,12 @@ def _parameter_of(module: str, modules: Container[str], parameters: list[str]) -
     None if `parameters` (`target_parameters` in peft's adapter_config.json) do not match `modules`, all modules in the file.
     """
     layer = module.removesuffix(".base_layer")
-    names = sorted({f"{layer}.{p.rpartition('.')[2]}" for p in parameters if _ends(f"{layer}.{p.rpartition('.')[2]}", p)})
+    adapted = [(f"{layer}.{target.rpartition('.')[2]}", target) for target in parameters]
+    names = sorted({name for name, target in adapted if f".{name}".endswith(f".{target}")})
     if not names:
         return f"{module}.weight"
     wrappers = [name for name in (f"{layer}.base_layer", layer) if name in modules]  # the inner wrapper is for w1
     return names[wrappers.index(module)] if len(wrappers) == len(names) and all(map(stacked, names)) else None
-
-
-def _ends(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
 
 
 def _unstack(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,7 @@ def open_dense(path: Path, config: Config | None = None) -> Checkpoint:
     if path.is_file():
         return _open_file(path)
     folder = path / "unet" if (path / "unet").is_dir() else path
-    manifest = read_optional_manifest(folder, "dense")
+    manifest, diffusion = read_optional_manifest(folder, "dense"), JsonObject()
     if manifest is not None:
         config = config_from_tree(manifest["config"])
     else:
@@ -51,9 +51,7 @@ def open_dense(path: Path, config: Config | None = None) -> Checkpoint:
             )
         diffusion = scheduler_settings(folder)
         config = config_of_unet(unet, folder / "config.json", diffusion)
-    checkpoint = weights_by_name(folder, config, gather(weight_files(folder).paths), manifest)
-    checkpoint.says_prediction = manifest is not None or "prediction" in diffusion
-    return checkpoint
+    return weights_by_name(folder, config, gather(weight_files(folder).paths), manifest, diffusion)
 
 
 def _open_file(path: Path) -> Checkpoint:
@@ -61,9 +59,7 @@ def _open_file(path: Path) -> Checkpoint:
     if any(key.startswith(_LDM) for key in stored):
         stored = _from_ldm(stored, path)
     config = config_of_shapes({key: tensor.shape for key, tensor in stored.items()}, path)
-    checkpoint = weights_by_name(path, config, stored, None)
-    checkpoint.says_prediction = False
-    return checkpoint
+    return weights_by_name(path, config, stored, None, {})
 
 
 def _from_ldm(stored: dict[str, StoredTensor], where: Path) -> dict[str, StoredTensor]:
@@ -91,7 +87,7 @@ def _from_ldm(stored: dict[str, StoredTensor], where: Path) -> dict[str, StoredT
 
 
 def weights_by_name(
-    folder: Path, config: Config, stored: dict[str, StoredTensor], manifest: JsonObject | None
+    folder: Path, config: Config, stored: dict[str, StoredTensor], manifest: JsonObject | None, diffusion: JsonObject
 ) -> Checkpoint:
     """Return an opened checkpoint whose files store each parameter as one whole tensor under the parameter's name.
 
@@ -100,6 +96,7 @@ def weights_by_name(
         config: configuration of the model.
         stored: where each tensor is in its file, by the name of the parameter in the trainer's model.
         manifest: content of the folder's manifest.json; None: it has none.
+        diffusion: settings of the section `diffusion` that the folder's scheduler states (`scheduler_settings`).
 
     Raises:
         UserError: a tensor is missing, or does not belong to the model or has another shape.
@@ -117,7 +114,7 @@ def weights_by_name(
     spans = {("master", name): [tensor] for name, tensor in stored.items()}
     if manifest is not None:
         return checkpoint_of(folder, manifest, spans)
-    checkpoint = Checkpoint(folder, config, spans)
+    checkpoint = Checkpoint(folder, config, spans, says_prediction="prediction" in diffusion)
     checkpoint.check()
     return checkpoint
 

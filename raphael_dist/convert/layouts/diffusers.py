@@ -235,9 +235,7 @@ def open_diffusers(folder: Path, config: Config | None = None) -> Checkpoint:
     else:
         index = read_object(folder / "model_index.json") if detect(folder) else {}
         config = config_of_experts(unet, folder / "unet" / "config.json", diffusion, index.get("upscale"))
-    checkpoint = weights_by_name(folder, config, gather(weight_files(folder / "unet").paths), manifest)
-    checkpoint.says_prediction = manifest is not None or "prediction" in diffusion
-    return checkpoint
+    return weights_by_name(folder, config, gather(weight_files(folder / "unet").paths), manifest, diffusion)
 
 
 def detect(path: Path) -> bool:
