@@ -95,16 +95,15 @@ class MergedSource:
 
     whole = False
 
-    def __init__(self, source: Source, adapter: Adapter, strength: float = 1.0, option: str = "--lora") -> None:
+    def __init__(self, source: Source, adapter: Adapter, strength: float = 1.0) -> None:
         """Merge `adapter` into the values that are read from `source`, which does not change.
 
         Args:
             source: the checkpoint of the base model.
             adapter: the adapters. UserError: they belong to another model.
             strength: a factor on the term that is added, in addition to the adapter's own scale.
-            option: name of the command line option that gave the adapters, for messages.
         """
-        adapter.check(source.shapes, option)
+        adapter.check(source.shapes, "--lora")
         self.path, self.config, self.shapes = source.path, source.config, source.shapes
         self.progress, self.dataset = START, ""
         self._source, self._adapter, self._strength = source, adapter, strength

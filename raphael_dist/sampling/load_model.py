@@ -90,23 +90,20 @@ def open_model(
         UserError: as in `load_trained`.
     """
     with join_ranks() as (ranks, device):
-        yield raise_on_all_ranks(lambda: load_trained(path, weights, device, adapters=adapters)), ranks
+        yield raise_on_all_ranks(lambda: load_trained(path, weights, device, adapters)), ranks
 
 
 def load_trained(
-    path: Path,
-    weights: str | None,
-    device: torch.device,
-    dtype: torch.dtype | None = None,
-    adapters: AdapterOptions = AdapterOptions(),
+    path: Path, weights: str | None, device: torch.device, adapters: AdapterOptions = AdapterOptions()
 ) -> TrainedModel:
-    """Load a model with its encoders, in eval mode. Checksums are verified.
+    """Load a model with its encoders, in eval mode: in bfloat16 for a run in bfloat16 on a GPU, else in float32.
+
+    Checksums are verified.
 
     Args:
         path: a run directory, one of its step-* folders, an exported pipeline, or another checkpoint.
         weights: "ema" (moving average) or "master" (trained fp32 weights). None: the EMA if there is one.
         device: device to load the model to.
-        dtype: dtype of the weights. None: bfloat16 for a run in bfloat16 on a GPU, else float32.
         adapters: LoRA adapters and ControlNet to add to the model.
 
     Raises:
@@ -115,9 +112,8 @@ def load_trained(
     """
     with open_for_sampling(path) as checkpoint:
         config = exported_config(checkpoint, path)
-        if dtype is None:
-            half = config.train.dtype == "bfloat16" and device.type == "cuda"
-            dtype = torch.bfloat16 if half else torch.float32
+        half = config.train.dtype == "bfloat16" and device.type == "cuda"
+        dtype = torch.bfloat16 if half else torch.float32
         text, image = load_encoders(config, device, dtype)
         kind = _kind(checkpoint, weights)
         source: Source = checkpoint

@@ -190,6 +190,8 @@ def small_images(images: Sequence[Image.Image], size_hw: tuple[int, int], factor
         UserError: there are none, or they have the wrong size.
     """
     small = [np.array(to_rgb(image)) for image in images]
-    for pixels in small or [None]:
+    if not small:
+        check_small(factor, None, size_hw, "image")
+    for pixels in small:
         check_small(factor, pixels, size_hw, "image")
     return to_tensor(np.stack(small))

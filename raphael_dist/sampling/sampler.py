@@ -23,8 +23,6 @@ from raphael_dist.rng import Purpose, generator
 _log = logging.getLogger(__name__)
 # Predicts noise (or v) from noised latents [B, C, h, w], timesteps [B] and captions.
 Denoise = Callable[[Tensor, Tensor, TextFeatures], Tensor]
-# Called after each step with its number, its timestep and the latents; returns the latents to continue with.
-OnStep = Callable[[int, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,6 @@ def sample_latents(
     dtype: torch.dtype = torch.float32,
     start_BChw: Tensor | None = None,
     strength: float = 1.0,
-    on_step: OnStep | None = None,
 ) -> Tensor:
     """Denoise latents with classifier-free guidance: prediction = eps_null + guidance * (eps_text - eps_null).
 
@@ -120,7 +117,6 @@ def sample_latents(
         dtype: dtype of the model's weights.
         start_BChw: latents of images to start from. None: start from noise.
         strength: share of the steps, 0 to 1, that are applied to `start_BChw`.
-        on_step: called after each step with (number, timestep, latents); returns the latents to continue with.
 
     Returns:
         Latents, float32 [B, C, h, w].
@@ -130,14 +126,12 @@ def sample_latents(
     copies = len(captions.tokens) // batch
     scheduler.set_timesteps(steps)
     x, timesteps = first_latents(scheduler, noise_BChw, steps, start_BChw, strength)
-    for number, t in enumerate(timesteps):
+    for t in timesteps:
         scaled = model_input(scheduler, x, t).to(dtype).repeat(copies, 1, 1, 1)
         timestep = torch.full((len(scaled),), t.item(), device=device)
         parts = denoise(scaled, timestep, captions).float().chunk(copies)
         prediction = parts[0] if copies == 1 else parts[1] + guidance * (parts[0] - parts[1])
         x = scheduler.step(prediction, t, x).prev_sample
-        if on_step is not None:
-            x = on_step(number, t, x)
     return x
 
 
@@ -226,7 +220,6 @@ class Sampler:
         steps: int,
         guidance: float,
         strength: float = 0.8,
-        on_step: OnStep | None = None,
     ) -> np.ndarray:
         """Draw one image for each request. All must have the same size, and either all or none have a start image.
 
@@ -236,7 +229,6 @@ class Sampler:
             steps: number of denoising steps.
             guidance: scale of classifier-free guidance; 1 turns guidance off.
             strength: share of the steps, 0 to 1, that are applied to start images; without effect if there are none.
-            on_step: called after each step with (number, timestep, latents); returns the latents to continue with.
 
         Returns:
             Images, uint8 [B, H, W, 3].
@@ -258,7 +250,6 @@ class Sampler:
             dtype=self.dtype,
             start_BChw=self._start(requests),
             strength=strength,
-            on_step=on_step,
         )
         images = self.image.decode(latents)
         if self.upscale.factor:

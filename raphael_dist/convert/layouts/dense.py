@@ -68,6 +68,7 @@ def _from_ldm(stored: dict[str, StoredTensor], where: Path) -> dict[str, StoredT
 
     unet = {key: tensor for key, tensor in stored.items() if key.startswith(_LDM)}
     inputs = [match for key in unet if (match := _INPUT_BLOCK.match(key))]
+    # The first block that downsamples follows the residual blocks of the first level.
     downsampler = min((int(match[1]) for match in inputs if match[2]), default=len({match[1] for match in inputs}))
     try:
         renamed = convert_ldm_unet_checkpoint(unet, {"layers_per_block": max(1, downsampler - 1)})
