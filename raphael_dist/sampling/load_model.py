@@ -1,7 +1,7 @@
 """Loads a model for sampling from a run directory, an exported pipeline or a checkpoint in any other layout (format)."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,16 +200,7 @@ def read_model(checkpoint: Source, config: Config, kind: str) -> RaphaelUNet:
     with torch.device("meta"):
         model = RaphaelUNet(config)
     model.to_empty(device="cpu")
-    fill(model, lambda name, numel: checkpoint.read(kind, name, 0, numel))
-    return model.eval()
-
-
-def fill(model: torch.nn.Module, read: Callable[[str, int], torch.Tensor]) -> None:
-    """Set every parameter of a model to the tensor that `read` returns for it.
-
-    `read`: called with the parameter's name and number of elements; returns a tensor of that many elements, in any float
-    dtype and in the order of the flattened parameter.
-    """
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.copy_(read(name, p.numel()).view(p.shape))
+            p.copy_(checkpoint.read(kind, name, 0, p.numel()).view(p.shape))
+    return model.eval()
