@@ -300,8 +300,7 @@ def _read_config(file: Path, option: str) -> JsonObject | None:
             f"{option} {file.parent}: {key}={config[key]!r} in {file.name} is not supported. Use plain LoRA adapters, which "
             f"are trained without {key}."
         )
-    checked: JsonObject = config
-    return checked
+    return config
 
 
 def _parameter_of(module: str, modules: Container[str], parameters: list[str]) -> str | None:

@@ -57,8 +57,7 @@ class LoraLoader(LoraFiles):
         unet = uncompiled(self.unet)
         if not hasattr(unet, "lora_state"):
             unet.lora_state = LoraState()
-        state: LoraState = unet.lora_state
-        return state
+        return unet.lora_state
 
     def load_lora_weights(
         self,

@@ -84,8 +84,7 @@ def denoiser(model: nn.Module, edge_Bhw: Tensor | None = None, small_B3HsWs: Ten
         if small_B3HsWs is not None:
             small = small_B3HsWs.repeat(len(x) // len(small_B3HsWs), 1, 1, 1)
             x = append_small_image(x, small, cast(Upscale, model.upscale).patch)
-        prediction: Tensor = model(x, timestep, text.tokens, text.mask, text.end, *edges).prediction
-        return prediction
+        return model(x, timestep, text.tokens, text.mask, text.end, *edges).prediction
 
     return denoise
 
@@ -147,7 +146,7 @@ def first_latents(
         start_BChw: latents of images to start from. None: start from noise.
         strength: share of the steps, 0 to 1, that are applied to `start_BChw`.
     """
-    timesteps: Tensor = scheduler.timesteps
+    timesteps = scheduler.timesteps
     if start_BChw is None:
         if late := late_start_warning(scheduler):
             _log.warning("%s", late)
@@ -166,14 +165,13 @@ def add_noise(scheduler: NoiseScheduler, x_BChw: Tensor, noise_BChw: Tensor, tim
     """Return latents with as much noise as they have at `timestep`, one of the scheduler's timesteps."""
     timestep_B = timestep.expand(len(x_BChw))
     if hasattr(scheduler, "scale_noise"):  # flow matching
-        return cast(Tensor, scheduler.scale_noise(x_BChw, timestep_B, noise_BChw))
-    return cast(Tensor, scheduler.add_noise(x_BChw, noise_BChw, timestep_B))
+        return scheduler.scale_noise(x_BChw, timestep_B, noise_BChw)
+    return scheduler.add_noise(x_BChw, noise_BChw, timestep_B)
 
 
 def model_input(scheduler: NoiseScheduler, x: Tensor, timestep: Tensor) -> Tensor:
     """Return latents `x` scaled as `scheduler` requires for the model; schedulers of flow matching do not scale."""
-    scaled: Tensor = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
-    return scaled
+    return scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
 
 
 def _to(text: TextFeatures, device: torch.device, dtype: torch.dtype) -> TextFeatures:
