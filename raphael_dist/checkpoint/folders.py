@@ -19,17 +19,19 @@ _STEP = re.compile(r"step-(\d{8,18})")
 WRITING, REMOVING, REPLACED, DAMAGED = ".writing-", ".removing-", ".replaced-", "damaged-"
 
 
-def step_folders(root: Path) -> list[Path]:
+def newest(root: Path) -> list[Path]:
     """Return the checkpoint folders in `root`, the newest first, including incomplete ones; [] if `root` is missing.
 
     Their names have the form step-00000100. Other folders, such as a user's copy step-00000100-good, are left out, so that
-    the trainer neither resumes from them nor removes them. Raises OSError if `root` cannot be read.
+    the trainer neither resumes from them nor removes them. Raises UserError if `root` cannot be read.
     """
     try:
-        folders = [path for path in root.iterdir() if step_of(path) is not None]
+        steps = {path: step for path in root.iterdir() if (step := step_of(path)) is not None}
     except FileNotFoundError:
         return []
-    return sorted(folders, key=lambda path: step_of(path) or 0, reverse=True)
+    except OSError as error:
+        raise UserError(f"{root} cannot be read: {error.strerror}. Check the path and its permissions.") from None
+    return sorted(steps, key=steps.__getitem__, reverse=True)
 
 
 def step_of(folder: Path) -> int | None:

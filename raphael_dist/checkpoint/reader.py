@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from raphael_dist.checkpoint.folders import resolve_latest, step_folders, step_of
+from raphael_dist.checkpoint.folders import newest, resolve_latest, step_of
 from raphael_dist.checkpoint.manifest import MANIFEST, read_manifest
 from raphael_dist.checkpoint.tensors import Key, coverage_error
 from raphael_dist.config.schema import ARCHITECTURE_FIELDS, Config, config_from_tree
@@ -195,17 +195,6 @@ def check_architecture(stored: Config, config: Config, where: str) -> None:
             f"checkpoint in {where}, which has edge.weight={theirs.weight} and edge.channels={theirs.channels}. Set "
             "both to these values."
         )
-
-
-def newest(root: Path) -> list[Path]:
-    """Return all checkpoint folders (step-*) in `root`, the newest first, including incomplete ones.
-
-    The list is empty if `root` is missing. Raises UserError if `root` cannot be read.
-    """
-    try:
-        return step_folders(root)
-    except OSError as error:
-        raise UserError(f"{root} cannot be read: {error.strerror}. Check the path and its permissions.") from None
 
 
 def open_newest(path: Path, option: str = "--checkpoint") -> CheckpointReader:

@@ -13,7 +13,7 @@ import torch
 
 from raphael_dist.checkpoint import folders
 from raphael_dist.checkpoint.progress import Progress, progress_of
-from raphael_dist.checkpoint.reader import CheckpointReader, check_architecture, newest
+from raphael_dist.checkpoint.reader import CheckpointReader, check_architecture
 from raphael_dist.checkpoint.tensors import default_weights
 from raphael_dist.config.resume_check import check_same_data, check_same_run
 from raphael_dist.config.schema import Config
@@ -51,15 +51,13 @@ class Restorer:
                 checkpoint has another architecture, data set or setting that affects results. The state is unchanged then.
         """
         raise_on_all_ranks(self._check_folder)
-        reader, damaged = self._newest_verified(run_on_rank0("looking for checkpoints", lambda _: newest(self.root)))
+        reader, damaged = self._newest_verified(run_on_rank0("looking for checkpoints", lambda _: folders.newest(self.root)))
         raise_on_all_ranks(partial(self._check, reader, damaged))
-        if reader is not None:
-            run_on_all_ranks(f"restoring {reader.folder.name}", partial(self._restore, reader))
-            self._fragments.sync_model()
+        progress = None if reader is None else self._restore(reader)
         # They are renamed, so that retention and saves of the same step ignore them. They are not deleted: the damage may be
         # a passing fault of the disk.
         self._quarantine(list(damaged))
-        return progress_of(reader.manifest) if reader else None
+        return progress
 
     def rewind(self, before: int | None = None) -> Progress | None:
         """Restore the newest undamaged checkpoint during training (rollback).
@@ -72,15 +70,13 @@ class Restorer:
             The progress (step, ...) that the checkpoint states. None if there is no such checkpoint; weights, moments and
             EMA are unchanged then.
         """
-        checkpoints = run_on_rank0("looking for checkpoints", lambda _: newest(self.root))
+        checkpoints = run_on_rank0("looking for checkpoints", lambda _: folders.newest(self.root))
         later = [folder for folder in checkpoints if before is not None and (folders.step_of(folder) or 0) >= before]
         reader, _ = self._newest_verified([folder for folder in checkpoints if folder not in later])
         if reader is None:
             return None
         self._quarantine(later)
-        run_on_all_ranks(f"restoring {reader.folder.name}", partial(self._restore, reader))
-        self._fragments.sync_model()
-        return progress_of(reader.manifest)
+        return self._restore(reader)
 
     def _quarantine(self, bad: list[Path]) -> None:
         renamed = run_on_rank0("renaming damaged checkpoints", lambda _: [folders.quarantine(folder) for folder in bad])
@@ -159,8 +155,14 @@ class Restorer:
                 "none. Set optim.kind=sgd, or use another run.dir."
             )
 
+    def _restore(self, reader: CheckpointReader) -> Progress:
+        """Read this rank's part of the training state, and return the progress that the checkpoint states. Collective."""
+        run_on_all_ranks(f"restoring {reader.folder.name}", partial(self._read_fragments, reader))
+        self._fragments.sync_model()
+        return progress_of(reader.manifest)
+
     @torch.no_grad()
-    def _restore(self, reader: CheckpointReader, report: Reporter) -> None:
+    def _read_fragments(self, reader: CheckpointReader, report: Reporter) -> None:
         self._fragments.create_moments(progress_of(reader.manifest).updates)
         kinds = reader.kinds()
         for i, f in enumerate(self._fragments):

@@ -28,7 +28,7 @@ from torch import Tensor
 from raphael_dist.checkpoint import folders
 from raphael_dist.checkpoint.manifest import FORMAT, MANIFEST, Manifest, seal
 from raphael_dist.checkpoint.progress import Progress
-from raphael_dist.checkpoint.reader import CheckpointReader, newest
+from raphael_dist.checkpoint.reader import CheckpointReader
 from raphael_dist.checkpoint.resume import Restorer
 from raphael_dist.checkpoint.save_state import Save, WrittenFile
 from raphael_dist.checkpoint.snapshot import Snapshot, write_snapshot
@@ -245,8 +245,10 @@ class CheckpointStore:
     def _write(self, save: Save, values: Tensor) -> WrittenFile:
         """Write this rank's file. Runs in the thread."""
         name = f"rank-{self._ranks.rank:05d}.safetensors"
-        layout, starts = self._snapshot.layout, self._snapshot.starts
-        metadata = {"step": str(save.manifest["step"]), "rank": str(self._ranks.rank), "starts": json.dumps(starts)}
+        ranges = self._snapshot.ranges
+        layout = [(key, numel) for key, (_, numel) in ranges.items()]
+        starts = json.dumps({key: start for key, (start, _) in ranges.items()})
+        metadata = {"step": str(save.manifest["step"]), "rank": str(self._ranks.rank), "starts": starts}
         began = time.monotonic()
 
         def report(text: str, done: int | None = None, total: int | None = None) -> None:
@@ -258,7 +260,6 @@ class CheckpointStore:
             if error.errno not in _DISK_FULL:
                 raise
             raise OSError(_no_space(save.bytes, files.free_bytes(self.root), self.root) + f" ({error.strerror})") from None
-        ranges = {key: (starts[key], numel) for key, numel in layout}
         return WrittenFile(name, max(1e-9, time.monotonic() - began), entry, ranges)
 
     def _publish(self, save: Save) -> None:
@@ -272,7 +273,7 @@ class CheckpointStore:
             files.replace_bytes(self.root / "latest", save.final.name.encode())
             # Every file has been read back, so older checkpoints may be removed.
             keep = self._config.checkpoint
-            for old in folders.expired(newest(self.root), keep.keep, keep.keep_every):
+            for old in folders.expired(folders.newest(self.root), keep.keep, keep.keep_every):
                 if old != save.final:
                     folders.remove(old)
         except (OSError, UserError) as error:  # resuming does not need `latest`

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.fragments import MOMENTS, Fragments
-from raphael_dist.engine.zero_interface import Fragment
 from raphael_dist.runtime.progress_bar import Reporter, no_report
 from raphael_dist.storage import tensorfile
 from raphael_dist.storage.files import FileEntry, sha256
@@ -20,67 +19,58 @@ class Snapshot:
     It is allocated once and filled at every save. With a GPU it is pinned, so that the copy is a DMA transfer.
 
     Attributes:
-        layout: (key, number of elements) of the ranges in the buffer, in order. A key is `<kind>/<parameter>`, and a range
-            is consecutive elements of the flattened parameter that this rank saves.
-        starts: index of the first element of each range within its flattened parameter, by key.
+        ranges: the ranges in the buffer, in order: consecutive elements of flattened parameters that this rank saves. For
+            each key `<kind>/<parameter>`, (index of the first element in the flattened parameter, number of elements).
     """
 
     def __init__(self, fragments: Fragments, ema: Ema | None, rank: int, world_size: int) -> None:
         self._fragments, self._ema, self._rank, self._world_size = fragments, ema, rank, world_size
         self._buffer = torch.empty(0)
-        self._values: list[Tensor] = []  # of the training state, in the order of the layout
-        self._addresses: list[int] | None = None  # of the moments when the layout was made
-        self.layout: list[tuple[str, int]] = []
-        self.starts: dict[str, int] = {}
+        self._values: list[Tensor] = []  # of the training state, in the order of the ranges
+        self._addresses: list[int] | None = None  # of the moments when the ranges were listed
+        self.ranges: dict[str, tuple[int, int]] = {}
 
     def prepare(self) -> int:
-        """Prepare a save: set `layout` and `starts`, allocate the buffer, and return how many bytes this rank will save.
+        """Prepare a save: list the `ranges`, allocate the buffer, and return how many bytes this rank will save.
 
         Adam's moments are included only after the first optimizer step, which creates them. Raises RuntimeError or
         MemoryError if there is not enough memory.
         """
         addresses = self._fragments.moment_addresses()
         if addresses != self._addresses:  # listing thousands of views takes as long as copying them
-            self._lay_out()
+            self._list_ranges()
             self._addresses = addresses
-        total = sum(numel for _, numel in self.layout)
+        total = sum(value.numel() for value in self._values)
         if self._buffer.numel() < total:
             self._buffer = torch.empty(total, dtype=torch.float32, pin_memory=torch.cuda.is_available())
         return 4 * total
 
-    def _lay_out(self) -> None:
-        self._values, self.layout, self.starts = [], [], {}
-        for f, kinds in self._owned():
-            for kind, value in kinds.items():
-                key = f"{kind}/{f.name}"
-                self._values.append(value)
-                self.layout.append((key, f.numel))
-                self.starts[key] = f.start
-
-    @torch.no_grad()
-    def take(self) -> Tensor:
-        """Copy weights, Adam moments and EMA of this rank into the buffer, in the order of `layout`; call `prepare` first.
-
-        Returns:
-            The buffer, float32 [n] in host memory. The next call overwrites it.
-        """
-        total = sum(numel for _, numel in self.layout)
-        parts = list(torch.split(self._buffer[:total], [numel for _, numel in self.layout]))
-        torch._foreach_copy_(parts, self._values, non_blocking=True)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return self._buffer[:total]
-
-    def _owned(self) -> list[tuple[Fragment, dict[str, Tensor]]]:
-        owned = []
+    def _list_ranges(self) -> None:
+        self._values, self.ranges = [], {}
         for i, f in enumerate(self._fragments):
             if f.shared and i % self._world_size != self._rank:
                 continue
             kinds = {"master": f.master, **{kind: self._fragments.moment(f, kind) for kind in MOMENTS}}
             if self._ema is not None:
                 kinds["ema"] = self._ema.values[i]
-            owned.append((f, {kind: value.detach() for kind, value in kinds.items() if value is not None}))
-        return owned
+            for kind, value in kinds.items():
+                if value is not None:
+                    self._values.append(value.detach())
+                    self.ranges[f"{kind}/{f.name}"] = (f.start, f.numel)
+
+    @torch.no_grad()
+    def take(self) -> Tensor:
+        """Copy weights, Adam moments and EMA of this rank into the buffer, in the order of `ranges`; call `prepare` first.
+
+        Returns:
+            The buffer, float32 [n] in host memory. The next call overwrites it.
+        """
+        sizes = [value.numel() for value in self._values]
+        filled = self._buffer[: sum(sizes)]
+        torch._foreach_copy_(list(torch.split(filled, sizes)), self._values, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return filled
 
 
 def write_snapshot(

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from raphael_dist.checkpoint.reader import CheckpointReader, open_newest
+from raphael_dist.checkpoint.tensors import default_weights
 from raphael_dist.errors import UserError
 from raphael_dist.storage.files import atomic_folder
 
@@ -44,6 +45,15 @@ def open_run(path: Path, config_name: str, option: str) -> CheckpointReader:
         return open_newest(path, option)
     except UserError as error:
         raise UserError(f"{error} Alternatively, give {option} an exported folder that contains {config_name}.") from None
+
+
+def trained_weights(reader: CheckpointReader, weights: str | None) -> dict[str, Tensor]:
+    """Return the trained parameters in a checkpoint by name, float32.
+
+    `weights`: "ema" (moving average) or "master" (fp32 weights). None: the EMA if the checkpoint has one.
+    """
+    kind = "master" if weights == "master" else default_weights(reader.kinds())
+    return {name: reader.whole(kind, name) for name in reader.shapes}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

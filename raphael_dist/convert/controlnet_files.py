@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from raphael_dist.checkpoint.reader import CheckpointReader, check_architecture
-from raphael_dist.checkpoint.tensors import default_weights
 from raphael_dist.config.schema import Config
-from raphael_dist.convert.adapter_files import export_folder, open_run
+from raphael_dist.convert.adapter_files import export_folder, open_run, trained_weights
 from raphael_dist.convert.exported_code import model_code
 from raphael_dist.convert.layouts.canonical import gather
 from raphael_dist.convert.layouts.dense import STEM
@@ -33,9 +32,10 @@ from raphael_dist.text import JsonObject, read_json, reason_unreadable
 
 CONFIG, CLASS = "config.json", RaphaelControlNet.__name__
 _PREFIX = "control."
+_OPTION = "--control-from"
 
 
-def read_control(path: Path, config: Config, weights: str | None = None, option: str = "--control-from") -> ControlNet:
+def read_control(path: Path, config: Config, weights: str | None = None) -> ControlNet:
     """Read a trained ControlNet from a run or an exported folder. Return it in float32 and eval mode on the CPU.
 
     Args:
@@ -44,17 +44,16 @@ def read_control(path: Path, config: Config, weights: str | None = None, option:
         config: configuration of the base model that the ControlNet is used with.
         weights: which weights of a run to read, "ema" (moving average) or "master" (fp32 weights). None: the EMA if the run
             has one. Not used for a folder of diffusers.
-        option: name of the command line option that gave `path`, for messages.
 
     Raises:
         UserError: there is no ControlNet at `path`, or it belongs to another model.
     """
     if (path / CONFIG).is_file():
-        values = _read_folder(path, option)
+        values = _read_folder(path)
     else:
-        reader = open_run(path, CONFIG, option)
+        reader = open_run(path, CONFIG, _OPTION)
         check_architecture(reader.config(), config, str(path))
-        values = control_weights(reader, weights, option)
+        values = control_weights(reader, weights, _OPTION)
     with torch.device("meta"):
         control = ControlNet(config)
     expected = {name: tuple(p.shape) for name, p in control.named_parameters()}
@@ -63,7 +62,7 @@ def read_control(path: Path, config: Config, weights: str | None = None, option:
         name = wrong[0][0]
         in_file, in_model = (f"of shape {list(s[name])}" if name in s else "missing" for s in (shapes, expected))
         raise UserError(
-            f"{option} {path} must fit the model, but the tensor {name} is {in_file} in the file and {in_model} in the "
+            f"{_OPTION} {path} must fit the model, but the tensor {name} is {in_file} in the file and {in_model} in the "
             "model. Use the base model that the ControlNet was trained with."
         )
     control.to_empty(device="cpu")
@@ -87,8 +86,7 @@ def control_weights(reader: CheckpointReader, weights: str | None, option: str) 
             f"{option} {reader.folder} must be of a run that trained a ControlNet (control.enabled=true), but this run has "
             "control.enabled=false. Give a run that was trained with control.enabled=true."
         )
-    kind = "master" if weights == "master" else default_weights(reader.kinds())
-    return {name.removeprefix(_PREFIX): reader.whole(kind, name) for name in reader.shapes}
+    return {name.removeprefix(_PREFIX): value for name, value in trained_weights(reader, weights).items()}
 
 
 def write_control(values: dict[str, Tensor], config: Config, folder: Path) -> None:
@@ -126,7 +124,7 @@ def control_json(config: Config) -> JsonObject:
     return {"_class_name": "ControlNetModel", **shared, "conditioning_embedding_out_channels": [CONDITION_WIDTH]}
 
 
-def _read_folder(folder: Path, option: str) -> dict[str, Tensor]:
+def _read_folder(folder: Path) -> dict[str, Tensor]:
     try:
         content = read_json(folder / CONFIG)
         name = content["_class_name"]
@@ -134,16 +132,13 @@ def _read_folder(folder: Path, option: str) -> dict[str, Tensor]:
             config_of_experts(content, folder / CONFIG, {}, None)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{option}: {folder / CONFIG} cannot be read: {reason_unreadable(error)}. Copy it again from its source, or "
+            f"{_OPTION}: {folder / CONFIG} cannot be read: {reason_unreadable(error)}. Copy it again from its source, or "
             "export the ControlNet again with --to controlnet."
         ) from None
     if name not in (CLASS, "ControlNetModel"):
         raise UserError(
-            f"{option} {folder}: _class_name in {CONFIG} must be {CLASS} or ControlNetModel, but it is {name}. Give "
+            f"{_OPTION} {folder}: _class_name in {CONFIG} must be {CLASS} or ControlNetModel, but it is {name}. Give "
             "the folder of an exported ControlNet."
         )
     stored, reader = gather(weight_files(folder).paths), FileReader()
-    try:
-        return {name: reader.read([tensor], 0, tensor.numel).view(tensor.shape) for name, tensor in stored.items()}
-    finally:
-        reader.close()
+    return {name: reader.read([tensor], 0, tensor.numel).view(tensor.shape) for name, tensor in stored.items()}

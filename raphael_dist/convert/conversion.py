@@ -10,13 +10,12 @@ import os
 import shutil
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from raphael_dist.checkpoint.manifest import seal
-from raphael_dist.checkpoint.tensors import Span
 from raphael_dist.config.schema import Config
 from raphael_dist.convert.layouts import layout_of, open_checkpoint
 from raphael_dist.convert.lora_files import MergedSource, read_adapter
@@ -115,12 +114,10 @@ def convert(
         else "every tensor is present once, but there is no manifest with checksums"
     )
     omitted = [kind for kind in source.kinds() if kind not in plan.kinds]
-    notes = (
-        [f"{', '.join(omitted)}: not written, since the layout holds only one kind of weights (here {plan.kinds[0]})"]
-        if omitted
-        else []
-    )
-    notes = opened.notes + notes + plan.notes
+    notes = [*opened.notes, *plan.notes]
+    if omitted:
+        text = f"{', '.join(omitted)}: not written, since the layout holds only one kind of weights (here {plan.kinds[0]})"
+        notes.insert(len(opened.notes), text)
     return Report(opened.layout, to_layout, _rows(plan), notes, verified, time.monotonic() - began)
 
 
@@ -279,16 +276,14 @@ def _publish(layout: str, plan: ConversionPlan, entries: dict[str, FileEntry], t
 
 
 def _rows(plan: ConversionPlan) -> list[Row]:
-    pieces: dict[str, list[tuple[str, int, Span]]] = {}
+    written: dict[str, list[tuple[str, str, int, int]]] = defaultdict(list)  # file, parameter, elements, bytes of each piece
     for file in plan.files:
         for entry in file.entries:
             for p in entry.pieces:
-                written = (file.name, p.span.numel * entry.dtype.itemsize, p.span)
-                pieces.setdefault("copies" if p.duplicate else p.kind, []).append(written)
-    return [_row(kind, written) for kind, written in pieces.items()]
-
-
-def _row(kind: str, written: list[tuple[str, int, Span]]) -> Row:
-    files, sizes, spans = zip(*written, strict=True)
-    tensors, parameters = {span.name for span in spans}, sum(span.numel for span in spans)
-    return Row(kind, len(tensors), parameters, sum(sizes), len(set(files)))
+                piece = (file.name, p.span.name, p.span.numel, p.span.numel * entry.dtype.itemsize)
+                written["copies" if p.duplicate else p.kind].append(piece)
+    rows = []
+    for kind, pieces in written.items():
+        files, tensors, elements, sizes = zip(*pieces, strict=True)
+        rows.append(Row(kind, len(set(tensors)), sum(elements), sum(sizes), len(set(files))))
+    return rows

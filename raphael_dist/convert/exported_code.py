@@ -163,7 +163,6 @@ class _Selection:
 
     def __init__(self) -> None:
         self._kept: dict[str, dict[int, ast.stmt]] = defaultdict(dict)  # by module and position in it
-        self._left_out: dict[str, list[ast.AST]] = {}
         self._imports: set[tuple[str, str]] = set()
         self._methods: list[tuple[str, ast.FunctionDef]] = []  # methods whose names have not been used so far
         self._read_names: set[str] = set()

@@ -9,7 +9,7 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -22,6 +22,7 @@ from raphael_dist.config.schema import Config
 from raphael_dist.convert.layouts import open_checkpoint
 from raphael_dist.convert.source_checkpoint import Checkpoint, is_dense, parameter_shapes
 from raphael_dist.convert.upcycle import UpcycledSource
+from raphael_dist.convert.write_plan import Source
 from raphael_dist.engine.zero_interface import Fragment
 from raphael_dist.errors import UserError
 from raphael_dist.model.controlnet import add_control
@@ -105,7 +106,7 @@ def check_initial(config: Config, checkpoint: Checkpoint) -> InitialWeights:
     upcycled = tuple(n for n in new if part_of(n) in ("time", "space")) if _upcycles(config, checkpoint) else ()
     loaded = tuple(n for n in ours if n not in set(new))
     initial = InitialWeights(loaded, tuple(n for n in new if n not in set(upcycled)), unused, upcycled)
-    _reader(config, checkpoint, initial)
+    _source(config, checkpoint, bool(upcycled))
     return initial
 
 
@@ -146,13 +147,16 @@ def load_initial(
         for note in checkpoint.notes:
             _log.warning("run.init_from: %s", note)
         initial = check_initial(config, checkpoint)
-        read = _reader(config, checkpoint, initial)
-        names = {*initial.loaded, *initial.upcycled}
+        source = _source(config, checkpoint, bool(initial.upcycled))
+        kind, names = default_weights(source.kinds()), {*initial.loaded, *initial.upcycled}
+        widens = _widens(config, checkpoint)
         with torch.no_grad():
             for f in fragments:
                 report(f.name)
-                if f.name in names:
-                    f.master.copy_(read(f.name, f.start, f.numel).view(-1))
+                if widens and f.name == INPUT_CONV and f.name in names:
+                    f.master.copy_(_widened_input(source, kind, config)[f.start : f.start + f.numel])
+                elif f.name in names:
+                    f.master.copy_(source.read(kind, f.name, f.start, f.numel).view(-1))
     return initial
 
 
@@ -214,29 +218,25 @@ def _widened_shape(shape: tuple[int, ...], config: Config) -> tuple[int, ...]:
     return (width, channels + config.upscale.channels, *kernel)
 
 
-def _reader(config: Config, checkpoint: Checkpoint, initial: InitialWeights) -> Callable[[str, int, int], Tensor]:
-    if not _widens(config, checkpoint):
-        return _plain_reader(config, checkpoint, initial)
-    narrow = config.model_copy(update={"upscale": checkpoint.config.upscale})
-    read, shape = _plain_reader(narrow, checkpoint, initial), checkpoint.shapes[INPUT_CONV]
+def _source(config: Config, checkpoint: Checkpoint, upcycles: bool) -> Source:
+    """Return what parameters are read from, under the names and shapes of the model (except for INPUT_CONV's shape).
 
-    def widened(name: str, start: int, numel: int) -> Tensor:
-        if name != INPUT_CONV:
-            return read(name, start, numel)
-        # Zeros for the channels of the small image: at first the new model computes what the old one does.
-        whole = torch.zeros(_widened_shape(shape, config))
-        whole[:, : shape[1]] = read(name, 0, prod(shape)).view(shape)
-        return whole.view(-1)[start : start + numel]
-
-    return widened
+    Raises UserError if experts cannot be made from the layers of a dense checkpoint.
+    """
+    if not upcycles:
+        return checkpoint
+    if _widens(config, checkpoint):
+        config = config.model_copy(update={"upscale": checkpoint.config.upscale})
+    return UpcycledSource(checkpoint, config, any_text_width="text" in config.run.reinit)
 
 
-def _plain_reader(config: Config, checkpoint: Checkpoint, initial: InitialWeights) -> Callable[[str, int, int], Tensor]:
-    if initial.upcycled:
-        upcycled = UpcycledSource(checkpoint, config, any_text_width="text" in config.run.reinit)
-        return lambda name, start, numel: upcycled.read("master", name, start, numel)
-    kind = default_weights(checkpoint.kinds())
-    return lambda name, start, numel: checkpoint.read(kind, name, start, numel)
+def _widened_input(source: Source, kind: str, config: Config) -> Tensor:
+    """Return the weights of the first convolution of a super-resolution model, from those of a model without it."""
+    shape = source.shapes[INPUT_CONV]
+    # Zeros for the channels of the small image: at first the new model computes what the old one does.
+    whole = torch.zeros(_widened_shape(shape, config))
+    whole[:, : shape[1]] = source.read(kind, INPUT_CONV, 0, prod(shape)).view(shape)
+    return whole.view(-1)
 
 
 def _may_differ(name: str, reshaped: bool, allowed: set[str]) -> bool:

@@ -31,23 +31,12 @@ class LayerReport:
     Attributes:
         name: name of the layer in the model.
         norms: for each expert, the L2 norm over all of its weights.
-        dead: numbers of the experts whose weights are all zero.
-        same: (a, b) for every two experts a < b with equal weights.
-        not_finite: numbers of the experts with NaN or infinity in their weights.
+        warnings: one line for each expert that is dead (zero), equal to another one, or has NaN or infinity.
     """
 
     name: str
     norms: list[float]
-    dead: list[int]
-    same: list[tuple[int, int]]
-    not_finite: list[int]
-
-    @property
-    def warnings(self) -> list[str]:
-        """One line for each expert of the layer that is dead (zero), equal to another one, or has NaN or infinity."""
-        texts = [f"expert {k} is dead: all its weights are zero" for k in self.dead]
-        texts += [f"experts {a} and {b} are identical" for a, b in self.same]
-        return texts + [f"expert {k} is not finite" for k in self.not_finite]
+    warnings: list[str]
 
 
 def open_for_inspection(path: Path, unpickle: bool, config: Config | None) -> Checkpoint:
@@ -104,14 +93,15 @@ def inspect_layers(checkpoint: Checkpoint) -> Iterator[LayerReport]:
                 head.append(values[:_SAMPLE].clone())
             norms.append(square**0.5)
             heads.append(head)
-        same = [
-            (a, b)
+        warnings = [f"expert {k} is dead: all its weights are zero" for k, norm in enumerate(norms) if norm == 0]
+        warnings += [
+            f"experts {a} and {b} are identical"
             for b in range(num_experts)
             for a in range(b)
             if norms[a] == norms[b] > 0 and all(torch.equal(x, y) for x, y in zip(heads[a], heads[b], strict=True))
         ]
-        dead = [k for k, norm in enumerate(norms) if norm == 0]
-        yield LayerReport(layer, norms, dead, same, [k for k, n in enumerate(norms) if not n < float("inf")])
+        warnings += [f"expert {k} is not finite" for k, norm in enumerate(norms) if not norm < float("inf")]
+        yield LayerReport(layer, norms, warnings)
 
 
 def show(checkpoint: Checkpoint) -> bool:
@@ -152,13 +142,8 @@ def _show_experts(checkpoint: Checkpoint, console: Console) -> bool:
         short = layer.name.replace("transformer_blocks.0.", "")
         warnings = "; ".join(layer.warnings)
         sound, rows = sound and not warnings, rows + 1
-        norms = f"{min(layer.norms):.4g}", f"{max(layer.norms):.4g}"
-        table.add_row(
-            escape_control(short),
-            str(len(layer.norms)),
-            *norms,
-            Text(warnings, style="red"),
-        )
+        cells = (escape_control(short), str(len(layer.norms)), f"{min(layer.norms):.4g}", f"{max(layer.norms):.4g}")
+        table.add_row(*cells, Text(warnings, style="red"))
     if rows:
         console.print(table)
     return sound

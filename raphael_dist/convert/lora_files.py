@@ -22,9 +22,9 @@ from torch import Tensor
 
 from raphael_dist.checkpoint.progress import START
 from raphael_dist.checkpoint.reader import CheckpointReader
-from raphael_dist.checkpoint.tensors import Shapes, default_weights, stacked
+from raphael_dist.checkpoint.tensors import Shapes, stacked
 from raphael_dist.config.model_sections import Lora
-from raphael_dist.convert.adapter_files import export_folder, open_run, read_tensors
+from raphael_dist.convert.adapter_files import export_folder, open_run, read_tensors, trained_weights
 from raphael_dist.convert.write_plan import Source
 from raphael_dist.errors import UserError
 from raphael_dist.model.lora import ATTENTION, import_peft, lora_scale, parse_adapter_name
@@ -95,16 +95,15 @@ class MergedSource:
 
     whole = False
 
-    def __init__(self, source: Source, adapter: Adapter, strength: float = 1.0, option: str = "--lora") -> None:
+    def __init__(self, source: Source, adapter: Adapter, strength: float = 1.0) -> None:
         """Merge `adapter` into the values that are read from `source`, which does not change.
 
         Args:
             source: the checkpoint of the base model.
             adapter: the adapters. UserError: they belong to another model.
             strength: a factor on the term that is added, in addition to the adapter's own scale.
-            option: name of the command line option that gave the adapters, for messages.
         """
-        adapter.check(source.shapes, option)
+        adapter.check(source.shapes, "--lora")
         self.path, self.config, self.shapes = source.path, source.config, source.shapes
         self.progress, self.dataset = START, ""
         self._source, self._adapter, self._strength = source, adapter, strength
@@ -161,13 +160,12 @@ def adapter_of(reader: CheckpointReader, weights: str | None = None, option: str
             f"{option} {reader.folder} must be of a run that trained LoRA adapters (lora.rank above 0), but it has "
             "lora.rank=0. Give a run that was trained with lora.rank above 0."
         )
-    kind = "master" if weights == "master" else default_weights(reader.kinds())
     parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for name in reader.shapes:
+    for name, value in trained_weights(reader, weights).items():
         target = parse_adapter_name(name)
         assert target is not None, name
         parameter, factor = target
-        parts[parameter][factor] = reader.whole(kind, name)
+        parts[parameter][factor] = value
     factors = {name: (both["A"], both["B"]) for name, both in parts.items()}
     return Adapter(reader.folder, lora_scale(lora.rank, lora.alpha), factors)
 
@@ -302,8 +300,7 @@ def _read_config(file: Path, option: str) -> JsonObject | None:
             f"{option} {file.parent}: {key}={config[key]!r} in {file.name} is not supported. Use plain LoRA adapters, which "
             f"are trained without {key}."
         )
-    checked: JsonObject = config
-    return checked
+    return config
 
 
 def _parameter_of(module: str, modules: Container[str], parameters: list[str]) -> str | None:
@@ -312,15 +309,12 @@ def _parameter_of(module: str, modules: Container[str], parameters: list[str]) -
     None if `parameters` (`target_parameters` in peft's adapter_config.json) do not match `modules`, all modules in the file.
     """
     layer = module.removesuffix(".base_layer")
-    names = sorted({f"{layer}.{p.rpartition('.')[2]}" for p in parameters if _ends(f"{layer}.{p.rpartition('.')[2]}", p)})
+    adapted = [(f"{layer}.{target.rpartition('.')[2]}", target) for target in parameters]
+    names = sorted({name for name, target in adapted if f".{name}".endswith(f".{target}")})
     if not names:
         return f"{module}.weight"
     wrappers = [name for name in (f"{layer}.base_layer", layer) if name in modules]  # the inner wrapper is for w1
     return names[wrappers.index(module)] if len(wrappers) == len(names) and all(map(stacked, names)) else None
-
-
-def _ends(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
 
 
 def _unstack(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,6 @@ a weight may be in one file from byte 4,096 on, and the rest in another file. Th
 they make this table from their files. Values are read through it.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +21,7 @@ from raphael_dist.errors import UserError
 from raphael_dist.model.layers import TransformerBlock
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.storage.files import FileEntry, integrity_error
-from raphael_dist.storage.tensorfile import CHUNK, FileReader, StoredTensor
+from raphael_dist.storage.tensorfile import FileReader, StoredTensor
 
 
 @dataclass
@@ -196,9 +195,3 @@ def is_dense(config: Config) -> bool:
     """
     m = config.model
     return not (m.space_experts or m.time_experts or config.edge.weight > 0 or m.image_positions)
-
-
-def chunks(start: int, numel: int, size: int = CHUNK) -> Iterator[tuple[int, int]]:
-    """Divide the range [start, start + numel) into ranges of at most `size` elements; yield (start, numel) of each."""
-    for first in range(start, start + numel, size):
-        yield first, min(size, start + numel - first)

@@ -22,10 +22,9 @@ from torch import Tensor
 from raphael_dist.checkpoint.progress import START, Progress
 from raphael_dist.checkpoint.tensors import Span, coverage_error, default_weights
 from raphael_dist.config.schema import Config
-from raphael_dist.convert.source_checkpoint import chunks
 from raphael_dist.engine.fragments import MOMENTS
 from raphael_dist.errors import UserError
-from raphael_dist.storage.tensorfile import HashedFile, write_safetensors
+from raphael_dist.storage.tensorfile import CHUNK, HashedFile, write_safetensors
 from raphael_dist.storage.torchfile import write_tree
 from raphael_dist.text import JsonObject
 
@@ -84,9 +83,9 @@ class Piece:
     duplicate: bool = False
 
 
-def piece(kind: str, name: str, start: int, numel: int, rows: int = 0) -> Piece:
-    """Make a `Piece` of elements [start, start + numel) of the flattened parameter `name`; see `Piece` for kind and rows."""
-    return Piece(kind, Span(name, start, numel), rows)
+def piece(kind: str, name: str, start: int, numel: int) -> Piece:
+    """Make a `Piece` of elements [start, start + numel) of the flattened parameter `name`; see `Piece` for kind."""
+    return Piece(kind, Span(name, start, numel))
 
 
 @dataclass(frozen=True)
@@ -213,8 +212,9 @@ def values(entry: Entry, source: Source) -> Iterator[Tensor]:
             matrix = source.read(p.kind, p.span.name, p.span.start, p.span.numel).view(p.rows, -1)
             yield matrix.t().to(entry.dtype).contiguous()
         else:
-            for start, numel in chunks(p.span.start, p.span.numel):
-                zero = p.kind == ZEROS
+            end = p.span.start + p.span.numel
+            for start in range(p.span.start, end, CHUNK):
+                numel, zero = min(CHUNK, end - start), p.kind == ZEROS
                 yield (torch.zeros(numel) if zero else source.read(p.kind, p.span.name, start, numel)).to(entry.dtype)
 
 

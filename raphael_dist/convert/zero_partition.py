@@ -93,7 +93,6 @@ class Group:
         per_rank_padded: number of elements in this rank's part of the buffer; the same on every rank.
         per_rank: number of elements in this rank's part that are not padding at the end of the buffer.
         ranks: number of ranks over which the buffer is divided.
-        index: number of this rank among them.
         spans: for each parameter that this rank's part contains wholly or partly: which of its elements are in the part,
             and the offset of the first one in the part, in elements.
     """
@@ -104,13 +103,7 @@ class Group:
     per_rank_padded: int
     per_rank: int
     ranks: int
-    index: int
     spans: dict[Span, int]
-
-    @property
-    def name(self) -> str:
-        """DeepSpeed's name of this group, if it has sharded experts: ep_size_4 for experts sharded over 4 ranks."""
-        return f"ep_size_{self.ep_size}"
 
 
 def local(name: str, shape: tuple[int, ...], topology: Topology, rank: int) -> tuple[tuple[int, ...], int]:
@@ -157,7 +150,7 @@ def _group(shapes: Shapes, topology: Topology, rank: int, ep_size: int, names: l
             spans[Span(name, first + begin - offset, end - begin)] = begin - low
     per_rank = max(0, min(at, high) - low)
     local_shapes = {name: shape for name, (shape, _) in here.items()}
-    return Group(ep_size, local_shapes, paddings, per_rank_padded, per_rank, ranks, index, spans)
+    return Group(ep_size, local_shapes, paddings, per_rank_padded, per_rank, ranks, spans)
 
 
 def zero3(shapes: Shapes, world: int, rank: int) -> tuple[dict[Span, int], int]:

@@ -10,15 +10,17 @@ from PIL import Image, ImageDraw, ImageFont
 from raphael_dist.data.fonts import drawable
 from raphael_dist.storage.files import replace_bytes
 
+_COLUMNS = 6
 
-def caption_grid(images: Sequence[np.ndarray] | np.ndarray, captions: Sequence[str], columns: int = 6) -> Image.Image:
-    """Return one image that shows `images` in a grid, row by row in up to `columns` columns, with a caption below each.
+
+def caption_grid(images: Sequence[np.ndarray] | np.ndarray, captions: Sequence[str]) -> Image.Image:
+    """Return one image that shows `images` in a grid, row by row in up to 6 columns, with a caption below each.
 
     The images are uint8 [H, W, 3] and may differ in size. If none is more than 64 pixels wide, all are enlarged by the same
     whole factor.
     """
     count, height, width = len(images), max(i.shape[0] for i in images), max(i.shape[1] for i in images)
-    columns, scale = min(columns, count), max(1, 128 // width)
+    columns, scale = min(_COLUMNS, count), max(1, 128 // width)
     cell_w, cell_h, text_h = width * scale + 12, height * scale + 44, 34
     grid = Image.new("RGB", (columns * cell_w, -(-count // columns) * cell_h), "white")
     draw = ImageDraw.Draw(grid)

@@ -1,7 +1,7 @@
 """Loads a model for sampling from a run directory, an exported pipeline or a checkpoint in any other layout (format)."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,23 +90,20 @@ def open_model(
         UserError: as in `load_trained`.
     """
     with join_ranks() as (ranks, device):
-        yield raise_on_all_ranks(lambda: load_trained(path, weights, device, adapters=adapters)), ranks
+        yield raise_on_all_ranks(lambda: load_trained(path, weights, device, adapters)), ranks
 
 
 def load_trained(
-    path: Path,
-    weights: str | None,
-    device: torch.device,
-    dtype: torch.dtype | None = None,
-    adapters: AdapterOptions = AdapterOptions(),
+    path: Path, weights: str | None, device: torch.device, adapters: AdapterOptions = AdapterOptions()
 ) -> TrainedModel:
-    """Load a model with its encoders, in eval mode. Checksums are verified.
+    """Load a model with its encoders, in eval mode: in bfloat16 for a run in bfloat16 on a GPU, else in float32.
+
+    Checksums are verified.
 
     Args:
         path: a run directory, one of its step-* folders, an exported pipeline, or another checkpoint.
         weights: "ema" (moving average) or "master" (trained fp32 weights). None: the EMA if there is one.
         device: device to load the model to.
-        dtype: dtype of the weights. None: bfloat16 for a run in bfloat16 on a GPU, else float32.
         adapters: LoRA adapters and ControlNet to add to the model.
 
     Raises:
@@ -115,9 +112,8 @@ def load_trained(
     """
     with open_for_sampling(path) as checkpoint:
         config = exported_config(checkpoint, path)
-        if dtype is None:
-            half = config.train.dtype == "bfloat16" and device.type == "cuda"
-            dtype = torch.bfloat16 if half else torch.float32
+        half = config.train.dtype == "bfloat16" and device.type == "cuda"
+        dtype = torch.bfloat16 if half else torch.float32
         text, image = load_encoders(config, device, dtype)
         kind = _kind(checkpoint, weights)
         source: Source = checkpoint
@@ -204,16 +200,7 @@ def read_model(checkpoint: Source, config: Config, kind: str) -> RaphaelUNet:
     with torch.device("meta"):
         model = RaphaelUNet(config)
     model.to_empty(device="cpu")
-    fill(model, lambda name, numel: checkpoint.read(kind, name, 0, numel))
-    return model.eval()
-
-
-def fill(model: torch.nn.Module, read: Callable[[str, int], torch.Tensor]) -> None:
-    """Set every parameter of a model to the tensor that `read` returns for it.
-
-    `read`: called with the parameter's name and number of elements; returns a tensor of that many elements, in any float
-    dtype and in the order of the flattened parameter.
-    """
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.copy_(read(name, p.numel()).view(p.shape))
+            p.copy_(checkpoint.read(kind, name, 0, p.numel()).view(p.shape))
+    return model.eval()

@@ -25,6 +25,7 @@ from raphael_dist.sampling.pipeline_arguments import (
     CALLBACK_INPUTS,
     CallArguments,
     Callback,
+    Texts,
     as_list,
     check_embeddings,
     check_texts,
@@ -267,13 +268,9 @@ class RaphaelPipeline(LoraLoader, Denoiser):
         if not do_classifier_free_guidance:
             negative_prompt_embeds, negative_prompt_attention_mask = None, None
         elif negative_prompt_embeds is None:
-            if prompt_embeds.shape[1] != self.config.max_tokens:
-                raise UserError(
-                    f"prompt_embeds must have max_tokens={self.config.max_tokens} tokens, as encoded negative prompts have, "
-                    f"but their shape is {list(prompt_embeds.shape)}. Pass negative_prompt_embeds of the same shape."
-                )
-            texts = for_each("negative_prompt", negative_prompt or "", len(prompt_embeds))
-            negative_prompt_embeds, negative_prompt_attention_mask = self._encode(texts, "negative_prompt", device)
+            negative_prompt_embeds, negative_prompt_attention_mask = self._encode_negative(
+                negative_prompt, prompt_embeds, device
+            )
         copies, shape = num_images_per_prompt, prompt_embeds.shape
         prompt_embeds, prompt_attention_mask = _repeat(prompt_embeds, prompt_attention_mask, copies, device)
         if negative_prompt_embeds is not None:
@@ -281,6 +278,15 @@ class RaphaelPipeline(LoraLoader, Denoiser):
             check_embeddings("negative_prompt_embeds", negative_prompt_embeds, mask, width, shape)
             negative_prompt_embeds, negative_prompt_attention_mask = _repeat(negative_prompt_embeds, mask, copies, device)
         return prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask
+
+    def _encode_negative(self, negative_prompt: Texts, prompt_embeds: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        if prompt_embeds.shape[1] != self.config.max_tokens:
+            raise UserError(
+                f"prompt_embeds must have max_tokens={self.config.max_tokens} tokens, as encoded negative prompts have, "
+                f"but their shape is {list(prompt_embeds.shape)}. Pass negative_prompt_embeds of the same shape."
+            )
+        texts = for_each("negative_prompt", negative_prompt or "", len(prompt_embeds))
+        return self._encode(texts, "negative_prompt", device)
 
     def _encode(self, texts: list[str], name: str, device: torch.device) -> tuple[Tensor, Tensor]:
         if self.text_encoder is None or self.tokenizer is None:

@@ -78,8 +78,7 @@ class CallArguments:
     @property
     def callback_tensors(self) -> Sequence[str]:
         """Names of the tensors for the callback. A PipelineCallback of diffusers has its own list."""
-        names: Sequence[str] = getattr(self.callback_on_step_end, "tensor_inputs", self.callback_on_step_end_tensor_inputs)
-        return names
+        return getattr(self.callback_on_step_end, "tensor_inputs", self.callback_on_step_end_tensor_inputs)
 
     def check(self, factor: int, num_timesteps: int) -> None:
         """Check all arguments of the call. Raises UserError for a value that is not allowed.
@@ -106,10 +105,10 @@ class CallArguments:
         for name, side in (("height", self.height), ("width", self.width)):
             if not _is_whole(side) or side < factor or side % factor:
                 raise UserError(f"{name}={side!r} must be a multiple of {factor}. Use e.g. {name}={64 * factor}.")
-        check_real("guidance_scale", self.guidance_scale, math.inf)
-        check_real("controlnet_conditioning_scale", self.controlnet_conditioning_scale, math.inf)
-        for name, high in (("strength", 1), ("eta", 1), ("guidance_rescale", 1)):
-            check_real(name, getattr(self, name), high)
+        for name in ("guidance_scale", "controlnet_conditioning_scale"):
+            check_real(name, getattr(self, name), math.inf)
+        for name in ("strength", "eta", "guidance_rescale"):
+            check_real(name, getattr(self, name), 1)
         if self.output_type not in OUTPUT_TYPES:
             allowed = ", ".join(map(repr, OUTPUT_TYPES))
             raise UserError(f"output_type={self.output_type!r} must be one of {allowed}. Use e.g. output_type='pil'.")

@@ -5,7 +5,6 @@ Y text tokens, D text width.
 """
 
 import inspect
-import logging
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -18,18 +17,11 @@ from torch import Tensor
 from raphael_dist.data.features.encoder_files import Model
 from raphael_dist.errors import UserError
 from raphael_dist.model.diffusers_model import uncompiled
-from raphael_dist.model.diffusion import late_start_warning
 from raphael_dist.model.super_resolution import append_small_image
-from raphael_dist.sampling.pipeline_arguments import (
-    CALLBACK_INPUTS,
-    CallArguments,
-    as_list,
-)
+from raphael_dist.sampling.pipeline_arguments import CALLBACK_INPUTS, CallArguments, as_list
 from raphael_dist.sampling.pipeline_files import PipelineFiles
-from raphael_dist.sampling.sampler import initial_noise
+from raphael_dist.sampling.sampler import add_noise, first_latents, initial_noise, model_input
 from raphael_dist.text import JsonObject
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +138,7 @@ class Denoiser(PipelineFiles):
         """Return the latents with which the first step starts, float32 [B, C, h, w], and the timesteps [steps]."""
         scheduler = self.scheduler
         try:
-            timesteps, steps = retrieve_timesteps(
+            _, steps = retrieve_timesteps(
                 scheduler, call.num_inference_steps, self._execution_device, call.timesteps, call.sigmas
             )
         except ValueError as error:
@@ -159,18 +151,8 @@ class Denoiser(PipelineFiles):
                 "or another scheduler."
             ) from None
         self._seed_scheduler(call, len(noise))
-        if inputs.start is None or (inputs.mask is not None and call.strength == 1):
-            if inputs.start is None and (late := late_start_warning(scheduler)):
-                _log.warning("%s", late)
-            return noise * scheduler.init_noise_sigma, timesteps
-        kept = min(int(steps * call.strength), steps)  # as in diffusers
-        skipped = (steps - kept) * scheduler.order if kept else len(timesteps)  # PNDM has more timesteps than steps
-        timesteps = timesteps[skipped:]
-        if not len(timesteps):
-            return inputs.start, timesteps
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(skipped)
-        return scheduler.add_noise(inputs.start, noise, timesteps[:1].expand(len(noise))), timesteps
+        start = None if inputs.mask is not None and call.strength == 1 else inputs.start
+        return first_latents(scheduler, noise, steps, start, call.strength)
 
     def _denoise(self, call: CallArguments, noise: Tensor, inputs: ImageInputs, prompts: Prompts) -> Tensor:
         """Return the latents after all denoising steps, float32 [B, C, h, w]."""
@@ -185,7 +167,7 @@ class Denoiser(PipelineFiles):
                 if inputs.mask is not None and inputs.start is not None:
                     original = inputs.start
                     if i + 1 < len(timesteps):
-                        original = self.scheduler.add_noise(original, noise, timesteps[i + 1 : i + 2].expand(len(original)))
+                        original = add_noise(self.scheduler, original, noise, timesteps[i + 1])
                     latents = (1 - inputs.mask) * original + inputs.mask * latents
                 latents, prompts = self._call_back(call, i, t, latents, prompts)
                 bar.update()
@@ -238,7 +220,7 @@ class Denoiser(PipelineFiles):
 
     def _predict(self, call: CallArguments, latents: Tensor, t: Tensor, inputs: ImageInputs, prompts: Prompts) -> Tensor:
         """Return the prediction with guidance, eps_null + guidance * (eps_text - eps_null), float32 [B, C, h, w]."""
-        x = self.scheduler.scale_model_input(latents, t).to(self.unet.dtype)
+        x = model_input(self.scheduler, latents, t).to(self.unet.dtype)
         batch, text, mask = len(x), prompts.embeds, prompts.mask
         if not self._is_guided(prompts):
             return self._run_unet(call, x, t, inputs, text[-batch:], mask[-batch:])

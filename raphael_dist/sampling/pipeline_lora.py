@@ -57,8 +57,7 @@ class LoraLoader(LoraFiles):
         unet = uncompiled(self.unet)
         if not hasattr(unet, "lora_state"):
             unet.lora_state = LoraState()
-        state: LoraState = unet.lora_state
-        return state
+        return unet.lora_state
 
     def load_lora_weights(
         self,
@@ -92,6 +91,22 @@ class LoraLoader(LoraFiles):
                     f"folder. Leave out {option}."
                 )
         state, source = self._lora, pretrained_model_name_or_path_or_dict
+        name = self._name_to_load(adapter_name, hotswap)
+        if isinstance(source, Mapping):
+            adapter = adapter_of_tensors(source, None, Path("the tensors"), "load_lora_weights")
+        else:
+            adapter = read_adapters(Path(source) / (subfolder or ""), weight_name)
+        shapes = {name: tuple(p.shape) for name, p in uncompiled(self.unet).named_parameters()}
+        adapter.check(shapes, "load_lora_weights")
+        state.adapters[name] = adapter
+        if hotswap:
+            self._merge(state.active, state.enabled)
+        else:
+            self.set_adapters(name)
+
+    def _name_to_load(self, adapter_name: str | None, hotswap: bool) -> str:
+        """Return the name of adapters to load. Raises UserError if it is in use, or with `hotswap` if it is not."""
+        state = self._lora
         used = state.adapters.keys() | state.fused_adapters
         name = next(n for i in count() if (n := f"default_{i}") not in used) if adapter_name is None else adapter_name
         if hotswap and name not in state.adapters:
@@ -104,17 +119,7 @@ class LoraLoader(LoraFiles):
                 f"adapter_name={name!r} must be new, but the pipeline has an adapter of this name. Choose another name, or "
                 f"call delete_adapters({name!r}) first."
             )
-        if isinstance(source, Mapping):
-            adapter = adapter_of_tensors(source, None, Path("the tensors"), "load_lora_weights")
-        else:
-            adapter = read_adapters(Path(source) / (subfolder or ""), weight_name)
-        shapes = {name: tuple(p.shape) for name, p in uncompiled(self.unet).named_parameters()}
-        adapter.check(shapes, "load_lora_weights")
-        state.adapters[name] = adapter
-        if hotswap:
-            self._merge(state.active, state.enabled)
-        else:
-            self.set_adapters(name)
+        return name
 
     def set_adapters(
         self, adapter_names: str | Sequence[str], adapter_weights: float | dict[str, float] | Sequence[Any] | None = None

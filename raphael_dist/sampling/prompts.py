@@ -100,17 +100,16 @@ def _request(fields: JsonObject, index: int, default: Request, where: str) -> Re
     )
 
 
-def check_sizes(requests: Sequence[Request], factor: int, option: str = "--size") -> None:
+def check_sizes(requests: Sequence[Request], factor: int) -> None:
     """Raise UserError unless height and width of every request (image to draw) are multiples of `factor`.
 
-    `factor`: image pixels per latent position, in height and in width. `option`: the command line option that sets the size,
-    for messages.
+    `factor`: image pixels per latent position, in height and in width.
     """
     for size in {r.size_hw for r in requests}:
         if any(side < factor or side % factor for side in size):
             near = [max(factor, round(side / factor) * factor) for side in size]
             raise UserError(
-                f"{option} {size[0]} {size[1]} must be multiples of {factor}, the downsampling factor of the VAE. Use e.g. "
+                f"--size {size[0]} {size[1]} must be multiples of {factor}, the downsampling factor of the VAE. Use e.g. "
                 f"{near[0]} {near[1]}."
             )
 

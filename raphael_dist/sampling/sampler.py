@@ -6,7 +6,6 @@ Shape legend: B images, C latent channels, h and w latent height and width, H an
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import cast
 
 import numpy as np
@@ -22,11 +21,8 @@ from raphael_dist.model.super_resolution import append_small_image, back_project
 from raphael_dist.rng import Purpose, generator
 
 _log = logging.getLogger(__name__)
-_NONE = Upscale()
 # Predicts noise (or v) from noised latents [B, C, h, w], timesteps [B] and captions.
 Denoise = Callable[[Tensor, Tensor, TextFeatures], Tensor]
-# Called after each step with its number, its timestep and the latents; returns the latents to continue with.
-OnStep = Callable[[int, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -70,37 +66,27 @@ def initial_noise(seed: int, index: int, shape: tuple[int, ...], copy: int = 0) 
     return torch.from_numpy(draw.standard_normal(shape, dtype=np.float32))
 
 
-def denoiser(model: nn.Module, edge_Bhw: Tensor | None = None) -> Denoise:
+def denoiser(model: nn.Module, edge_Bhw: Tensor | None = None, small_B3HsWs: Tensor | None = None) -> Denoise:
     """Return a function (latents [B, C, h, w], timesteps [B], text features) -> prediction that runs the U-Net `model`.
 
-    The prediction (of noise or v) is [B, C, h, w]. `edge_Bhw`: edge maps in 0..1 at the size of the latents, for the model's
-    ControlNet; None: the ControlNet is not used.
+    The prediction (of noise or v) is [B, C, h, w].
+
+    Args:
+        model: the U-Net.
+        edge_Bhw: edge maps in 0..1 at the size of the latents, for the model's ControlNet. None: it is not used.
+        small_B3HsWs: small images, float32 in -1..1, for a super-resolution model, which are appended to the latents as
+            channels.
     """
 
     def denoise(x: Tensor, timestep: Tensor, text: TextFeatures) -> Tensor:
-        # The batch holds captions, then negative captions; both use the same maps.
+        # The batch may hold captions, then negative captions; both use the same maps and small images.
         edges = [] if edge_Bhw is None else [None, edge_Bhw.repeat(len(x) // len(edge_Bhw), 1, 1)]
-        prediction: Tensor = model(x, timestep, text.tokens, text.mask, text.end, *edges).prediction
-        return prediction
+        if small_B3HsWs is not None:
+            small = small_B3HsWs.repeat(len(x) // len(small_B3HsWs), 1, 1, 1)
+            x = append_small_image(x, small, cast(Upscale, model.upscale).patch)
+        return model(x, timestep, text.tokens, text.mask, text.end, *edges).prediction
 
     return denoise
-
-
-def super_resolution_denoiser(denoise: Denoise, small_B3HsWs: Tensor, patch: int) -> Denoise:
-    """Return a function like `denoise` that first appends small images to the latents as channels.
-
-    Args:
-        denoise: function (latents, timesteps, text features) -> prediction (`denoiser`).
-        small_B3HsWs: the small images, float32 in -1..1.
-        patch: each latent position receives patch x patch pixels of the small image (`append_small_image`).
-    """
-
-    def denoise_with_small(x: Tensor, timestep: Tensor, text: TextFeatures) -> Tensor:
-        # The batch holds captions, then negative captions; both use the same small images.
-        small = small_B3HsWs.repeat(len(x) // len(small_B3HsWs), 1, 1, 1)
-        return denoise(append_small_image(x, small, patch), timestep, text)
-
-    return denoise_with_small
 
 
 @torch.no_grad()
@@ -116,7 +102,6 @@ def sample_latents(
     dtype: torch.dtype = torch.float32,
     start_BChw: Tensor | None = None,
     strength: float = 1.0,
-    on_step: OnStep | None = None,
 ) -> Tensor:
     """Denoise latents with classifier-free guidance: prediction = eps_null + guidance * (eps_text - eps_null).
 
@@ -131,7 +116,6 @@ def sample_latents(
         dtype: dtype of the model's weights.
         start_BChw: latents of images to start from. None: start from noise.
         strength: share of the steps, 0 to 1, that are applied to `start_BChw`.
-        on_step: called after each step with (number, timestep, latents); returns the latents to continue with.
 
     Returns:
         Latents, float32 [B, C, h, w].
@@ -139,43 +123,55 @@ def sample_latents(
     device, batch = noise_BChw.device, len(noise_BChw)
     captions = _to(text, device, dtype) if guidance == 1 else _both(text, null, batch, device, dtype)
     copies = len(captions.tokens) // batch
-    x, timesteps = _begin(scheduler, noise_BChw, steps, start_BChw, strength)
-    for number, t in enumerate(timesteps):
-        scaled = _model_input(scheduler, x, t).to(dtype).repeat(copies, 1, 1, 1)
+    scheduler.set_timesteps(steps)
+    x, timesteps = first_latents(scheduler, noise_BChw, steps, start_BChw, strength)
+    for t in timesteps:
+        scaled = model_input(scheduler, x, t).to(dtype).repeat(copies, 1, 1, 1)
         timestep = torch.full((len(scaled),), t.item(), device=device)
         parts = denoise(scaled, timestep, captions).float().chunk(copies)
         prediction = parts[0] if copies == 1 else parts[1] + guidance * (parts[0] - parts[1])
         x = scheduler.step(prediction, t, x).prev_sample
-        if on_step is not None:
-            x = on_step(number, t, x)
     return x
 
 
-def _begin(
-    scheduler: NoiseScheduler, noise: Tensor, steps: int, start: Tensor | None, strength: float
-) -> tuple[Tensor, Sequence[Tensor]]:
-    """Return the input of the first step, [B, C, h, w], and the timesteps. Arguments as in `sample_latents`."""
-    scheduler.set_timesteps(steps)
-    if start is None:
+def first_latents(
+    scheduler: NoiseScheduler, noise_BChw: Tensor, steps: int, start_BChw: Tensor | None, strength: float
+) -> tuple[Tensor, Tensor]:
+    """Return the latents with which the first step starts, [B, C, h, w], and the timesteps.
+
+    Args:
+        scheduler: a scheduler of diffusers after its `set_timesteps`.
+        noise_BChw: initial noise.
+        steps: number of denoising steps.
+        start_BChw: latents of images to start from. None: start from noise.
+        strength: share of the steps, 0 to 1, that are applied to `start_BChw`.
+    """
+    timesteps = scheduler.timesteps
+    if start_BChw is None:
         if late := late_start_warning(scheduler):
             _log.warning("%s", late)
-        return noise * getattr(scheduler, "init_noise_sigma", 1.0), scheduler.timesteps
-    skipped = steps - min(int(steps * strength), steps)  # as in diffusers
-    timesteps = scheduler.timesteps[skipped:]
+        return noise_BChw * getattr(scheduler, "init_noise_sigma", 1.0), timesteps
+    kept = min(int(steps * strength), steps)  # as in diffusers
+    skipped = (steps - kept) * scheduler.order if kept else len(timesteps)  # PNDM has more timesteps than steps
+    timesteps = timesteps[skipped:]
     if not len(timesteps):
-        return start, timesteps
+        return start_BChw, timesteps
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(skipped)
-    timestep_B = timesteps[:1].expand(len(start))
+    return add_noise(scheduler, start_BChw, noise_BChw, timesteps[0]), timesteps
+
+
+def add_noise(scheduler: NoiseScheduler, x_BChw: Tensor, noise_BChw: Tensor, timestep: Tensor) -> Tensor:
+    """Return latents with as much noise as they have at `timestep`, one of the scheduler's timesteps."""
+    timestep_B = timestep.expand(len(x_BChw))
     if hasattr(scheduler, "scale_noise"):  # flow matching
-        return scheduler.scale_noise(start, timestep_B, noise), timesteps
-    return scheduler.add_noise(start, noise, timestep_B), timesteps
+        return scheduler.scale_noise(x_BChw, timestep_B, noise_BChw)
+    return scheduler.add_noise(x_BChw, noise_BChw, timestep_B)
 
 
-def _model_input(scheduler: NoiseScheduler, x: Tensor, timestep: Tensor) -> Tensor:
+def model_input(scheduler: NoiseScheduler, x: Tensor, timestep: Tensor) -> Tensor:
     """Return latents `x` scaled as `scheduler` requires for the model; schedulers of flow matching do not scale."""
-    scaled: Tensor = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
-    return scaled
+    return scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
 
 
 def _to(text: TextFeatures, device: torch.device, dtype: torch.dtype) -> TextFeatures:
@@ -194,30 +190,25 @@ class Sampler:
     """A model with its encoders, which draws images.
 
     Attributes:
-        denoise: runs the model without edge maps (`denoiser`).
+        model: the U-Net.
         text, image: the encoders.
         device: device of the latents, which are float32.
         dtype: dtype of the model's weights.
-        with_edges: given edge maps [B, h, w], returns a function like `denoise` that uses them; None if the model has no
-            ControlNet.
         upscale: the model's super-resolution settings.
     """
 
-    denoise: Denoise
+    model: nn.Module
     text: TextEncoder
     image: ImageEncoder
     device: torch.device
-    dtype: torch.dtype = torch.float32
-    with_edges: Callable[[Tensor], Denoise] | None = None
-    upscale: Upscale = _NONE
+    dtype: torch.dtype
+    upscale: Upscale
 
     @classmethod
     def of(cls, model: nn.Module, text: TextEncoder, image: ImageEncoder) -> "Sampler":
         """Return a sampler for the U-Net `model` and its encoders. Device and dtype are those of the model's weights."""
         weight = next(model.parameters())
-        with_edges = partial(denoiser, model) if getattr(model, "control", None) is not None else None
-        upscale = cast(Upscale, model.upscale)
-        return cls(denoiser(model), text, image, weight.device, weight.dtype, with_edges, upscale)
+        return cls(model, text, image, weight.device, weight.dtype, cast(Upscale, model.upscale))
 
     def draw(
         self,
@@ -227,7 +218,6 @@ class Sampler:
         steps: int,
         guidance: float,
         strength: float = 0.8,
-        on_step: OnStep | None = None,
     ) -> np.ndarray:
         """Draw one image for each request. All must have the same size, and either all or none have a start image.
 
@@ -237,7 +227,6 @@ class Sampler:
             steps: number of denoising steps.
             guidance: scale of classifier-free guidance; 1 turns guidance off.
             strength: share of the steps, 0 to 1, that are applied to start images; without effect if there are none.
-            on_step: called after each step with (number, timestep, latents); returns the latents to continue with.
 
         Returns:
             Images, uint8 [B, H, W, 3].
@@ -259,7 +248,6 @@ class Sampler:
             dtype=self.dtype,
             start_BChw=self._start(requests),
             strength=strength,
-            on_step=on_step,
         )
         images = self.image.decode(latents)
         if self.upscale.factor:
@@ -268,11 +256,11 @@ class Sampler:
 
     def _denoise(self, requests: Sequence[Request]) -> Denoise:
         if self.upscale.factor or any(r.small is not None for r in requests):
-            return super_resolution_denoiser(self.denoise, self._small(requests), self.upscale.patch)
+            return denoiser(self.model, small_B3HsWs=self._small(requests))
         maps = [r.edges for r in requests if r.edges is not None]
         if not maps:
-            return self.denoise
-        if self.with_edges is None:
+            return denoiser(self.model)
+        if getattr(self.model, "control", None) is None:
             raise UserError(
                 "--control requires a model with a ControlNet, but this model has none. Add `--control-from RUN_DIR` "
                 "with the run that trained a ControlNet, or leave out --control."
@@ -283,7 +271,7 @@ class Sampler:
                 "Give all images an edge map, or none."
             )
         edge_BHW = torch.from_numpy(np.stack(maps)).to(self.device)
-        return self.with_edges(nn.functional.avg_pool2d(edge_BHW, self.image.factor))
+        return denoiser(self.model, nn.functional.avg_pool2d(edge_BHW, self.image.factor))
 
     def _small(self, requests: Sequence[Request]) -> Tensor:
         for r in requests:

@@ -64,8 +64,7 @@ def write_array(path: Path, values: np.ndarray) -> None:
 
 def read_array(path: Path) -> np.ndarray:
     """Return the array in a file that `write_array` wrote. OSError: not readable. ValueError: its checksum is wrong."""
-    values: np.ndarray = np.load(io.BytesIO(read_sealed(path)), allow_pickle=False)
-    return values
+    return np.load(io.BytesIO(read_sealed(path)), allow_pickle=False)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ checked before anything is allocated, since the file may come from others.
 """
 
 import hashlib
+import io
 import json
 import os
 import queue
@@ -16,7 +17,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Self
 
 import torch
 from torch import Tensor
@@ -209,8 +210,10 @@ def _close_all(descriptors: "OrderedDict[Path, int]") -> None:
         os.close(descriptors.popitem()[1])
 
 
-class HashedFile:
+class HashedFile(io.RawIOBase):
     """A new file, written sequentially. A second thread computes its SHA-256 meanwhile, and calls fsync at the end.
+
+    It cannot seek, so that no writer, such as zipfile, changes bytes that were already written and hashed.
 
     The caller must not change a buffer after passing it to `write`, until `entry` has returned. The constructor raises
     FileExistsError if the file exists.
@@ -224,7 +227,7 @@ class HashedFile:
         self._queue: queue.Queue[ReadableBuffer | None] = queue.Queue(maxsize=2)
         self._thread = threading.Thread(target=self._hash, daemon=True)
 
-    def __enter__(self) -> "HashedFile":
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
@@ -250,13 +253,6 @@ class HashedFile:
         write_all(self._descriptor, view)
         self.bytes += view.nbytes
         return view.nbytes
-
-    def flush(self) -> None:
-        """Do nothing, since `write` is not buffered. Code that writes to a file object may call this method."""
-
-    def tell(self) -> int:
-        """Return the position in the file: the number of bytes written so far."""
-        return self.bytes
 
     def _hash(self) -> None:
         while (data := self._queue.get()) is not None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,9 +22,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from raphael_dist.errors import UserError
 from raphael_dist.storage.tensorfile import HashedFile, StoredTensor, as_bytes, read_header
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
 
 Allowed = Callable[..., object] | tuple[Callable[..., object], str]  # a class or function, and its name if it is another
 MAX_PICKLE = 256 << 20  # bytes of the object tree, without tensor data
@@ -153,22 +150,6 @@ class _Pickler(pickle.Pickler, Generic[P]):
         return "storage", _STORAGES[obj.tensor.dtype], obj.key, "cpu", prod(obj.tensor.shape)
 
 
-class _Forward(io.RawIOBase):
-    """A stream that cannot seek: zipfile then never changes bytes that were already written and hashed."""
-
-    def __init__(self, file: HashedFile) -> None:
-        self._file = file
-
-    def writable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return False
-
-    def write(self, data: "ReadableBuffer") -> int:
-        return self._file.write(data)
-
-
 def write_tree(file: HashedFile, tree: object, placeholder: type[P], values: Callable[[P], Iterator[Tensor]]) -> None:
     """Write a tree of dicts and lists as a file that `torch.load` reads, without holding a whole tensor in memory.
 
@@ -181,7 +162,7 @@ def write_tree(file: HashedFile, tree: object, placeholder: type[P], values: Cal
     buffer = io.BytesIO()
     pickler = _Pickler(buffer, placeholder)
     pickler.dump(tree)
-    with zipfile.ZipFile(_Forward(file), "w", zipfile.ZIP_STORED) as archive:
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         _record(archive, file, "data.pkl", iter([memoryview(buffer.getvalue())]))
         _record(archive, file, "byteorder", iter([memoryview(sys.byteorder.encode())]))
         for storage in pickler.storages:

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from raphael_dist.checkpoint.reader import newest
+from raphael_dist.checkpoint.folders import newest
 from raphael_dist.config.schema import Config
 from raphael_dist.convert.init_weights import check_initial, open_initial
 from raphael_dist.data.features.encoders import ImageFacts, TextFacts

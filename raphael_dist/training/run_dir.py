@@ -11,9 +11,9 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import IO
 
-from raphael_dist.checkpoint.folders import step_of
+from raphael_dist.checkpoint.folders import newest, step_of
 from raphael_dist.checkpoint.progress import progress_of
-from raphael_dist.checkpoint.reader import CheckpointReader, newest
+from raphael_dist.checkpoint.reader import CheckpointReader
 from raphael_dist.config.resume_check import check_same_run
 from raphael_dist.config.schema import Config, to_yaml
 from raphael_dist.errors import UserError, write_error

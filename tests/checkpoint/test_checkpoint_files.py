@@ -14,8 +14,9 @@ import torch
 from safetensors import safe_open
 
 from raphael_dist.checkpoint import folders
+from raphael_dist.checkpoint.folders import newest
 from raphael_dist.checkpoint.manifest import FORMAT, MANIFEST, seal
-from raphael_dist.checkpoint.reader import CheckpointReader, newest, open_newest
+from raphael_dist.checkpoint.reader import CheckpointReader, open_newest
 from raphael_dist.checkpoint.snapshot import write_snapshot
 from raphael_dist.config.schema import config_from_tree
 from raphael_dist.errors import UserError
@@ -96,7 +97,7 @@ def test_copies_of_the_user_are_neither_resumed_from_nor_removed(tmp_path: Path)
     names = ["step-00000200", "step-100000000", "step-00000100", "step-00000100-good", "step-best", "step-00000050.bak", "x"]
     for name in names:
         (tmp_path / name).mkdir()
-    listed = folders.step_folders(tmp_path)
+    listed = newest(tmp_path)
     assert [f.name for f in listed] == ["step-100000000", "step-00000200", "step-00000100"]
     assert [f.name for f in folders.expired(listed, 1, 200)] == ["step-00000100"]
 

@@ -6,20 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors.torch import save_file
 
 from raphael_dist.config.schema import Config, config_from_tree
 from raphael_dist.convert.conversion import convert
 from raphael_dist.convert.init_weights import load_initial
 from raphael_dist.convert.layouts import open_checkpoint
-from raphael_dist.convert.layouts.dense import ldm_key
 from raphael_dist.convert.write_plan import Options
 from raphael_dist.errors import UserError
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.losses import compute_losses
 from raphael_dist.model.unet import RaphaelUNet
 from tests.lib.checkpoints import assert_same, handmade_canonical, random_state, read_state
+from tests.lib.ldm_names import ldm_key
 from tests.lib.synthetic import plain_fragments, synthetic_batch
 
 SIZES = {"channels": [32, 64, 64], "attention": [True, True, False], "expert_width": [128, 256, 256], "head_dim": 16,
@@ -110,9 +109,6 @@ def test_single_file_gives_the_same_as_a_folder(tmp_path, names):
         save_file(weights, path)
     else:
         ldm = {f"model.diffusion_model.{ldm_key(n, 2, (True, True, False))}": v for n, v in weights.items()}
-        theirs = convert_ldm_unet_checkpoint(dict(ldm), {"layers_per_block": 2})
-        assert theirs.keys() == weights.keys()
-        assert all(torch.equal(theirs[n], v) for n, v in weights.items())
         ldm["first_stage_model.decoder.conv_in.weight"] = torch.zeros(3)
         if names == "ldm":
             save_file(ldm, path)
@@ -123,6 +119,29 @@ def test_single_file_gives_the_same_as_a_folder(tmp_path, names):
     assert_same(read_state("auto", tmp_path / "out"), read_state("auto", tmp_path / "unet"))
     again = UNet2DConditionModel.from_pretrained(tmp_path / "unet", low_cpu_mem_usage=False)
     assert all(torch.equal(again.state_dict()[n], v) for n, v in weights.items())
+
+
+@pytest.mark.parametrize(
+    ("lost", "added", "message"),
+    [
+        ("middle_block.1.norm.weight", None, r"mid_block.attentions.0.norm.weight: missing in the file"),
+        ("output_blocks.2.1.conv.bias", None, r"lacks the tensor model.diffusion_model.output_blocks.2.*bias"),
+        ("input_blocks.3.0.op.bias", None, r"down_blocks.0.downsamplers.0.conv.bias: missing in the file"),
+        ("time_embed.0.weight", None, r"time_embedding.linear_1.weight: missing in the file"),
+        (None, "label_emb.0.0.weight", r"model.diffusion_model.label_emb.0.0.weight is not part of such a U-Net"),
+        (None, "middle_block.3.in_layers.0.weight", r"mid_block.*: .* in the file, missing in the model"),
+    ],
+)
+def test_ldm_file_of_another_structure_is_refused(tmp_path, lost, added, message):
+    weights = stable_diffusion().state_dict()
+    ldm = {f"model.diffusion_model.{ldm_key(n, 2, (True, True, False))}": v.contiguous() for n, v in weights.items()}
+    if lost:
+        del ldm[f"model.diffusion_model.{lost}"]
+    else:
+        ldm[f"model.diffusion_model.{added}"] = torch.zeros(3)
+    save_file(ldm, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=message):
+        open_checkpoint("auto", tmp_path / "model.safetensors")
 
 
 UNFIT = [

@@ -25,7 +25,7 @@ from raphael_dist.model.lora import add_lora, parse_adapter_name
 from raphael_dist.model.moe import SPACE_BACKENDS
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.pipeline import RaphaelPipeline
-from raphael_dist.sampling.load_model import fill
+from raphael_dist.sampling.load_model import read_model
 from tests.lib.adapters import STEPS, canonical, hashes, losses_of, one_process, sample_image
 from tests.lib.checkpoints import open_step
 from tests.lib.forks import Forks, output_of
@@ -198,14 +198,10 @@ def test_peft_and_we_read_each_others_files(trained: tuple[Path, Path], tmp_path
     config, checkpoint = tiny_config(), open_checkpoint("auto", base)
 
     def plain() -> RaphaelUNet:
-        model = RaphaelUNet(config)
-        fill(model, lambda name, numel: checkpoint.read("ema", name, 0, numel))
-        return model.eval()
+        return read_model(checkpoint, config, "ema")
 
     def ours(folder: Path) -> Tensor:
-        model, merged = plain(), MergedSource(checkpoint, read_adapter(folder))
-        fill(model, lambda name, numel: merged.read("ema", name, 0, numel))
-        return losses_of(model, config)
+        return losses_of(read_model(MergedSource(checkpoint, read_adapter(folder)), config, "ema"), config)
 
     actual = peft.PeftModel.from_pretrained(plain(), str(tmp_path / "adapter"))
     torch.testing.assert_close(losses_of(actual.base_model.model, config), ours(tmp_path / "adapter"), rtol=1e-4, atol=1e-5)

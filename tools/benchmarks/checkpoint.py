@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.convert import bench_convert, table
+from raphael_dist.checkpoint.folders import newest
 from raphael_dist.checkpoint.progress import Progress
-from raphael_dist.checkpoint.reader import CheckpointReader, newest
+from raphael_dist.checkpoint.reader import CheckpointReader
 from raphael_dist.checkpoint.save import CheckpointStore
 from raphael_dist.checkpoint.snapshot import Snapshot
 from raphael_dist.config.schema import Config, load_config

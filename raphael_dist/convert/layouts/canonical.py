@@ -8,18 +8,22 @@
 Expert 3 of a Space-MoE is `....space_moe.experts.3.w1.weight` [F, D], `.w1.bias`, `.w2.weight` [D, F], `.w2.bias`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
 
 from raphael_dist.checkpoint.manifest import MANIFEST, Manifest, read_manifest
-from raphael_dist.checkpoint.tensors import KINDS, Key, stacked
+from raphael_dist.checkpoint.tensors import KINDS, Key, Shapes, Span, stacked
 from raphael_dist.config.schema import Config, config_from_tree
 from raphael_dist.convert.layout_manifest import base_manifest, checkpoint_of
 from raphael_dist.convert.layouts import Layout
 from raphael_dist.convert.source_checkpoint import Checkpoint, parameter_shapes
-from raphael_dist.convert.write_plan import ConversionPlan, Entry, Options, OutFile, Source, parts, piece
+from raphael_dist.convert.write_plan import ConversionPlan, Entry, Options, OutFile, Piece, Source, parts
 from raphael_dist.errors import UserError
 from raphael_dist.storage.tensorfile import StoredTensor
 from raphael_dist.storage.torchfile import file_tensors
@@ -28,32 +32,74 @@ STEMS = {"master": "model", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "e
 _LEAVES = {"w1": "w1.weight", "b1": "w1.bias", "w2": "w2.weight", "b2": "w2.bias"}
 
 
-def keys(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, int, tuple[int, ...]]]:
-    """Yield (key, first element, shape) of each tensor that the layout `canonical` stores for one parameter of the trainer.
+class FileTensor(NamedTuple):
+    """A tensor in a file, and the elements of the trainer's parameters that it consists of.
 
-    A parameter of K stacked experts is stored as K tensors, one per expert; any other parameter as one tensor. `key` is the
-    tensor's name in the file, and `first element` its position in the flattened parameter.
+    Attributes:
+        key: its name in the file.
+        shape: its shape in the file.
+        spans: ranges of elements of flattened parameters, all of one length, whose concatenation is the tensor.
+        rows: if not 0, each span is a matrix of this many rows, and its transpose is stored.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    spans: list[Span]
+    rows: int = 0
+
+
+def tensors(shapes: Shapes) -> Iterator[FileTensor]:
+    """Yield each tensor that the layout `canonical` stores for one kind of values.
+
+    A parameter of K stacked experts is stored as K tensors, one per expert; any other parameter as one tensor.
+    `shapes`: shape of every parameter of the model, by name.
+    """
+    for name, shape in shapes.items():
+        owner = stacked(name)
+        if owner is None:
+            yield FileTensor(name, shape, [Span(name, 0, prod(shape))])
+            continue
+        each = prod(shape[1:])
+        for k in range(shape[0]):
+            yield FileTensor(f"{owner[0]}.experts.{k}.{_LEAVES[owner[1]]}", shape[1:], [Span(name, k * each, each)])
+
+
+def entries(expected: Iterable[FileTensor], kind: str, dtype: torch.dtype = torch.float32) -> Iterator[Entry]:
+    """Yield the plan of each tensor to write. `kind`: "master" (fp32 weights), "exp_avg", "exp_avg_sq" or "ema"."""
+    for key, shape, spans, rows in expected:
+        yield Entry(key, shape, tuple(Piece(kind, span, rows) for span in spans), dtype)
+
+
+def locate(stored: Mapping[str, StoredTensor], expected: Iterable[FileTensor]) -> dict[str, list[StoredTensor]]:
+    """Return where the values of each parameter are in files, by the parameter's name. Missing tensors are left out.
 
     Args:
-        name: name of the parameter in the trainer's model.
-        shape: shape of the parameter.
+        stored: where each tensor is in its file, by the tensor's name.
+        expected: the tensors that the files should have.
+
+    Raises:
+        UserError: a tensor is not among `expected`, or has another shape.
     """
-    owner = stacked(name)
-    if owner is None:
-        yield name, 0, shape
-        return
-    for k in range(shape[0]):
-        yield f"{owner[0]}.experts.{k}.{_LEAVES[owner[1]]}", k * prod(shape[1:]), shape[1:]
-
-
-def entries(source: Source, kind: str) -> Iterator[Entry]:
-    """Yield each tensor to write for one kind of values, with the range of a parameter of `source` that it contains.
-
-    `source`: the checkpoint to convert. `kind`: "master" (fp32 weights), "exp_avg", "exp_avg_sq" or "ema".
-    """
-    for name, shape in source.shapes.items():
-        for key, start, key_shape in keys(name, shape):
-            yield Entry(key, key_shape, (piece(kind, name, start, prod(key_shape)),))
+    by_key = {tensor.key: tensor for tensor in expected}
+    located: dict[str, list[StoredTensor]] = defaultdict(list)
+    for key, tensor in stored.items():
+        if key not in by_key:
+            raise UserError(
+                f"{tensor.path} contains {key}, which is not a tensor of the model that the manifest describes. "
+                "Convert the checkpoint again, or use another one."
+            )
+        _, shape, spans, rows = by_key[key]
+        if tensor.shape != shape:
+            raise UserError(
+                f"{tensor.path}: {key} must have the shape {list(shape)}, but it has {list(tensor.shape)}. Convert the "
+                "checkpoint again, or use another one."
+            )
+        for i, span in enumerate(spans):
+            part = tensor.part(i * span.numel, span.numel, span.start)
+            if rows:
+                part = replace(part, shape=(span.numel // rows, rows), transposed=True)
+            located[span.name].append(part)
+    return located
 
 
 def kind_files(source: Source, kind: str, part_bytes: int) -> tuple[list[OutFile], dict[str, bytes]]:
@@ -62,7 +108,7 @@ def kind_files(source: Source, kind: str, part_bytes: int) -> tuple[list[OutFile
     `kind`: "master" (fp32 weights), "exp_avg", "exp_avg_sq" (Adam moments) or "ema". Returns the planned files, and
     {name: content} of the index, a file that states which tensor is in which file; {} if there is only one file.
     """
-    return parts(entries(source, kind), STEMS[kind], part_bytes)
+    return parts(entries(tensors(source.shapes), kind), STEMS[kind], part_bytes)
 
 
 def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
@@ -104,39 +150,27 @@ def read_kinds(folder: Path, manifest: Manifest, shapes: dict[str, tuple[int, ..
     Raises:
         UserError: a file has an unexpected tensor, or one of another shape.
     """
-    expected = {key: (name, start, part) for name, shape in shapes.items() for key, start, part in keys(name, shape)}
     files = [f for f in manifest["files"] if f.endswith(".safetensors")]
     spans: dict[Key, list[StoredTensor]] = {}
     for kind in KINDS:
         of_kind = [folder / f for f in files if f.split("-")[0].split(".")[0] == STEMS[kind]]
-        for key, stored in gather(of_kind).items():
-            if key not in expected:
-                raise UserError(
-                    f"{stored.path} contains {key}, which is not a tensor of the model that the manifest describes. "
-                    "Convert the checkpoint again, or use another one."
-                )
-            name, start, shape = expected[key]
-            if stored.shape != shape:
-                raise UserError(
-                    f"{stored.path}: {key} must have the shape {list(shape)}, but it has {list(stored.shape)}. Convert the "
-                    "checkpoint again, or use another one."
-                )
-            spans.setdefault((kind, name), []).append(replace(stored, start=start))
+        located = locate(gather(of_kind), tensors(shapes))
+        spans |= {(kind, name): stored for name, stored in located.items()}
     return spans
 
 
 def gather(paths: Iterable[Path]) -> dict[str, StoredTensor]:
     """Return where the tensors of several weight files are, by name. UserError: two files have a tensor of the same name."""
-    tensors: dict[str, StoredTensor] = {}
+    gathered: dict[str, StoredTensor] = {}
     for path in paths:
         for key, stored in file_tensors(path).items():
-            if key in tensors:
+            if key in gathered:
                 raise UserError(
-                    f"The tensor {key} must be in one file only, but it is in {tensors[key].path} and in {stored.path}. "
+                    f"The tensor {key} must be in one file only, but it is in {gathered[key].path} and in {stored.path}. "
                     "Move the file that does not belong to this model out of the folder."
                 )
-            tensors[key] = stored
-    return tensors
+            gathered[key] = stored
+    return gathered
 
 
 LAYOUT = Layout("canonical", "everything", lambda path: False, open_canonical, plan)

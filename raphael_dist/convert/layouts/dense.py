@@ -16,7 +16,7 @@ from raphael_dist.convert.layout_manifest import base_manifest, checkpoint_of, r
 from raphael_dist.convert.layouts import WEIGHTS, Layout
 from raphael_dist.convert.layouts.canonical import gather
 from raphael_dist.convert.source_checkpoint import Checkpoint, parameter_shapes
-from raphael_dist.convert.unet_config import CLASS, config_of_shapes, config_of_unet, dense_config, unet_json
+from raphael_dist.convert.unet_config import CLASS, config_of_shapes, config_of_unet, unet_json
 from raphael_dist.convert.write_plan import ConversionPlan, Entry, Options, OutFile, Source, chosen_weights, parts, piece
 from raphael_dist.errors import UserError
 from raphael_dist.storage.tensorfile import StoredTensor
@@ -27,89 +27,7 @@ from raphael_dist.text import JsonObject, json_type, read_json
 STEM = "diffusion_pytorch_model"
 FLOW = "FlowMatchEulerDiscreteScheduler"
 _LDM = "model.diffusion_model."
-_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-_OUTER = {
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
-
-
-# ---- names -----------------------------------------------------------------------------------------------------------
-
-
-def ldm_key(name: str, layers: int, attention: tuple[bool, ...]) -> str:
-    """Translate the name of a parameter from diffusers' U-Net to the original LDM code.
-
-    Args:
-        name: the name in diffusers.
-        layers: number of residual blocks per U-Net level.
-        attention: for each U-Net level, whether it has transformer blocks.
-    """
-    owner, _, leaf = name.rpartition(".")
-    if owner in _OUTER:
-        return f"{_OUTER[owner]}.{leaf}"
-    part, _, rest = name.partition(".")
-    if part == "mid_block":
-        kind, index, inner = rest.split(".", 2)
-        return f"middle_block.{1 if kind == 'attentions' else 2 * int(index)}.{_inner(kind, inner)}"
-    level, kind, index, inner = rest.split(".", 3)
-    i, j = int(level), int(index)
-    if part == "down_blocks":
-        block = 1 + i * (layers + 1) + (layers if kind == "downsamplers" else j)
-        place = {"resnets": "0", "attentions": "1", "downsamplers": "0.op"}[kind]
-        return f"input_blocks.{block}.{place}.{_inner(kind, inner)}"
-    block = i * (layers + 1) + (layers if kind == "upsamplers" else j)
-    after = 2 if attention[len(attention) - 1 - i] else 1
-    place = {"resnets": "0", "attentions": "1", "upsamplers": f"{after}.conv"}[kind]
-    return f"output_blocks.{block}.{place}.{_inner(kind, inner)}"
-
-
-def _inner(kind: str, inner: str) -> str:
-    if kind == "resnets":
-        owner, _, leaf = inner.rpartition(".")
-        return f"{_RESNET[owner]}.{leaf}"
-    return inner.removeprefix("conv.") if kind in ("downsamplers", "upsamplers") else inner
-
-
-def _from_ldm(stored: dict[str, StoredTensor], where: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of an LDM file's U-Net by diffusers' names. Raises UserError if it is not Stable Diffusion 2."""
-    unet = {key.removeprefix(_LDM): tensor for key, tensor in stored.items() if key.startswith(_LDM)}
-    blocks = {int(m[1]) for key in unet if (m := re.match(r"input_blocks\.(\d+)\.", key))}
-    downs = sorted(int(m[1]) for key in unet if (m := re.match(r"input_blocks\.(\d+)\.0\.op\.weight", key)))
-    layers = downs[0] - 1 if downs else len(blocks) - 1
-    levels = range(len(blocks) // (layers + 1) if layers else 0)
-    try:
-        channels = [unet[f"input_blocks.{1 + i * (layers + 1)}.0.out_layers.3.weight"].shape[0] for i in levels]
-        attention = tuple(f"input_blocks.{1 + i * (layers + 1)}.1.norm.weight" in unet for i in levels)
-        text = unet["middle_block.1.transformer_blocks.0.attn2.to_k.weight"].shape[1]
-        latent = unet["input_blocks.0.0.weight"].shape[1]
-    except LookupError as error:
-        raise UserError(
-            f"{where} must be a U-Net of Stable Diffusion 2, but it lacks the tensor {_LDM}{error.args[0]}. Use "
-            "a model with that structure."
-        ) from None
-    sizes = {"channels": channels, "attention": attention, "layers_per_block": layers, "head_dim": 1, "norm_groups": 1,
-             "latent_channels": latent, "text_width": text}  # fmt: skip
-    names = {ldm_key(name, layers, attention): name for name in parameter_shapes(dense_config(sizes))}
-    if different := sorted(unet.keys() ^ names.keys()):
-        raise UserError(
-            f"{where} must be a U-Net of Stable Diffusion 2, but the tensor {_LDM}{different[0]} is "
-            f"{'not part of such a U-Net' if different[0] in unet else 'missing'}. Use a model with that structure."
-        )
-    return {names[key]: tensor for key, tensor in unet.items()}
-
-
-# ---- reading and writing ---------------------------------------------------------------------------------------------
+_INPUT_BLOCK = re.compile(re.escape(_LDM) + r"input_blocks\.(\d+)\.(0\.op\.weight)?")
 
 
 def open_dense(path: Path, config: Config | None = None) -> Checkpoint:
@@ -121,7 +39,7 @@ def open_dense(path: Path, config: Config | None = None) -> Checkpoint:
     if path.is_file():
         return _open_file(path)
     folder = path / "unet" if (path / "unet").is_dir() else path
-    manifest = read_optional_manifest(folder, "dense")
+    manifest, diffusion = read_optional_manifest(folder, "dense"), JsonObject()
     if manifest is not None:
         config = config_from_tree(manifest["config"])
     else:
@@ -133,9 +51,7 @@ def open_dense(path: Path, config: Config | None = None) -> Checkpoint:
             )
         diffusion = scheduler_settings(folder)
         config = config_of_unet(unet, folder / "config.json", diffusion)
-    checkpoint = weights_by_name(folder, config, gather(weight_files(folder).paths), manifest)
-    checkpoint.says_prediction = manifest is not None or "prediction" in diffusion
-    return checkpoint
+    return weights_by_name(folder, config, gather(weight_files(folder).paths), manifest, diffusion)
 
 
 def _open_file(path: Path) -> Checkpoint:
@@ -143,13 +59,36 @@ def _open_file(path: Path) -> Checkpoint:
     if any(key.startswith(_LDM) for key in stored):
         stored = _from_ldm(stored, path)
     config = config_of_shapes({key: tensor.shape for key, tensor in stored.items()}, path)
-    checkpoint = weights_by_name(path, config, stored, None)
-    checkpoint.says_prediction = False
-    return checkpoint
+    return weights_by_name(path, config, stored, None, {})
+
+
+def _from_ldm(stored: dict[str, StoredTensor], where: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of an LDM file's U-Net by diffusers' names. Raises UserError if it is not Stable Diffusion 2."""
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    unet = {key: tensor for key, tensor in stored.items() if key.startswith(_LDM)}
+    inputs = [match for key in unet if (match := _INPUT_BLOCK.match(key))]
+    # The first block that downsamples follows the residual blocks of the first level.
+    downsampler = min((int(match[1]) for match in inputs if match[2]), default=len({match[1] for match in inputs}))
+    try:
+        renamed = convert_ldm_unet_checkpoint(unet, {"layers_per_block": max(1, downsampler - 1)})
+    except LookupError as error:
+        raise UserError(
+            f"{where} must be a U-Net of Stable Diffusion 2, but it lacks the tensor {_LDM}{error.args[0]}. Use "
+            "a model with that structure."
+        ) from None
+    found = {name: tensor for name, tensor in renamed.items() if tensor is not None}
+    kept = set(found.values())
+    if other := next((key for key, tensor in unet.items() if tensor not in kept), None):
+        raise UserError(
+            f"{where} must be a U-Net of Stable Diffusion 2, but the tensor {other} is not part of such a U-Net. Use "
+            "a model with that structure."
+        )
+    return found
 
 
 def weights_by_name(
-    folder: Path, config: Config, stored: dict[str, StoredTensor], manifest: JsonObject | None
+    folder: Path, config: Config, stored: dict[str, StoredTensor], manifest: JsonObject | None, diffusion: JsonObject
 ) -> Checkpoint:
     """Return an opened checkpoint whose files store each parameter as one whole tensor under the parameter's name.
 
@@ -158,6 +97,7 @@ def weights_by_name(
         config: configuration of the model.
         stored: where each tensor is in its file, by the name of the parameter in the trainer's model.
         manifest: content of the folder's manifest.json; None: it has none.
+        diffusion: settings of the section `diffusion` that the folder's scheduler states (`scheduler_settings`).
 
     Raises:
         UserError: a tensor is missing, or does not belong to the model or has another shape.
@@ -175,7 +115,7 @@ def weights_by_name(
     spans = {("master", name): [tensor] for name, tensor in stored.items()}
     if manifest is not None:
         return checkpoint_of(folder, manifest, spans)
-    checkpoint = Checkpoint(folder, config, spans)
+    checkpoint = Checkpoint(folder, config, spans, says_prediction="prediction" in diffusion)
     checkpoint.check()
     return checkpoint
 

@@ -42,7 +42,7 @@ from raphael_dist.data.features.encoder_models import (
 )
 from raphael_dist.errors import UserError
 from raphael_dist.model.diffusers_model import EXPERT_FIELDS, RaphaelUNet2D
-from raphael_dist.model.diffusion import NoiseScheduler, make_scheduler
+from raphael_dist.model.diffusion import make_scheduler
 from raphael_dist.storage.versions import versions
 from raphael_dist.storage.weight_files import DIFFUSERS, TRANSFORMERS, weight_files
 from raphael_dist.text import JsonObject, reason_unreadable
@@ -140,6 +140,7 @@ class Encoders:
             self.vae = vae_folder(config.image.vae)
             kind, self.vae_config = autoencoder_class(self.vae, config.image.vae)
             self.vae_class = kind.__name__
+        self.scheduler = make_scheduler(config.diffusion, config.sample.scheduler)
         self.tokenizer = tokenizer_of(config.text.encoder)
         if config.text.encoder == CHARACTERS:
             self.text_class, encoder = CharacterModel.__name__, CharacterModel().config
@@ -170,7 +171,7 @@ class Encoders:
             "vae": ["diffusers", self.vae_class] if self.vae else [None, None],
             "text_encoder": ["transformers", self.text_class],
             "tokenizer": ["transformers", type(self.tokenizer).__name__],
-            "scheduler": ["diffusers", type(self._scheduler()).__name__],
+            "scheduler": ["diffusers", type(self.scheduler).__name__],
         }
         if stable:
             nothing: list[None] = [None, None]
@@ -184,7 +185,7 @@ class Encoders:
 
     def write(self, folder: Path) -> None:
         """Copy the VAE and the text encoder into the pipeline's folder `folder`, and write its scheduler and tokenizer."""
-        self._scheduler().save_pretrained(folder / "scheduler")
+        self.scheduler.save_pretrained(folder / "scheduler")
         if self.vae is not None and not _copied(self.vae, folder / "vae", DIFFUSERS):
             save_autoencoder(self.config.image.vae, folder / "vae")
         if self.text_by_name:
@@ -193,9 +194,6 @@ class Encoders:
         # A pipeline uses the last layer of the text encoder.
         if self.config.text.layer != "last" or not _copied(self.text, folder / "text_encoder", TRANSFORMERS):
             save_text_model(self.config.text.encoder, self.config.text.layer, folder / "text_encoder")
-
-    def _scheduler(self) -> NoiseScheduler:
-        return make_scheduler(self.config.diffusion, self.config.sample.scheduler)
 
 
 def _copied(source: Path, target: Path, stems: tuple[str, str]) -> bool:
@@ -235,9 +233,7 @@ def open_diffusers(folder: Path, config: Config | None = None) -> Checkpoint:
     else:
         index = read_object(folder / "model_index.json") if detect(folder) else {}
         config = config_of_experts(unet, folder / "unet" / "config.json", diffusion, index.get("upscale"))
-    checkpoint = weights_by_name(folder, config, gather(weight_files(folder / "unet").paths), manifest)
-    checkpoint.says_prediction = manifest is not None or "prediction" in diffusion
-    return checkpoint
+    return weights_by_name(folder, config, gather(weight_files(folder / "unet").paths), manifest, diffusion)
 
 
 def detect(path: Path) -> bool:

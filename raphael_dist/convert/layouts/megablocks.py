@@ -11,30 +11,25 @@ All other tensors keep their names. Matrices are float32 by default; MegaBlocks'
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 from math import prod
 from pathlib import Path
 
 from raphael_dist.checkpoint.manifest import MANIFEST, read_manifest
-from raphael_dist.checkpoint.tensors import Key, Shapes, Span, stacked
+from raphael_dist.checkpoint.tensors import Shapes, Span, stacked
 from raphael_dist.config.schema import Config, config_from_tree
 from raphael_dist.convert.layout_manifest import base_manifest, checkpoint_of
 from raphael_dist.convert.layouts import WEIGHTS, Layout
-from raphael_dist.convert.layouts.canonical import gather
+from raphael_dist.convert.layouts.canonical import FileTensor, entries, gather, locate
 from raphael_dist.convert.source_checkpoint import Checkpoint, parameter_shapes
-from raphael_dist.convert.write_plan import ConversionPlan, Entry, Options, Piece, Source, chosen_weights, parts
+from raphael_dist.convert.write_plan import ConversionPlan, Options, Source, chosen_weights, parts
 from raphael_dist.errors import UserError
-from raphael_dist.storage.tensorfile import StoredTensor
 from raphael_dist.storage.weight_files import weight_files
 
 STEM = "model"
 
 
-def tensors(shapes: Shapes, gated: bool) -> Iterator[tuple[str, tuple[int, ...], list[Span], bool]]:
-    """Yield every tensor that a model has in the format of MegaBlocks, as (key, shape, spans, transposed).
-
-    `key` is the tensor's name. The tensor is the concatenation of `spans`, ranges of elements of flattened parameters of
-    the trainer's model. If `transposed`, each span is a matrix, and its transpose is stored.
+def tensors(shapes: Shapes, gated: bool) -> Iterator[FileTensor]:
+    """Yield every tensor that a model has in the format of MegaBlocks.
 
     Args:
         shapes: shape of every parameter of the model, by name.
@@ -43,19 +38,19 @@ def tensors(shapes: Shapes, gated: bool) -> Iterator[tuple[str, tuple[int, ...],
     for name, shape in shapes.items():
         layer, leaf = stacked(name) or (name, "")
         if leaf not in ("w1", "w2"):
-            yield f"{layer}.experts.{leaf}" if leaf else name, shape, [Span(name, 0, prod(shape))], False
+            yield FileTensor(f"{layer}.experts.{leaf}" if leaf else name, shape, [Span(name, 0, prod(shape))])
             continue
         experts, rows, columns = shape
         each, half, key = rows * columns, rows * columns // 2, f"{layer}.experts.mlp"
         spans = [Span(name, k * each, each) for k in range(experts)]
         if leaf == "w2":
-            yield f"{key}.w2", (experts * columns, rows), spans, True
+            yield FileTensor(f"{key}.w2", (experts * columns, rows), spans, rows)
         elif gated and layer.endswith("time_moe"):
             # GEGLU's fused projection has the rows of the value first, then those of the gate; MegaBlocks activates w1.
-            yield f"{key}.w1", (experts * rows // 2, columns), [Span(name, s.start + half, half) for s in spans], False
-            yield f"{key}.v1", (experts * rows // 2, columns), [Span(name, s.start, half) for s in spans], False
+            yield FileTensor(f"{key}.w1", (experts * rows // 2, columns), [Span(name, s.start + half, half) for s in spans])
+            yield FileTensor(f"{key}.v1", (experts * rows // 2, columns), [Span(name, s.start, half) for s in spans])
         else:
-            yield f"{key}.w1", (experts * rows, columns), spans, False
+            yield FileTensor(f"{key}.w1", (experts * rows, columns), spans)
 
 
 def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
@@ -70,11 +65,8 @@ def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
             "--to megablocks requires a model with experts, but this model has none. Use --to canonical or --to diffusers."
         )
     kind = chosen_weights(source, options)
-    entries = []
-    for key, shape, spans, transposed in tensors(source.shapes, model.time_activation == "geglu"):
-        pieces = tuple(Piece(kind, span, source.shapes[span.name][1] if transposed else 0) for span in spans)
-        entries.append(Entry(key, shape, pieces, options.dtype))
-    files, small = parts(entries, STEM, options.part_bytes)
+    expected = tensors(source.shapes, model.time_activation == "geglu")
+    files, small = parts(entries(expected, kind, options.dtype), STEM, options.part_bytes)
     manifest = base_manifest("megablocks", source) | {"weights": kind}
     return ConversionPlan(files, (kind,), MANIFEST, manifest, small)
 
@@ -87,31 +79,9 @@ def open_megablocks(folder: Path, config: Config | None = None) -> Checkpoint:
     """
     manifest = read_manifest(folder / MANIFEST, "megablocks")
     config = config_from_tree(manifest["config"])
-    shapes, stored = parameter_shapes(config), gather(weight_files(folder, (STEM, STEM)).paths)
-    located: dict[Key, list[StoredTensor]] = {}
-    for key, shape, spans, transposed in tensors(shapes, config.model.time_activation == "geglu"):
-        tensor = stored.pop(key, None)
-        if tensor is None:
-            raise UserError(
-                f"{folder} must contain the tensor {key}, but it is missing. Convert the checkpoint again, or use another "
-                "one."
-            )
-        if tensor.shape != shape:
-            raise UserError(
-                f"{folder}: {key} must have the shape {list(shape)} (number of experts x width), but it has "
-                f"{list(tensor.shape)}. Convert the checkpoint again, or use another one."
-            )
-        for i, span in enumerate(spans):
-            part = tensor.part(i * span.numel, span.numel, span.start)
-            if transposed:
-                part = replace(part, shape=shapes[span.name][:0:-1], transposed=True)
-            located.setdefault(("master", span.name), []).append(part)
-    if stored:
-        raise UserError(
-            f"{folder} contains {next(iter(stored))}, which is not a tensor of the model that the manifest describes. "
-            "Convert the checkpoint again, or use another one."
-        )
-    return checkpoint_of(folder, manifest, located)
+    expected = tensors(parameter_shapes(config), config.model.time_activation == "geglu")
+    located = locate(gather(weight_files(folder, (STEM, STEM)).paths), expected)
+    return checkpoint_of(folder, manifest, {("master", name): stored for name, stored in located.items()})
 
 
 LAYOUT = Layout("megablocks", "weights", lambda path: False, open_megablocks, plan, WEIGHTS)

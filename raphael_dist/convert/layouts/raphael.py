@@ -7,7 +7,7 @@ import json
 import shlex
 from pathlib import Path
 
-from raphael_dist.checkpoint.manifest import FORMAT, MANIFEST
+from raphael_dist.checkpoint.manifest import MANIFEST
 from raphael_dist.checkpoint.progress import progress_of
 from raphael_dist.checkpoint.reader import CheckpointReader, first_good
 from raphael_dist.config.schema import Config, stored_tree, to_yaml
@@ -45,9 +45,9 @@ def _open_step(folder: Path) -> Checkpoint:
             f"of this folder, and add {option} {shlex.quote(str(folder))}; or export {what} with --to {export} "
             "(docs/adapters.md)."
         )
-    files, topology = checksummed_files(folder, manifest), f"ep {config.parallel.space_ep},{config.parallel.time_ep}"
-    checkpoint = Checkpoint(folder, config, reader.spans(), progress_of(manifest), manifest["dataset"], files)
-    checkpoint.topology = f"{manifest.get('world_size', '?')} ranks, {topology}"
+    topology = f"{manifest.get('world_size', '?')} ranks, ep {config.parallel.space_ep},{config.parallel.time_ep}"
+    files, progress = checksummed_files(folder, manifest), progress_of(manifest)
+    checkpoint = Checkpoint(folder, config, reader.spans(), progress, manifest["dataset"], files, topology)
     if set(checkpoint.shapes) != set(reader.shapes):
         name = min(set(checkpoint.shapes) ^ set(reader.shapes))
         problem = "it also lists" if name in reader.shapes else "it does not list"
@@ -73,7 +73,6 @@ def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
     zero_kinds = () if config.optim.kind == "sgd" else tuple(kind for kind in MOMENTS if kind not in source.kinds())
     files = [_rank_file(source, topology, rank, folder, zero_kinds) for rank in range(options.world)]
     manifest = base_manifest("raphael", source) | {
-        "format": FORMAT,
         **progress.as_manifest(),
         "world_size": options.world,
         "config": stored_tree(config),
