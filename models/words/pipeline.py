@@ -589,8 +589,7 @@ class CallArguments:
     @property
     def callback_tensors(self) -> Sequence[str]:
         """Names of the tensors for the callback. A PipelineCallback of diffusers has its own list."""
-        names: Sequence[str] = getattr(self.callback_on_step_end, "tensor_inputs", self.callback_on_step_end_tensor_inputs)
-        return names
+        return getattr(self.callback_on_step_end, "tensor_inputs", self.callback_on_step_end_tensor_inputs)
 
     def check(self, factor: int, num_timesteps: int) -> None:
         """Check all arguments of the call. Raises UserError for a value that is not allowed.
@@ -617,10 +616,10 @@ class CallArguments:
         for name, side in (("height", self.height), ("width", self.width)):
             if not _is_whole(side) or side < factor or side % factor:
                 raise UserError(f"{name}={side!r} must be a multiple of {factor}. Use e.g. {name}={64 * factor}.")
-        check_real("guidance_scale", self.guidance_scale, math.inf)
-        check_real("controlnet_conditioning_scale", self.controlnet_conditioning_scale, math.inf)
-        for name, high in (("strength", 1), ("eta", 1), ("guidance_rescale", 1)):
-            check_real(name, getattr(self, name), high)
+        for name in ("guidance_scale", "controlnet_conditioning_scale"):
+            check_real(name, getattr(self, name), math.inf)
+        for name in ("strength", "eta", "guidance_rescale"):
+            check_real(name, getattr(self, name), 1)
         if self.output_type not in OUTPUT_TYPES:
             allowed = ", ".join(map(repr, OUTPUT_TYPES))
             raise UserError(f"output_type={self.output_type!r} must be one of {allowed}. Use e.g. output_type='pil'.")
@@ -919,14 +918,14 @@ class PipelineFiles(_Pipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         """Load a pipeline from a local folder or a model hub, with diffusers' arguments.
 
-        With `text_encoder=None`, a text encoder that the folder names instead of containing it is not loaded either.
+        With `text_encoder=None`, no text encoder is loaded, not even one of which the folder has only the name.
 
         Raises UserError if the local folder does not contain a pipeline, or lacks files.
         """
         if kwargs.get("text_encoder", cls) is None:
             kwargs.setdefault("text", None)
         folder = Path(pretrained_model_name_or_path)
-        # Another path with one slash may be the name of a repository.
+        # A path that does not exist and has one slash may be the name of a repository (owner/name) of the hub.
         if folder.exists() or str(folder).count("/") != 1 or folder.parent.is_dir():
             check_pipeline_folder(folder)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -991,8 +990,8 @@ class PipelineFiles(_Pipeline):
             kwargs: arguments of `push_to_hub`; by default `repo_id` is the name of the folder.
         """
         hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
-        # The encoder "characters" has no files, and its code is in pipeline.py. Its model_type is compared: if this code was
-        # imported twice, the class of the encoder exists twice.
+        # The encoder "characters" has no files, and its code is in pipeline.py. It is recognised by its model_type and not
+        # by its class, because importing this code twice creates two such classes.
         if self.text_encoder is not None and self.text_encoder.config.model_type == CHARACTERS:
             self.register_to_config(text=CHARACTERS, text_encoder=(None, None), tokenizer=(None, None))
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
@@ -1008,7 +1007,7 @@ class PipelineFiles(_Pipeline):
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         for path, text in code.items():
             (folder / f"{path}.py").write_text(text)
-        if push_to_hub:  # which saves again, to a temporary folder
+        if push_to_hub:  # this method saves the pipeline again, to a temporary folder
             self.push_to_hub(**{"repo_id": folder.name, **hub}, safe_serialization=safe_serialization, variant=variant)
 
     @staticmethod
@@ -1020,7 +1019,7 @@ class PipelineFiles(_Pipeline):
 def check_pipeline_folder(folder: Path) -> None:
     """Raise UserError unless `folder` is that of a saved pipeline: its model_index.json names a class as "_class_name".
 
-    This is the name of a class, or the names of a module and of a class in it.
+    The value of "_class_name" is the name of a class, or a list of the names of a module and of a class in it.
     """
     problem = None
     try:
@@ -1087,6 +1086,9 @@ def generator(seed: int, purpose: Purpose, position: int, extra: int = 0) -> np.
 # ---- sampling.sampler ------------------------------------------------------------------------------------------------
 
 
+_log = logging.getLogger(__name__)
+
+
 def initial_noise(seed: int, index: int, shape: tuple[int, ...], copy: int = 0) -> Tensor:
     """Return the initial noise of one image, standard normal, float32 of `shape`, on the CPU.
 
@@ -1100,6 +1102,46 @@ def initial_noise(seed: int, index: int, shape: tuple[int, ...], copy: int = 0) 
     """
     draw = generator(seed, Purpose.NOISE, index, extra=1 + copy)
     return torch.from_numpy(draw.standard_normal(shape, dtype=np.float32))
+
+
+def first_latents(
+    scheduler: NoiseScheduler, noise_BChw: Tensor, steps: int, start_BChw: Tensor | None, strength: float
+) -> tuple[Tensor, Tensor]:
+    """Return the latents with which the first step starts, [B, C, h, w], and the timesteps.
+
+    Args:
+        scheduler: a scheduler of diffusers after its `set_timesteps`.
+        noise_BChw: initial noise.
+        steps: number of denoising steps.
+        start_BChw: latents of images to start from. None: start from noise.
+        strength: share of the steps, 0 to 1, that are applied to `start_BChw`.
+    """
+    timesteps = scheduler.timesteps
+    if start_BChw is None:
+        if late := late_start_warning(scheduler):
+            _log.warning("%s", late)
+        return noise_BChw * getattr(scheduler, "init_noise_sigma", 1.0), timesteps
+    kept = min(int(steps * strength), steps)  # as in diffusers
+    skipped = (steps - kept) * scheduler.order if kept else len(timesteps)  # PNDM has more timesteps than steps
+    timesteps = timesteps[skipped:]
+    if not len(timesteps):
+        return start_BChw, timesteps
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(skipped)
+    return add_noise(scheduler, start_BChw, noise_BChw, timesteps[0]), timesteps
+
+
+def add_noise(scheduler: NoiseScheduler, x_BChw: Tensor, noise_BChw: Tensor, timestep: Tensor) -> Tensor:
+    """Return latents with as much noise as they have at `timestep`, one of the scheduler's timesteps."""
+    timestep_B = timestep.expand(len(x_BChw))
+    if hasattr(scheduler, "scale_noise"):  # flow matching
+        return scheduler.scale_noise(x_BChw, timestep_B, noise_BChw)
+    return scheduler.add_noise(x_BChw, noise_BChw, timestep_B)
+
+
+def model_input(scheduler: NoiseScheduler, x: Tensor, timestep: Tensor) -> Tensor:
+    """Return latents `x` scaled as `scheduler` requires for the model; schedulers of flow matching do not scale."""
+    return scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
 
 
 def check_small(factor: int, small_HsWs3: np.ndarray | None, size_hw: tuple[int, int], option: str = "--upscale") -> None:
@@ -1141,9 +1183,6 @@ def to_tensor(pixels_BHW3: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels_BHW3).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 # ---- sampling.pipeline_denoising -------------------------------------------------------------------------------------
-
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -1260,7 +1299,7 @@ class Denoiser(PipelineFiles):
         """Return the latents with which the first step starts, float32 [B, C, h, w], and the timesteps [steps]."""
         scheduler = self.scheduler
         try:
-            timesteps, steps = retrieve_timesteps(
+            _, steps = retrieve_timesteps(
                 scheduler, call.num_inference_steps, self._execution_device, call.timesteps, call.sigmas
             )
         except ValueError as error:
@@ -1273,18 +1312,8 @@ class Denoiser(PipelineFiles):
                 "or another scheduler."
             ) from None
         self._seed_scheduler(call, len(noise))
-        if inputs.start is None or (inputs.mask is not None and call.strength == 1):
-            if inputs.start is None and (late := late_start_warning(scheduler)):
-                _log.warning("%s", late)
-            return noise * scheduler.init_noise_sigma, timesteps
-        kept = min(int(steps * call.strength), steps)  # as in diffusers
-        skipped = (steps - kept) * scheduler.order if kept else len(timesteps)  # PNDM has more timesteps than steps
-        timesteps = timesteps[skipped:]
-        if not len(timesteps):
-            return inputs.start, timesteps
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(skipped)
-        return scheduler.add_noise(inputs.start, noise, timesteps[:1].expand(len(noise))), timesteps
+        start = None if inputs.mask is not None and call.strength == 1 else inputs.start
+        return first_latents(scheduler, noise, steps, start, call.strength)
 
     def _denoise(self, call: CallArguments, noise: Tensor, inputs: ImageInputs, prompts: Prompts) -> Tensor:
         """Return the latents after all denoising steps, float32 [B, C, h, w]."""
@@ -1299,7 +1328,7 @@ class Denoiser(PipelineFiles):
                 if inputs.mask is not None and inputs.start is not None:
                     original = inputs.start
                     if i + 1 < len(timesteps):
-                        original = self.scheduler.add_noise(original, noise, timesteps[i + 1 : i + 2].expand(len(original)))
+                        original = add_noise(self.scheduler, original, noise, timesteps[i + 1])
                     latents = (1 - inputs.mask) * original + inputs.mask * latents
                 latents, prompts = self._call_back(call, i, t, latents, prompts)
                 bar.update()
@@ -1328,7 +1357,7 @@ class Denoiser(PipelineFiles):
         return self.do_classifier_free_guidance and prompts.negative_embeds is not None
 
     def _generator(self, call: CallArguments) -> Any:
-        """Return the generators of the call's noise after the initial one: one, a list of one for each image, or None."""
+        """Return the generators of the noise that the steps add: one generator, a list with one per image, or None."""
         if call.generator is None and call.seed is not None:
             return torch.Generator(self._execution_device).manual_seed(call.seed)
         return call.generator
@@ -1352,7 +1381,7 @@ class Denoiser(PipelineFiles):
 
     def _predict(self, call: CallArguments, latents: Tensor, t: Tensor, inputs: ImageInputs, prompts: Prompts) -> Tensor:
         """Return the prediction with guidance, eps_null + guidance * (eps_text - eps_null), float32 [B, C, h, w]."""
-        x = self.scheduler.scale_model_input(latents, t).to(self.unet.dtype)
+        x = model_input(self.scheduler, latents, t).to(self.unet.dtype)
         batch, text, mask = len(x), prompts.embeds, prompts.mask
         if not self._is_guided(prompts):
             return self._run_unet(call, x, t, inputs, text[-batch:], mask[-batch:])
@@ -1569,8 +1598,7 @@ def _read_config(file: Path, option: str) -> JsonObject | None:
             f"{option} {file.parent}: {key}={config[key]!r} in {file.name} is not supported. Use plain LoRA adapters, which "
             f"are trained without {key}."
         )
-    checked: JsonObject = config
-    return checked
+    return config
 
 
 def _parameter_of(module: str, modules: Container[str], parameters: list[str]) -> str | None:
@@ -1579,15 +1607,12 @@ def _parameter_of(module: str, modules: Container[str], parameters: list[str]) -
     None if `parameters` (`target_parameters` in peft's adapter_config.json) do not match `modules`, all modules in the file.
     """
     layer = module.removesuffix(".base_layer")
-    names = sorted({f"{layer}.{p.rpartition('.')[2]}" for p in parameters if _ends(f"{layer}.{p.rpartition('.')[2]}", p)})
+    adapted = [(f"{layer}.{target.rpartition('.')[2]}", target) for target in parameters]
+    names = sorted({name for name, target in adapted if f".{name}".endswith(f".{target}")})
     if not names:
         return f"{module}.weight"
     wrappers = [name for name in (f"{layer}.base_layer", layer) if name in modules]  # the inner wrapper is for w1
     return names[wrappers.index(module)] if len(wrappers) == len(names) and all(map(stacked, names)) else None
-
-
-def _ends(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
 
 
 def _unstack(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -1709,8 +1734,7 @@ class LoraLoader(LoraFiles):
         unet = uncompiled(self.unet)
         if not hasattr(unet, "lora_state"):
             unet.lora_state = LoraState()
-        state: LoraState = unet.lora_state
-        return state
+        return unet.lora_state
 
     def load_lora_weights(
         self,
@@ -1744,6 +1768,22 @@ class LoraLoader(LoraFiles):
                     f"folder. Leave out {option}."
                 )
         state, source = self._lora, pretrained_model_name_or_path_or_dict
+        name = self._name_to_load(adapter_name, hotswap)
+        if isinstance(source, Mapping):
+            adapter = adapter_of_tensors(source, None, Path("the tensors"), "load_lora_weights")
+        else:
+            adapter = read_adapters(Path(source) / (subfolder or ""), weight_name)
+        shapes = {name: tuple(p.shape) for name, p in uncompiled(self.unet).named_parameters()}
+        adapter.check(shapes, "load_lora_weights")
+        state.adapters[name] = adapter
+        if hotswap:
+            self._merge(state.active, state.enabled)
+        else:
+            self.set_adapters(name)
+
+    def _name_to_load(self, adapter_name: str | None, hotswap: bool) -> str:
+        """Return the name of adapters to load. Raises UserError if it is in use, or with `hotswap` if it is not."""
+        state = self._lora
         used = state.adapters.keys() | state.fused_adapters
         name = next(n for i in count() if (n := f"default_{i}") not in used) if adapter_name is None else adapter_name
         if hotswap and name not in state.adapters:
@@ -1756,17 +1796,7 @@ class LoraLoader(LoraFiles):
                 f"adapter_name={name!r} must be new, but the pipeline has an adapter of this name. Choose another name, or "
                 f"call delete_adapters({name!r}) first."
             )
-        if isinstance(source, Mapping):
-            adapter = adapter_of_tensors(source, None, Path("the tensors"), "load_lora_weights")
-        else:
-            adapter = read_adapters(Path(source) / (subfolder or ""), weight_name)
-        shapes = {name: tuple(p.shape) for name, p in uncompiled(self.unet).named_parameters()}
-        adapter.check(shapes, "load_lora_weights")
-        state.adapters[name] = adapter
-        if hotswap:
-            self._merge(state.active, state.enabled)
-        else:
-            self.set_adapters(name)
+        return name
 
     def set_adapters(
         self, adapter_names: str | Sequence[str], adapter_weights: float | dict[str, float] | Sequence[Any] | None = None
@@ -2208,13 +2238,9 @@ class RaphaelPipeline(LoraLoader, Denoiser):
         if not do_classifier_free_guidance:
             negative_prompt_embeds, negative_prompt_attention_mask = None, None
         elif negative_prompt_embeds is None:
-            if prompt_embeds.shape[1] != self.config.max_tokens:
-                raise UserError(
-                    f"prompt_embeds must have max_tokens={self.config.max_tokens} tokens, as encoded negative prompts have, "
-                    f"but their shape is {list(prompt_embeds.shape)}. Pass negative_prompt_embeds of the same shape."
-                )
-            texts = for_each("negative_prompt", negative_prompt or "", len(prompt_embeds))
-            negative_prompt_embeds, negative_prompt_attention_mask = self._encode(texts, "negative_prompt", device)
+            negative_prompt_embeds, negative_prompt_attention_mask = self._encode_negative(
+                negative_prompt, prompt_embeds, device
+            )
         copies, shape = num_images_per_prompt, prompt_embeds.shape
         prompt_embeds, prompt_attention_mask = _repeat(prompt_embeds, prompt_attention_mask, copies, device)
         if negative_prompt_embeds is not None:
@@ -2222,6 +2248,15 @@ class RaphaelPipeline(LoraLoader, Denoiser):
             check_embeddings("negative_prompt_embeds", negative_prompt_embeds, mask, width, shape)
             negative_prompt_embeds, negative_prompt_attention_mask = _repeat(negative_prompt_embeds, mask, copies, device)
         return prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask
+
+    def _encode_negative(self, negative_prompt: Texts, prompt_embeds: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        if prompt_embeds.shape[1] != self.config.max_tokens:
+            raise UserError(
+                f"prompt_embeds must have max_tokens={self.config.max_tokens} tokens, as encoded negative prompts have, "
+                f"but their shape is {list(prompt_embeds.shape)}. Pass negative_prompt_embeds of the same shape."
+            )
+        texts = for_each("negative_prompt", negative_prompt or "", len(prompt_embeds))
+        return self._encode(texts, "negative_prompt", device)
 
     def _encode(self, texts: list[str], name: str, device: torch.device) -> tuple[Tensor, Tensor]:
         if self.text_encoder is None or self.tokenizer is None:
@@ -2391,8 +2426,8 @@ class RaphaelInpaintPipeline(RaphaelPipeline):
             prompt: one caption or several.
             image: a PIL image, an array [H, W, 3] or a tensor [3, H, W] of floats in 0..1, or one for each prompt; it is
                 resized and cropped to height x width.
-            mask_image: the same, also without channels ([H, W]), of the size of the image: white (1) where the image is
-                drawn, black (0) or transparent where it is kept.
+            mask_image: a mask, of the types of `image` or without channels ([H, W]), and of the size of the image: white (1)
+                where the image is drawn, black (0) or transparent where it is kept.
             strength: share of the denoising steps, 0 to 1, that are applied to the image. 1: the masked part starts from
                 pure noise.
             options: other arguments of RaphaelPipeline.

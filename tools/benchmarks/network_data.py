@@ -32,6 +32,7 @@ from PIL import Image
 
 from raphael_dist.config.schema import Config, load_config
 from raphael_dist.data.batch_workers import BatchPrefetcher
+from raphael_dist.data.mixture import MixedOrder
 from raphael_dist.data.order import SampleOrder
 from raphael_dist.data.run_data import open_source
 from raphael_dist.parallel.batch_plan import BatchPlan
@@ -197,7 +198,7 @@ def train_epoch(case: Case, config: Config, ranks: Ranks, device: torch.device) 
     return (steps - (case.kind == "local")) * case.batch / seconds, list(windows_of(order))
 
 
-def windows_of(order: SampleOrder) -> Iterator[tuple[int, int]]:
+def windows_of(order: SampleOrder | MixedOrder) -> Iterator[tuple[int, int]]:
     """Yield (images, bytes) of each window of the first epoch."""
     position = 0
     while position < order.samples_per_epoch:
