@@ -41,9 +41,9 @@ def step_of(folder: Path) -> int | None:
 
 
 def resolve_latest(path: Path) -> Path:
-    """Return the checkpoint folder that the text file `latest` names, if `path` is such a file; otherwise `path`.
+    """If `path` is the text file `latest`, return the checkpoint folder that this file names; otherwise return `path`.
 
-    Raises UserError if `latest` does not name a checkpoint folder next to it.
+    Raises UserError if `latest` does not contain the name of a checkpoint folder in the same parent folder.
     """
     if path.name != "latest" or not path.is_file():
         return path
@@ -57,9 +57,10 @@ def resolve_latest(path: Path) -> Path:
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Rename a checkpoint folder whose files are complete from `temporary` to its final path, in one step.
+    """Rename the completely written checkpoint folder `temporary` to `final`, the path under which readers look for it.
 
     If `final` exists already, it is replaced: the old folder is removed after the rename, or restored if the rename fails.
+    Raises OSError if the rename fails.
     """
     sync(temporary)
     replaced = final.with_name(REPLACED + final.name)
@@ -95,7 +96,7 @@ def remove(folder: Path) -> None:
 def quarantine(folder: Path) -> Path:
     """Rename a damaged checkpoint folder to damaged-NAME, so that it is not used, and return its new path.
 
-    Nothing is deleted. A number is appended to a name that exists already.
+    Nothing is deleted. If damaged-NAME exists already, a number is appended. Raises OSError if the rename fails.
     """
     for i in range(1000):
         target = folder.with_name(DAMAGED + folder.name + (f".{i}" if i else ""))
@@ -123,11 +124,11 @@ def remove_partial(root: Path) -> None:
 
 
 def expired(folders: list[Path], keep: int, keep_every: int) -> list[Path]:
-    """Return the checkpoint folders to remove: not among the newest `keep`, and not kept because of `keep_every`.
+    """Return the checkpoint folders to remove, which neither `keep` nor `keep_every` protects.
 
     Args:
         folders: all checkpoint folders, the newest first.
         keep: number of newest checkpoints to keep.
-        keep_every: also keep every checkpoint whose step is a multiple of this number. 0: none.
+        keep_every: also keep every checkpoint whose step is a multiple of this number. 0: keep only the newest ones.
     """
     return [f for f in folders[keep:] if not (keep_every and (step_of(f) or 0) % keep_every == 0)]

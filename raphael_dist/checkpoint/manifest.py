@@ -1,7 +1,7 @@
 """The manifest of a checkpoint: a JSON file with progress, configuration, and the size and SHA-256 of every other file.
 
-It is written last, so a folder with a manifest is complete. A layout is a file format of checkpoints, such as that of
-diffusers (convert/layouts/). All layouts have the same manifest, except for a few keys.
+The manifest is written last, so a folder with a manifest is complete. A layout is a file format of checkpoints, such as that
+of diffusers (convert/layouts/). The manifests of all layouts have the same keys, except for a few.
 """
 
 import hashlib
@@ -47,7 +47,10 @@ def read_manifest(path: Path, layout: str | None = None) -> Manifest:
 
 
 def _problem(manifest: object, layout: str | None) -> str | None:
-    """Return what is wrong with the content of a manifest, or None."""
+    """Return what is wrong with the content of a manifest, or None if it is valid.
+
+    `layout` is the name of the layout that the manifest must state. None: it must state no layout.
+    """
     if not isinstance(manifest, dict):
         return f"it must be a JSON object, but it is {json_type(manifest)}"
     if manifest.get("format") != FORMAT or manifest.get("layout") != layout:

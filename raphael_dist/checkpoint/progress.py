@@ -14,7 +14,7 @@ class Progress(NamedTuple):
         samples_seen: number of training samples that were used or skipped. It is also the position (from 0) of the next
             sample in the order of training.
         updates: number of steps that changed the weights. It is the step count in Adam's bias correction.
-        guard: state of the detection of loss spikes and of losses that are not finite (training/step_guard.py).
+        guard: state of the check that detects loss spikes and non-finite losses (training/step_guard.py).
     """
 
     step: int
@@ -28,7 +28,7 @@ class Progress(NamedTuple):
 
 
 def progress_of(manifest: Manifest) -> Progress:
-    """Return the progress that `manifest`, the content of a checkpoint's manifest.json, states."""
+    """Return the progress that is stated in `manifest`, the content of a checkpoint's manifest.json."""
     return Progress(*(manifest[name] for name in Progress._fields))
 
 

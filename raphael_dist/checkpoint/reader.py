@@ -3,9 +3,10 @@
 A checkpoint is a folder `step-00000100/`. It contains one `rank-00000.safetensors` for each rank that wrote it, and a
 `manifest.json`, which is written last. Nothing is pickled.
 
-A tensor in these files has the key `<kind>/<parameter>`. It is one-dimensional and holds a range of the flattened parameter:
-fp32 weights (kind `master`), Adam moments (`exp_avg`, `exp_avg_sq`) or moving average (`ema`). The file's header states
-where each range starts. The trainer also writes this into the manifest, so that a reader knows which file to open.
+A tensor in these files has the key `<kind>/<parameter>`. It is one-dimensional. It holds consecutive elements of a flattened
+parameter's fp32 weights (kind `master`), Adam moments (`exp_avg`, `exp_avg_sq`) or moving average (`ema`). The file's header
+states the index of the first element of each range. The trainer also writes the ranges into the manifest, so that a reader
+knows which file to open.
 """
 
 from collections import defaultdict
@@ -34,8 +35,9 @@ T = TypeVar("T")
 class CheckpointReader:
     """An opened checkpoint folder of a run, from which tensors are read on request.
 
-    A value belongs to a parameter and a kind: "master" (fp32 weights), "exp_avg", "exp_avg_sq" (Adam moments) or "ema"
-    (moving average). Opening reads the manifest only, and raises UserError if the manifest is missing or not valid.
+    Each stored value belongs to a parameter and to a kind: "master" (fp32 weights), "exp_avg", "exp_avg_sq" (Adam moments)
+    or "ema" (moving average). The constructor reads the manifest only. It raises UserError if the manifest is missing or not
+    valid, or if the step in the folder's name is not the step of the manifest.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -87,7 +89,7 @@ class CheckpointReader:
 
     @cached_property
     def _ranges(self) -> dict[Key, list[tuple[int, int, str]]]:
-        """Return (first element, number of elements, file name) of each stored range, sorted, by (kind, parameter)."""
+        """For each (kind, parameter), its ranges in the files: (first element, number of elements, file name), sorted."""
         ranges = defaultdict(list)
         for name, entry in self.manifest["files"].items():
             listed = entry.get("ranges") or {key: (t.start, t.numel) for key, t in self._stored(name).items()}
@@ -97,7 +99,10 @@ class CheckpointReader:
         return {key: sorted(spans) for key, spans in ranges.items()}
 
     def _stored(self, name: str) -> dict[str, StoredTensor]:
-        """Return where each tensor lies in the file `name`, by key. UserError: they differ from the list in the manifest."""
+        """Return the location (file, offset, size, first element) of each tensor in the file `name`, by key.
+
+        Raises UserError if the file's header is not valid, or its tensors are not those that the manifest lists.
+        """
         if name not in self._headers:
             tensors, metadata = read_header(self.folder / name)
             listed = self.manifest["files"][name].get("ranges")
@@ -219,15 +224,15 @@ def open_newest(path: Path, option: str = "--checkpoint") -> CheckpointReader:
 
 
 def first_good(path: Path, open_step: Callable[[Path], T], prefix: str) -> tuple[T, list[str]]:
-    """Open a checkpoint folder, or the newest checkpoint of a run directory that `open_step` can open.
+    """Call `open_step` on a checkpoint folder, or on the checkpoints of a run directory, newest first, until one succeeds.
 
     Args:
         path: the checkpoint folder or run directory.
-        open_step: opens a checkpoint folder, or raises UserError.
-        prefix: beginning of the error message.
+        open_step: a function that opens a checkpoint folder, or raises UserError if the folder is damaged.
+        prefix: beginning of the error message, such as "--checkpoint PATH".
 
     Returns:
-        The result of `open_step`, and an error message for each newer checkpoint that could not be opened.
+        The result of `open_step` for the first checkpoint that it could open, and an error message for each newer one.
 
     Raises:
         UserError: no checkpoint could be opened.

@@ -29,9 +29,16 @@ _log = logging.getLogger(__name__)
 
 
 class Restorer:
-    """Restores this rank's weights, Adam moments and EMA (moving average) from the checkpoints of its run.
+    """Restores this rank's weights, Adam moments and EMA (moving average) from the checkpoints of the run.
 
     All methods are collective: all ranks call them.
+
+    Args:
+        config: settings of the run. The checkpoints are in the folder `checkpoints` of its run.dir.
+        ranks: number of this rank, and number of ranks.
+        fragments: the ranges of parameters and Adam moments that this rank owns under ZeRO, into which is restored.
+        ema: the moving average of these ranges; None: the run has no EMA.
+        data: fingerprints of the training data and the base model, by setting, to compare with those in the checkpoint.
     """
 
     def __init__(self, config: Config, ranks: Ranks, fragments: Fragments, ema: Ema | None, data: Mapping[str, str]) -> None:
@@ -63,12 +70,12 @@ class Restorer:
         """Restore the newest undamaged checkpoint during training (rollback).
 
         Args:
-            before: a step number. Only checkpoints of earlier steps are restored, and all later ones are renamed to
-                damaged-*. None: checkpoints of all steps.
+            before: a step number. A checkpoint of an earlier step is restored, and the checkpoints of this step and later
+                steps are renamed to damaged-*. None: the checkpoint may be of any step, and none is renamed.
 
         Returns:
-            The progress (step, ...) that the checkpoint states. None if there is no such checkpoint; weights, moments and
-            EMA are unchanged then.
+            The progress (step, ...) that the checkpoint states. None if there is no such checkpoint. In this case weights,
+            moments and EMA are unchanged, and no checkpoint is renamed.
         """
         checkpoints = run_on_rank0("looking for checkpoints", lambda _: folders.newest(self.root))
         later = [folder for folder in checkpoints if before is not None and (folders.step_of(folder) or 0) >= before]
@@ -100,7 +107,11 @@ class Restorer:
             raise write_error(self.root, error) from None
 
     def _newest_verified(self, candidates: list[Path]) -> tuple[CheckpointReader | None, dict[Path, str]]:
-        """Return the newest undamaged checkpoint (None: all are damaged), and the damage of each newer one, by folder."""
+        """Return the first undamaged checkpoint in `candidates`, and the damage of each folder before it. Collective.
+
+        `candidates` are checkpoint folders, the newest first. The returned checkpoint is None if all are damaged. The dict
+        of damages has a message for each damaged folder.
+        """
         damaged: dict[Path, str] = {}
         for folder in candidates:
             problem = self._verify(folder)

@@ -7,7 +7,7 @@ A save has three parts:
   training continues.
 - `commit`: called when all ranks have reported, at the end of a step, that their threads are done. The ranks exchange the
   sizes and checksums of their files. A thread of rank 0 writes the manifest and renames the folder to its final name.
-- `finish`: wait until both parts are done, however long the disk takes.
+- `finish`: wait until the two parts above are done, however long the disk takes.
 
 Threads never call a collective. A kill at any moment leaves the previous checkpoint intact.
 """
@@ -149,7 +149,7 @@ class CheckpointStore:
     def finish(self) -> str | None:
         """Wait until the checkpoint that is being saved is complete or has failed. Collective.
 
-        Returns why it failed, the same text on all ranks; None if it is complete, or if nothing was saved so far.
+        Returns why the save failed, the same text on all ranks; None if the checkpoint is complete, or no save was begun.
         """
         began = time.monotonic()
         self._wait()
@@ -243,7 +243,7 @@ class CheckpointStore:
         return total, problem
 
     def _write(self, save: Save, values: Tensor) -> WrittenFile:
-        """Write this rank's file. Runs in the thread."""
+        """Write `values`, the copy of this rank's training state, as its file of the checkpoint. Runs in the thread."""
         name = f"rank-{self._ranks.rank:05d}.safetensors"
         ranges = self._snapshot.ranges
         layout = [(key, numel) for key, (_, numel) in ranges.items()]
@@ -302,15 +302,17 @@ class CheckpointStore:
     def resume(self) -> Progress | None:
         """Restore weights, Adam moments and EMA from the newest undamaged checkpoint at the start of a run. Collective.
 
-        Returns the progress (step, ...) that it states; None if there is none. Errors: see Restorer.resume.
+        Returns the progress (step, ...) that the checkpoint states; None if there is no checkpoint. Errors: see
+        Restorer.resume.
         """
         return self._restorer.resume()
 
     def rewind(self, before: int | None = None) -> Progress | None:
         """Wait for the save in progress, then restore the newest undamaged checkpoint. Collective.
 
-        `before`: a step number; only checkpoints of earlier steps are restored, and all later ones are renamed to damaged-*.
-        None: checkpoints of all steps. Returns the progress (step, ...) of the restored checkpoint; None if there is none.
+        `before`: a step number. A checkpoint of an earlier step is restored, and those of this step and later steps are
+        renamed to damaged-*. None: the checkpoint may be of any step. Returns the progress (step, ...) of the restored
+        checkpoint; None if there is no such checkpoint.
         """
         self.finish()
         return self._restorer.rewind(before)
@@ -326,7 +328,7 @@ def _report_until_written(save: Save, written: Future[WrittenFile], report: Repo
 
 
 def _outcome(future: Future[T]) -> tuple[T | None, str | None]:
-    """Wait for a thread; return its result, or None and the error message."""
+    """Wait for work in a thread; return (its result, None), or (None, the error message) if it raised an exception."""
     try:
         return future.result(), None
     except Exception as error:

@@ -32,7 +32,7 @@ class Save:
 
     Attributes:
         temporary, final: path of the checkpoint's folder while it is written, and afterwards.
-        manifest: content of the manifest, without the list of files.
+        manifest: content of the manifest. Its list of files is empty until `commit`.
         bytes: size of the checkpoint in bytes, over all ranks.
         stall_s: seconds that training waited for this save.
         write_s: seconds in which the slowest rank wrote its file and read it back.

@@ -16,11 +16,11 @@ from raphael_dist.storage.files import FileEntry, sha256
 class Snapshot:
     """A float32 buffer in host memory for this rank's weights, Adam moments and EMA.
 
-    It is allocated once and filled at every save. With a GPU it is pinned, so that the copy is a DMA transfer.
+    The buffer is allocated once and filled at every save. With a GPU it is pinned, so that the copy is a DMA transfer.
 
     Attributes:
-        ranges: the ranges in the buffer, in order: consecutive elements of flattened parameters that this rank saves. For
-            each key `<kind>/<parameter>`, (index of the first element in the flattened parameter, number of elements).
+        ranges: the contents of the buffer, in order. For each key `<kind>/<parameter>`, the elements of the flattened
+            parameter that this rank saves: (index of the first element, number of elements).
     """
 
     def __init__(self, fragments: Fragments, ema: Ema | None, rank: int, world_size: int) -> None:
