@@ -1,4 +1,4 @@
-"""Helpers for tests of adapters and controls: a small frozen model, trained in one process, and its files."""
+"""Helpers for tests of LoRA adapters and ControlNets: train one on a tiny frozen model, write models, sample images."""
 
 import hashlib
 from pathlib import Path
@@ -27,7 +27,11 @@ def losses_of(model: RaphaelUNet, config: Config, positions: range = range(4)) -
 
 
 def one_process(config: Config) -> tuple[dict[str, Tensor], list[float]]:
-    """Train in this process with torch alone, the full batch at once."""
+    """Train an adapter for STEPS steps with plain PyTorch, without DeepSpeed and micro-steps: the reference for tests.
+
+    Returns:
+        The trained weights, flattened, by parameter name, and the loss of each step.
+    """
     model, losses = adapted_model(config), []
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer, each = torch.optim.SGD(trained, lr=config.optim.lr), config.train.global_batch_size
@@ -47,7 +51,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def canonical(folder: Path, config: Config, seed: int = 5) -> Path:
-    """Write a model with random weights."""
+    """Write a checkpoint in the canonical layout, with random weights drawn with `seed`; return `folder`."""
     torch.manual_seed(seed)
     weights = dict(RaphaelUNet(config).named_parameters())
     return handmade_canonical(
@@ -56,7 +60,10 @@ def canonical(folder: Path, config: Config, seed: int = 5) -> Path:
 
 
 def sample_image(base: Path, folder: Path, name: str, *extra: str) -> NDArray[np.int_]:
-    """Return the image that the command samples with these arguments into folder/name, int [H, W, 3]."""
+    """Run the command `raphael_dist.sample` for one prompt; return its image, int [H, W, 3].
+
+    `base`: checkpoint of the base model. `folder`, `name`: the image is written into folder/name. `extra`: more arguments.
+    """
     out = folder / name
     arguments = ["--checkpoint", str(base), "--prompt", "a", "--out", str(folder / "grid.png"), "--images", str(out)]
     assert sample.main([*arguments, *extra]) == 0

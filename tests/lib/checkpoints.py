@@ -1,4 +1,8 @@
-"""Checkpoints written with safetensors and json alone: the oracle of the conversions."""
+"""Write, read and damage small checkpoints in tests of conversions.
+
+Checkpoints are written here with safetensors and json only, and not by the package: they are the expected results with which
+tests compare conversions. A state is {(kind, parameter name): tensor}, with the kinds KINDS: fp32 weights, moments, average.
+"""
 
 import hashlib
 import importlib
@@ -37,7 +41,7 @@ KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
 
 
 def random_state(config: Config, kinds: tuple[str, ...] = KINDS, seed: int = 0) -> State:
-    """Return a random state in which all elements differ."""
+    """Return random normal numbers for each parameter of the model of `config`, in each of `kinds`."""
     draw = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
         shapes = {n: p.shape for n, p in RaphaelUNet(config).named_parameters()}
@@ -45,7 +49,7 @@ def random_state(config: Config, kinds: tuple[str, ...] = KINDS, seed: int = 0) 
 
 
 def handmade_canonical(folder: Path, config: Config, state: State, step: int = 7) -> Path:
-    """Write a canonical folder, one file per kind."""
+    """Write `state` as a checkpoint in the canonical layout, one file per kind; return `folder`. `step`: training step."""
     folder.mkdir(parents=True)
     files = {}
     for kind in dict.fromkeys(kind for kind, _ in state):
@@ -72,7 +76,7 @@ def handmade_canonical(folder: Path, config: Config, state: State, step: int = 7
 
 
 def by_expert(name: str, value: Tensor) -> dict[str, Tensor]:
-    """Return a parameter under its canonical keys."""
+    """Return the tensors that the canonical layout stores for a parameter, by key: one per expert if experts are stacked."""
     layer, _, leaf = name.rpartition(".")
     if not layer.endswith(("space_moe", "time_moe")) or leaf not in ("w1", "b1", "w2", "b2"):
         return {name: value}
@@ -81,13 +85,13 @@ def by_expert(name: str, value: Tensor) -> dict[str, Tensor]:
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
-    """Return a manifest's entry for a file."""
+    """Return the size and SHA-256 of a file, as a manifest states them."""
     data = path.read_bytes()
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def vouch_again(folder: Path) -> None:
-    """Update a manifest after a test has changed or removed files."""
+    """Make the manifest in `folder` valid again after a test has changed or removed files: update sizes and checksums."""
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"] = {name: fingerprint(folder / name) for name in manifest["files"] if (folder / name).is_file()}
     (folder / "manifest.json").write_bytes(seal(manifest))
@@ -103,19 +107,23 @@ def state_of(found: Checkpoint) -> State:
 
 
 def read_state(layout: str, path: Path, config: Config | None = None) -> State:
-    """Open a checkpoint and return everything in it."""
+    """Open the checkpoint `path`, which is in the layout `layout`, and return all its tensors."""
     return state_of(open_checkpoint(layout, path, config))
 
 
 def assert_same(found: State, expected: State) -> None:
-    """Compare bit for bit."""
+    """Assert that two states have the same keys and bitwise equal tensors."""
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         assert torch.equal(found[key], value), key
 
 
 def options(layout: str, topology: tuple[int, int, int, int] = (2, 1, 1, 2), **more: Any) -> Options:
-    """Return the options that the layout supports: ranks, or the last weights."""
+    """Return options for a conversion to `layout`, with only those that the layout supports.
+
+    `topology`: (ranks, space_ep, time_ep, ZeRO stage), for layouts with files per rank. For others: the fp32 weights instead
+    of their average, and the U-Net alone. `more`: options that replace these.
+    """
     world, space, time, stage = topology
     supported = layout_of("--to", layout).options
     more.setdefault("unet_only", "unet_only" in supported)
@@ -126,7 +134,11 @@ def options(layout: str, topology: tuple[int, int, int, int] = (2, 1, 1, 2), **m
 def tool(
     *arguments: object, name: str = "convert_checkpoint", launcher: tuple[str, ...] = (), **env: str
 ) -> subprocess.CompletedProcess:
-    """Run a checkpoint tool: as a program under `launcher`, else its `main` in this process."""
+    """Run the tool tools/NAME.py with these arguments; return exit code and output.
+
+    `launcher`: command such as mpirun that starts the tool; empty: its `main` is called in this process. `env`: environment
+    variables.
+    """
     command, env = [f"tools/{name}.py", *map(str, arguments)], {"COLUMNS": "160", **env}  # paths are long
     if launcher:
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env}
@@ -138,7 +150,7 @@ def tool(
 
 
 def copy(folder: Path, target: Path) -> Path:
-    """Copy the files of a folder."""
+    """Copy the files of `folder` into the new folder `target`; return `target`."""
     target.mkdir()
     for path in folder.iterdir():
         (target / path.name).write_bytes(path.read_bytes())
@@ -146,20 +158,20 @@ def copy(folder: Path, target: Path) -> Path:
 
 
 def in_manifest(folder: Path, **values: Any) -> None:
-    """Set values in a manifest."""
+    """Set top-level fields of the manifest in `folder`, and update its checksum."""
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_bytes(seal(manifest | values))
 
 
 def flip_a_bit(folder: Path) -> None:
-    """Damage the moments of a canonical folder."""
+    """Flip one bit of the Adam moments (exp_avg) in a checkpoint of the canonical layout, so that its checksum is wrong."""
     data = bytearray((folder / "exp_avg.safetensors").read_bytes())
     data[-1] ^= 1
     (folder / "exp_avg.safetensors").write_bytes(data)
 
 
 def open_step(run: Path, step: int) -> CheckpointReader:
-    """Return a run's checkpoint of a step, of which no element is missing."""
+    """Open the checkpoint of `step` in the run directory `run`, and assert that it has every element of every tensor."""
     reader = CheckpointReader(run / "checkpoints" / f"step-{step:08d}")
     assert reader.incomplete() is None
     return reader

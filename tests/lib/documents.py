@@ -1,4 +1,7 @@
-"""Parse the documents for tests of their facts: commands, words in backticks, tables, links and file names."""
+"""Parse the documents, so that tests can check their facts: commands, words in backticks, tables, links and file names.
+
+A `document` is the path of a Markdown file in the repository, as in DOCUMENTS.
+"""
 
 import re
 import shlex
@@ -23,7 +26,7 @@ SHELLS = ("bash", "sh", "shell")
 
 @dataclass(frozen=True)
 class Code:
-    """A command or a block of Python, and its place."""
+    """A command or a block of Python (`text`), and where it is: `place` is DOCUMENT:LINE."""
 
     place: str
     text: str
@@ -31,18 +34,24 @@ class Code:
 
 @dataclass(frozen=True)
 class Block:
-    """An indented or fenced block, the number of its first line, and the language after its fence, if any."""
+    """A code block of a document, indented or fenced.
+
+    Attributes:
+        number: number of its first line in the document, from 1.
+        language: the word after the opening fence; empty if there is none.
+        lines: its text.
+    """
 
     number: int
     language: str
     lines: list[str]
 
     def is_python(self) -> bool:
-        """Return whether the block is Python that runs: it starts with imports."""
+        """Return whether the block is a complete Python program. Such blocks start with an import."""
         return self.language in ("", "python") and self.lines[0].startswith(("from ", "import "))
 
     def is_shell(self) -> bool:
-        """Return whether each line of the block is a command."""
+        """Return whether the block has shell commands: it says so, or names no language and has at least one command."""
         return self.language in SHELLS or (self.language == "" and any(map(is_command, self.lines)))
 
 
@@ -53,7 +62,7 @@ def text_of(document: str) -> str:
 
 @cache
 def blocks_of(document: str) -> list[Block]:
-    """Return each indented or fenced code block, `\\` at the end of a line undone."""
+    """Return all code blocks of a document, with lines joined that end in a backslash."""
     blocks: list[Block] = []
     fenced = inside = False
     language = ""
@@ -75,21 +84,21 @@ def blocks_of(document: str) -> list[Block]:
 
 
 def in_backticks(document: str) -> list[tuple[int, str]]:
-    """Return (number of the line, text) of everything in backticks, code blocks left out."""
+    """Return (line number, text) of each text in backticks outside of code blocks."""
     blank = re.sub(r"^```.*?^```", lambda m: "\n" * m[0].count("\n"), text_of(document), flags=re.DOTALL | re.MULTILINE)
     text = "\n".join("" if line.startswith("    ") else line for line in blank.splitlines())
     return [(text[: m.start()].count("\n") + 1, " ".join(m[1].split())) for m in re.finditer(r"`([^`]+)`", text)]
 
 
 def is_command(text: str) -> bool:
-    """Return whether a text is a program with arguments, maybe after settings as `DRY_RUN=1`."""
+    """Return whether `text` is a command: a known program with arguments, also after variables such as `DRY_RUN=1`."""
     words = re.sub(r"^([A-Z_]+=\S+ )+", "", text).split()
     ours = bool(words) and re.fullmatch(r"(tools|slurm)/[\w/]+\.(py|sh)", words[0]) is not None
     return len(words) > 1 and (words[0] in PROGRAMS or ours)
 
 
 def find_code() -> list[Code]:
-    """Return all commands and blocks of Python of all documents, each text once."""
+    """Return all commands and Python programs in all documents. A text that occurs several times is returned once."""
     code: dict[str, Code] = {}
     for document in DOCUMENTS:
         for block in blocks_of(document):
@@ -107,14 +116,14 @@ def find_code() -> list[Code]:
 
 @cache
 def our_files() -> list[str]:
-    """Return the paths of all files of the repository that documents may name."""
+    """Return the paths of all files and folders of the repository that documents may mention, with a leading slash."""
     tops = ("raphael_dist", "tools", "tests", "slurm", "docs", "ds_configs", "data", "models", "containers")
     paths = [*ROOT.glob("*.*"), *(path for top in tops for path in (ROOT / top).rglob("*"))]
     return ["/" + str(path.relative_to(ROOT)) for path in paths]
 
 
 def words_of(document: str) -> Iterator[tuple[int, str]]:
-    """Yield (number of the line, word) of everything in backticks, without marks around the words."""
+    """Yield (line number, word) of each word in backticks, without brackets and punctuation marks around it."""
     for number, text in in_backticks(document):
         for word in text.split():
             yield number, word.strip("()[],;:'\"")
@@ -122,7 +131,7 @@ def words_of(document: str) -> Iterator[tuple[int, str]]:
 
 @cache
 def tables_of(document: str) -> list[list[list[str]]]:
-    """Return the tables, each a list of rows without its header, a row as a list of cells."""
+    """Return all tables of a document. A table is a list of rows, without the header; a row is a list of cells."""
     tables = re.findall(r"^\|[^\n]*\n\|[-:| ]+\|\n((?:\|[^\n]*(?:\n|\Z))+)", text_of(document), re.MULTILINE)
     return [[[c.strip() for c in line.strip("|").split(" | ")] for line in body.strip().splitlines()] for body in tables]
 
@@ -133,12 +142,15 @@ def table_rows(document: str) -> list[list[str]]:
 
 
 def table_of(keys: Collection[str]) -> dict[str, list[str]]:
-    """Return the table, of whichever document, whose first cells hold most of these keys.
+    """Return that table of all documents whose first column has most of the entries `keys`.
 
-    A table is known by what it lists, so that documents, headings and columns can be renamed and moved.
+    A test finds a table by its content, so that documents, headings and columns can be renamed and moved.
 
     Returns:
-        The first cell of each row, without backticks, and the other cells.
+        By the first cell of each row, without backticks: the other cells of the row.
+
+    Raises:
+        AssertionError: no table has any of the keys.
     """
 
     def listed(table: list[list[str]]) -> int:
@@ -150,12 +162,12 @@ def table_of(keys: Collection[str]) -> dict[str, list[str]]:
 
 
 def split_cell(cell: str) -> list[str]:
-    """Return the entries of a cell that lists several."""
+    """Return the entries of a table cell that lists several, separated by commas, without backticks."""
     return [entry.strip("`") for entry in cell.split(", ")]
 
 
 def anchors_of(document: str) -> set[str]:
-    """Return what a link into a document may name: explicit anchors, and its headings as GitHub and MkDocs write them."""
+    """Return all valid `#` targets of links into a document: explicit anchors, and headings as GitHub converts them."""
     headings = re.findall(r"^#+ (.+)$", text_of(document), re.MULTILINE)
     slugs = {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip()) for heading in headings}
     return slugs | set(re.findall(r'<a id="([^"]+)">', text_of(document)))

@@ -1,8 +1,8 @@
 """Start real ranks quickly: a server process imports everything once and forks each rank from itself.
 
-A rank that starts by itself spends seconds on imports; a forked one spends none. `Forks` is the client; run as a program,
-this file is the server. All ranks of a server have the same string hashes. A test of independence from set order starts
-fresh ranks (`launch.run_ranks`).
+A rank in a new Python process spends seconds on imports; a forked one spends none. `Forks` is the client. The server is this
+file, run as a program. All ranks of a server have the same string hashes. Tests whether results depend on the order of sets
+therefore start new processes instead (`launch.run_ranks` with `fresh`).
 """
 
 import importlib
@@ -25,11 +25,11 @@ GRACE = 4.0  # seconds that ranks get to notice that one of them is gone
 
 
 class ServerDiedError(RuntimeError):
-    """The server ended, so that no more ranks can start."""
+    """Raised when the server process has ended, so that no more ranks can be started."""
 
 
 class Forks:
-    """The server process; use as a context manager."""
+    """Starts a server process, and asks it to run ranks. `close` ends the server."""
 
     def __init__(self) -> None:
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -50,16 +50,19 @@ class Forks:
         meanwhile: Callable[[list[int]], None] | None = None,
         **spec: Any,
     ) -> list[int]:
-        """Run a worker with `spec` as ranks; return exit codes, the negative signal of a killed one.
+        """Run a worker (a module of tests/workers) as `world_size` ranks, wait for them, and return their exit codes.
 
-        The worker is the module of tests/workers that spec["worker"] names, forked_train.py by default. Output of rank N is
-        in folder/out-N.txt.
+        The exit code of a rank that was killed by signal N is -N. The other ranks are killed GRACE seconds after one failed.
 
         Args:
-            meanwhile: called with the ranks' process ids as soon as they have started.
+            folder: the output of rank N is written to out-N.txt in it. The worker gets it as spec["folder"].
+            world_size: number of ranks.
+            timeout: seconds after which ranks are killed.
+            meanwhile: called with the process ids of the ranks when they have started.
+            spec: passed to the worker's `main`. `worker` is the name of the module (default forked_train).
 
         Raises:
-            AssertionError: a rank outlives the time-out.
+            AssertionError: a rank did not end within `timeout`.
             ServerDiedError: the server has ended.
         """
         return self._ask(folder, world_size, timeout, GRACE, {"spec": {"folder": str(folder), **spec}}, meanwhile)
@@ -67,7 +70,10 @@ class Forks:
     def run_program(
         self, folder: Path, world_size: int, timeout: float, command: list[str], env: dict[str, str]
     ) -> list[int]:
-        """Run `python COMMAND` as ranks; `env` holds all but RANK and LOCAL_RANK. Return exit codes as `run` does."""
+        """Run `python COMMAND` as ranks; return exit codes and raise errors as `run` does.
+
+        `env`: environment of the ranks without RANK and LOCAL_RANK, which are added here.
+        """
         return self._ask(folder, world_size, timeout, timeout, {"command": command, "env": env})
 
     def _ask(
@@ -101,7 +107,7 @@ class Forks:
         return json.loads(line)
 
     def must(self, folder: Path, world_size: int, **spec: Any) -> None:
-        """Run and require that every rank succeeds."""
+        """Call `run`, and assert that every rank exits with code 0."""
         codes = self.run(folder, world_size, **spec)
         assert codes == [0] * world_size, f"exit codes {codes}:\n{output_of(folder, world_size)}"
 
@@ -120,12 +126,15 @@ def server() -> Forks:
 
 
 def output_of(folder: Path, world_size: int) -> str:
-    """Return what the ranks printed."""
+    """Return the last 3000 characters of the output of each rank that `Forks.run` started in `folder`."""
     return "\n".join(f"--- rank {r}\n" + (folder / f"out-{r}.txt").read_text()[-3000:] for r in range(world_size))
 
 
 def fork_rank(request: dict[str, Any], rank: int, port: int) -> int:
-    """Return the process id of the rank."""
+    """Fork the server; the child runs the worker or the program of `request` as `rank`. Return the child's process id.
+
+    `port`: MASTER_PORT of the ranks.
+    """
     pid = os.fork()
     if pid:
         return pid
@@ -157,7 +166,13 @@ def fork_rank(request: dict[str, Any], rank: int, port: int) -> int:
 
 
 def wait_for(pids: list[int], timeout: float, grace: float) -> dict[str, Any]:
-    """Wait for all ranks; after one fails, the others get `grace` seconds, as under a launcher."""
+    """Wait for the processes `pids` of all ranks. Runs in the server.
+
+    Ranks are killed after `timeout` seconds, or `grace` seconds after one of them failed, as launchers do.
+
+    Returns:
+        {"codes": exit code of each rank, "late": ranks that were still running at the time-out}.
+    """
     codes: dict[int, int] = {}
     began, late = time.monotonic(), []
     deadline, failed_at = began + timeout, None
@@ -181,7 +196,10 @@ def wait_for(pids: list[int], timeout: float, grace: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Serve requests, one per line, until the client closes the pipe."""
+    """Run the server until the client closes the pipe.
+
+    Each line of standard input is a request as JSON. Two lines answer it: the process ids of the ranks, and how they ended.
+    """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # only answers may reach the pipe
     import encodings.utf_8_sig  # noqa: F401 (a rank of another user may not read the standard library)

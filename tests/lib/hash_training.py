@@ -1,7 +1,8 @@
 """Train 20 steps of `emoji-tiny` on two ranks (ZeRO-2) and print a SHA-256 of weights, moments, average and gradient norms.
 
-Run it before and after a change that must not change numbers: `python tests/lib/hash_training.py [section.key=value ...]`.
-The hash depends on the machine and on the versions of torch and DeepSpeed: compare it, never store it. About a minute.
+Run `python tests/lib/hash_training.py [section.key=value ...]` before and after a change of the code that must not change
+numbers, and compare the two hashes. Do not store a hash, because it depends on the machine and on the versions of torch and
+DeepSpeed. A run takes about a minute.
 """
 
 import hashlib
@@ -31,7 +32,7 @@ def main(overrides: list[str]) -> None:
 
 
 def digest(run: Path) -> str:
-    """Return the hash of the newest checkpoint's tensors, by file and name, and of the logged gradient norms."""
+    """Return the SHA-256 of all tensors of the newest checkpoint in a run directory, and of the logged gradient norms."""
     sha = hashlib.sha256()
     newest = max((run / "checkpoints").glob("step-*"))
     for path in sorted(newest.glob("*.safetensors")):

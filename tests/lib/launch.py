@@ -1,4 +1,4 @@
-"""Start real ranks for a test, with a free port and a time-out, and end all of them."""
+"""Start real ranks (processes of torch.distributed) for a test, with a free port and a time-out, and end all of them."""
 
 import json
 import os
@@ -20,15 +20,18 @@ LONG = "RAPHAEL_LONG" in os.environ  # run all cases of tests of which `make tes
 
 
 def leave() -> None:
-    """Leave the process group together with the other ranks; its threads must not outlive the group at exit."""
+    """Wait for the other ranks, and destroy the process group.
+
+    Workers call this before they exit. Otherwise threads of the group are still running when the process ends.
+    """
     dist.barrier()
     dist.destroy_process_group()
 
 
 def rank_env(world_size: int, gpus: bool = False) -> dict[str, str]:
-    """Return the environment of a group of ranks on this host, for rank 0 until RANK and LOCAL_RANK are set.
+    """Return environment variables for `world_size` ranks on this host, with a free port.
 
-    They run on the CPU, also where there are GPUs, unless `gpus`.
+    RANK and LOCAL_RANK are 0; the caller replaces them for other ranks. GPUs are hidden from the ranks unless `gpus`.
     """
     return {
         **os.environ,
@@ -47,16 +50,20 @@ def rank_env(world_size: int, gpus: bool = False) -> dict[str, str]:
 def run_ranks(
     command: list[str], world_size: int, timeout: float = 240, exit_code: int = 0, *, fresh: bool = False, gpus: bool = False
 ) -> list[str]:
-    """Run `python COMMAND` as `world_size` ranks; return each rank's output.
+    """Run `python COMMAND` as `world_size` ranks; return the output of each rank.
 
     Args:
-        exit_code: expected from every rank.
-        fresh: start a new Python for each rank, with other string hashes, to test independence from set order. Without it,
-            ranks are forked from a process that has imported everything.
-        gpus: fresh ranks, on the GPUs.
+        command: program and arguments.
+        world_size: number of ranks.
+        timeout: seconds after which ranks are killed.
+        exit_code: code with which every rank must exit.
+        fresh: start a new Python process for each rank, and give it other string hashes. This shows whether results depend
+            on the order of sets. By default ranks are forked from a process that has imported everything.
+        gpus: run new processes as with `fresh`, and let them use the GPUs.
 
     Raises:
-        AssertionError: a rank exits with another code.
+        AssertionError: a rank exits with another code, or does not end in time.
+        subprocess.TimeoutExpired: a rank of `fresh` or `gpus` does not end in time.
     """
     env = rank_env(world_size, gpus)
     if fresh or gpus:
@@ -92,7 +99,7 @@ def _fresh_ranks(command: list[str], world_size: int, timeout: float, env: dict[
 
 
 def train_steps(folder: Path, world_size: int, **spec: Any) -> dict[str, Any]:
-    """Run tests/workers/train_steps.py; return its losses, norms and the complete parameters."""
+    """Run tests/workers/train_steps.py once with `spec`; return its results as `train_many` does."""
     return train_many(folder, world_size, [spec])[0]
 
 
@@ -105,7 +112,14 @@ def train_many(
     fresh: bool = False,
     gpus: bool = False,
 ) -> list[dict[str, Any]]:
-    """Run `train_steps` for several specs in the same processes; `fresh` and `gpus` as in `run_ranks`."""
+    """Train the tiny model with tests/workers/train_steps.py, for each of `specs` in turn in the same processes.
+
+    `folder`: for the results of the ranks. `timeout`, `fresh`, `gpus`: as in `run_ranks`.
+
+    Returns:
+        For each spec: losses and gradient norms by step, bytes that each rank sent, the complete tensors from the ranks'
+        parts (`put_together`), and "resumed": those at the start.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "spec.json").write_text(json.dumps(specs))
     out = str(folder / "out.pt")
@@ -128,7 +142,17 @@ def _read_steps(out: str, world_size: int) -> dict[str, Any]:
 
 
 def put_together(ranks: list[list[tuple]]) -> dict[str, Any]:
-    """Return the parameters and Adam moments put together from all ranks' fragments, and how many elements each has."""
+    """Join the parts of tensors that the ranks own to complete tensors.
+
+    `ranks`: for each rank its (parameter name, shape, index of the first element, {kind: elements}).
+
+    Returns:
+        "weights": flat fp32 weights by name, "moments": by kind and name, "covered": number of elements of all parts by
+        name. It is larger than that of the tensor if several ranks own the same elements.
+
+    Raises:
+        AssertionError: elements are missing.
+    """
     whole: dict[str, dict[str, torch.Tensor]] = {"master": {}, "exp_avg": {}, "exp_avg_sq": {}}
     covered: dict[str, int] = {}
     for name, shape, start, kinds in (fragment for fragments in ranks for fragment in fragments):

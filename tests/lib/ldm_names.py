@@ -1,4 +1,7 @@
-"""Names of Stable Diffusion 2's tensors in the original LDM code: the oracle of reading such files."""
+"""Names of Stable Diffusion 2's tensors in the original LDM code.
+
+Tests of reading such files compare with these names, which are written independently of the package.
+"""
 
 _RESNET = {
     "norm1": "in_layers.0",

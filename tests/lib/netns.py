@@ -1,7 +1,8 @@
-"""Machines on this host: network namespaces with an address each, joined by a bridge in a namespace of its own.
+"""Simulate nodes of a cluster on this host. A node is a network namespace with its own IP address. Requires root.
 
-No traffic leaves what a `Network` made. Links have a rate (tc tbf); relay.py gives them latency and loss. Names of
-namespaces hold the process id of their owner; the next network removes what a killed owner left.
+The nodes of a `Network` are joined by a bridge in a further namespace, and reach nothing else. The bandwidth of links is
+limited by `tc` (tbf); relay.py adds latency and loss. The name of a namespace contains the process id of the process that
+created it. If that process was killed, the next `Network` removes its namespaces.
 """
 
 import itertools
@@ -35,7 +36,7 @@ _networks = itertools.count()
 
 
 def missing() -> str | None:
-    """Return why no network can be made here, or None."""
+    """Return the reason why no `Network` can be created on this host; None if it can."""
     absent = [name for name in ("ip", "tc", "bridge", "nsenter", "unshare") if shutil.which(name, path=_PATH) is None]
     if absent:
         return f"{', '.join(absent)} not installed (Debian: iproute2 util-linux)"
@@ -51,13 +52,15 @@ def missing() -> str | None:
 
 @dataclass(frozen=True)
 class Link:
-    """The link of a node.
+    """The properties of the link between a node and the bridge.
 
     Attributes:
-        rate: Mbit/s each way; 0: no limit.
-        delay_ms, loss: of each frame that the node sends.
-        mtu: bytes of a frame without Ethernet's header.
-        whole: let the kernel pass many frames at once, which is faster; counters then miss headers.
+        rate: bandwidth in Mbit/s in each direction; 0: no limit.
+        delay_ms: latency that is added to each frame that the node sends.
+        loss: probability (0..1) that a frame that the node sends is lost.
+        mtu: largest size of a frame in bytes, without the Ethernet header.
+        whole: let the kernel pass many frames as one large frame, which is faster. The counters then have the headers of
+            large frames only, and so fewer bytes than a real network would carry.
     """
 
     rate: float = 0.0
@@ -69,7 +72,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Counters:
-    """Bytes and packets of an interface, with Ethernet's headers and without its checksums."""
+    """Bytes and packets that a node's network interface has sent and received, with Ethernet headers but no checksums."""
 
     sent: int
     sent_packets: int
@@ -81,12 +84,15 @@ class Counters:
 
     @property
     def payload(self) -> int:
-        """Bytes sent without headers, if all frames are of TCP."""
+        """Bytes sent without headers, under the assumption that all packets are TCP packets."""
         return self.sent - HEADERS * self.sent_packets
 
 
 class Network:
-    """Context manager: nodes with names node0, node1, ... and addresses 10.99.0.1, 10.99.0.2, ..."""
+    """A context manager that creates simulated nodes with these `links`, one for each, and removes them at the end.
+
+    Node i has the name node<i> and the address 10.99.0.<i + 1>. The argument `i` of the methods is the number of a node.
+    """
 
     def __init__(self, links: Sequence[Link]) -> None:
         self.links = list(links)
@@ -152,7 +158,7 @@ class Network:
     # ---- links and their faults --------------------------------------------------------------------------------------
 
     def set_rate(self, i: int, rate: float) -> None:
-        """Limit a node's link to so many Mbit/s each way; 0: no limit."""
+        """Set the bandwidth of a node's link to `rate` Mbit/s in each direction; 0: no limit."""
         for space, device in ((self._spaces[i], "eth0"), (self._hub, f"port{i}")):
             if rate:
                 room = max(64_000, int(rate * 1e6 / 8 * 0.05))  # 50 ms
@@ -163,20 +169,23 @@ class Network:
                 _run("tc", "-n", space, "qdisc", "delete", "dev", device, "root", check=False)
 
     def set_delay(self, i: int, delay_ms: float, loss: float = 0.0) -> None:
-        """Set what happens to the frames that a node sends. Its link must have been made with a delay or a loss."""
+        """Change the latency and the loss probability of frames that a node sends.
+
+        The link must have been created with a latency or a loss, because only then it has a relay.
+        """
         stdin = self._relays[i].stdin
         assert stdin is not None
         stdin.write(f"{delay_ms} {loss}\n".encode())
         stdin.flush()
 
     def set_link(self, i: int, state: Literal["up", "down"]) -> None:
-        """Pull the node's cable, or plug it in."""
+        """Disconnect a node from the network ("down"), or connect it again ("up"), as if its cable was unplugged."""
         ip("-n", self._hub, "link", "set", f"port{i}", state)
         if state == "up":
             self._wait_for_carrier(i)
 
     def cut(self, i: int, way: Literal["sends", "receives"], on: bool = True) -> None:
-        """Lose all frames that the node sends, or receives, without a sign to either end; `on` false: no more."""
+        """Drop all frames that a node sends, or that it receives. No side gets an error. `on` = False: stop doing it."""
         word, opposite = ("on", "off") if on else ("off", "on")
         flags = ("locked", word) if way == "sends" else ("flood", opposite, "mcast_flood", opposite, "bcast_flood", opposite)
         _run("bridge", "-n", self._hub, "link", "set", "dev", f"port{i}", "learning", opposite, *flags)
@@ -184,27 +193,27 @@ class Network:
         _run("bridge", "-n", self._hub, "fdb", "flush", "dev", "bridge", "dynamic", check=False)
 
     def drop_port(self, i: int, port: int) -> None:
-        """Ignore what other nodes send to a TCP port of this node, as a firewall does."""
+        """Drop all packets that other nodes send to the TCP port `port` of a node, as a firewall does."""
         ip("-n", self._spaces[i], "rule", "add", "pref", "10", "lookup", "local")
         ip("-n", self._spaces[i], "rule", "delete", "pref", "0")
         rule = ("iif", "eth0", "ipproto", "tcp", "dport", f"{port}", "blackhole")
         ip("-n", self._spaces[i], "rule", "add", "pref", "5", *rule)
 
     def drop_routes(self, i: int, others: Sequence[int]) -> None:
-        """Lose all that the node sends to some others, until `keep_routes`; the rest of the network is not affected."""
+        """Drop all packets that a node sends to the nodes with the numbers `others`, until `keep_routes` is called."""
         for other in others:
             ip("-n", self._spaces[i], "route", "add", "blackhole", self.addresses[other])
 
     def keep_routes(self, i: int) -> None:
-        """Undo `drop_routes`."""
+        """Undo `drop_routes` for a node."""
         ip("-n", self._spaces[i], "route", "flush", "type", "blackhole")
 
     def add_address(self, i: int, address: str) -> None:
-        """Give a node one more address, such as that of another node."""
+        """Give a node a further IP address, e.g. that of another node, to test duplicate addresses."""
         ip("-n", self._spaces[i], "address", "add", f"{address}/24", "dev", "eth0")
 
     def counters(self, i: int) -> Counters:
-        """Return what the node's interface has sent and received."""
+        """Return the bytes and packets that a node's interface has sent and received since the node was created."""
         stats = json.loads(ip("-s", "-j", "-n", self._spaces[i], "link", "show", "eth0"))[0]["stats64"]
         sent, received = stats["tx"], stats["rx"]
         return Counters(sent["bytes"], sent["packets"], received["bytes"], received["packets"])
@@ -212,18 +221,18 @@ class Network:
     # ---- processes -----------------------------------------------------------------------------------------------------
 
     def command(self, i: int, command: Sequence[str]) -> list[str]:
-        """Return the command line that runs a command on a node, with the node's host name."""
+        """Return the command line that runs `command` in a node's namespace, with the node's host name and /etc/hosts."""
         # Unlike `ip netns exec`, this keeps /sys, in which slurmd looks for cgroups.
         enter = ["nsenter", f"--net=/run/netns/{self._spaces[i]}", "unshare", "--mount", "--uts", "sh", "-c"]
         setup = 'mount --bind "$0" /etc/hosts && hostname "$1" && shift && exec "$@"'
         return [*enter, setup, str(_HOSTS / self._spaces[i] / "hosts"), self.names[i], *command]
 
     def space(self, i: int) -> str:
-        """Return the name of a node's namespace, for `relay.enter`."""
+        """Return the name of a node's network namespace, as `relay.enter` requires it."""
         return self._spaces[i]
 
     def socket(self, i: int, kind: int = socket.SOCK_STREAM) -> socket.socket:
-        """Return a socket of a node in this process."""
+        """Return a socket that belongs to a node's network, although this process does not. `kind`: type of the socket."""
         with ThreadPoolExecutor(1) as pool:  # a namespace belongs to a thread, and to the sockets that it opens
             pool.submit(enter, self._spaces[i]).result()
             opened = pool.submit(socket.socket, socket.AF_INET, kind).result()
@@ -231,7 +240,10 @@ class Network:
         return opened
 
     def rank_envs(self, per_node: int = 1, nodes: int | None = None) -> list[dict[str, str]]:
-        """Return the environment of each rank: `per_node` consecutive ones on each of the first `nodes` nodes, or on all."""
+        """Return the environment variables of each rank of a run.
+
+        Each of the first `nodes` nodes (None: each node) has `per_node` ranks with consecutive numbers.
+        """
         world = (nodes or len(self.links)) * per_node
         shared = {"MASTER_ADDR": self.names[0], "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "eth0"}
         base = {**rank_env(world), **shared, "LOCAL_WORLD_SIZE": str(per_node)}
@@ -240,7 +252,10 @@ class Network:
     def start_ranks(
         self, command: Sequence[str], per_node: int = 1, nodes: int | None = None, **env: str
     ) -> list[subprocess.Popen[str]]:
-        """Start `python COMMAND` as ranks, as `rank_envs` describes. End them with `finish` or `kill`."""
+        """Start `python COMMAND` as ranks on the nodes, distributed as `rank_envs` describes; return their processes.
+
+        `env`: further environment variables. The caller must end the processes with `finish` or `kill`.
+        """
         return [
             subprocess.Popen(
                 self.command(rank // per_node, [sys.executable, *command]),
@@ -255,7 +270,7 @@ class Network:
 
 
 def finish(ranks: Sequence[subprocess.Popen[str]], timeout: float) -> tuple[list[int], list[str]]:
-    """Wait for processes and return their exit codes and outputs. Those that outlive the time-out are killed."""
+    """Wait for the processes of `start_ranks`, kill them after `timeout` seconds; return their exit codes and outputs."""
     deadline, outputs = time.monotonic() + timeout, []
     for process in ranks:
         try:
@@ -267,7 +282,7 @@ def finish(ranks: Sequence[subprocess.Popen[str]], timeout: float) -> tuple[list
 
 
 def ip(*arguments: str) -> str:
-    """Run `ip` and return its output."""
+    """Run the command `ip` with these arguments; return its output. AssertionError: it failed."""
     return _run(_IP, *arguments)
 
 
@@ -278,12 +293,12 @@ def _run(*command: str, check: bool = True) -> str:
 
 
 def spaces() -> list[str]:
-    """Return the namespaces that networks have made and not removed."""
+    """Return the names of all namespaces on this host that a `Network` of any process created and has not removed."""
     return [name for name in (line.split()[0] for line in ip("netns", "list").splitlines() if line) if _NAME.match(name)]
 
 
 def sweep() -> None:
-    """Remove the namespaces of owners that exist no more."""
+    """Remove the namespaces of processes that have ended without removing them."""
     for name in spaces():
         owner = _NAME.match(name)
         if owner and not alive(int(owner[1])):
@@ -291,7 +306,7 @@ def sweep() -> None:
 
 
 def _remove(space: str) -> None:
-    """Kill the processes of a namespace and delete it, if it exists."""
+    """Kill all processes in the namespace `space` and delete it. Do nothing if it does not exist."""
     if space in spaces():
         for pid in ip("netns", "pids", space).split():
             with suppress(ProcessLookupError):

@@ -1,4 +1,4 @@
-"""Encoders in the formats in which they are published, with tiny random weights."""
+"""Write VAEs and text encoders with tiny random weights, in the file formats in which real ones are published."""
 
 import json
 import shutil
@@ -57,7 +57,10 @@ VAES: dict[str, Callable[[], Any]] = {
 
 
 def save_vae(folder: Path, name: str) -> Path:
-    """Write a VAE of VAES. SD's has the few fields and old attention names of the first release of diffusers."""
+    """Write the VAE `name` of VAES as a diffusers folder; return `folder`.
+
+    "sd" is written as Stable Diffusion's first release: config.json has few fields, and attention weights have old names.
+    """
     torch.manual_seed(0)
     model = VAES[name]()
     with torch.no_grad():  # larger weights, so that latents vary as those of a trained VAE
@@ -170,7 +173,7 @@ TEXTS: dict[str, Callable[[Path, str], None]] = {
 
 
 def save_text(folder: Path, name: str, side: str = "right") -> Path:
-    """Write a text encoder of TEXTS whose tokenizer pads on `side`."""
+    """Write the text encoder `name` of TEXTS and its tokenizer, which pads on `side` ("left" or "right"); return `folder`."""
     torch.manual_seed(1)
     TEXTS[name](folder, side)
     return folder
@@ -182,7 +185,14 @@ FORMS = ("safetensors", "fp16", "sharded", "sharded fp16", "bin", "sharded bin",
 
 
 def save_as(source: Path, target: Path, form: str, stems: tuple[str, str]) -> Path:
-    """Write the model of `source`, one safetensors file, in another file format of FORMS."""
+    """Copy a model folder whose weights are one safetensors file, and store the weights in the file format `form` of FORMS.
+
+    Args:
+        source: the folder to copy.
+        target: the new folder, which is also returned.
+        form: one of FORMS.
+        stems: names of the weight files without suffix: in safetensors format, and in PyTorch's .bin format.
+    """
     shutil.copytree(source, target)
     whole = target / f"{stems[0]}.safetensors"
     tensors = load_file(whole)

@@ -1,4 +1,7 @@
-"""Run directories with planted properties, for the report and the doctor: what a healthy run leaves, with changes."""
+"""Write run directories without training, for tests of the report and of the doctor.
+
+They look like those of a healthy run, except for problems that the test asks for.
+"""
 
 import base64
 import io
@@ -20,7 +23,7 @@ Tag = Callable[[int], float]  # a value by the number of its line
 
 
 def healthy() -> dict[str, Tag]:
-    """Return the metrics of a run without any problem."""
+    """Return the metrics of a run without problems: by name, a function from the number of a log line to the value."""
     tags: dict[str, Tag] = {
         "train/loss": lambda i: 0.3 + 0.7 * 0.8**i,
         "train/loss_edge": lambda i: 0.02,
@@ -53,14 +56,15 @@ def plant(
     grids: int = 2,
     complete: bool = True,
 ) -> Path:
-    """Write a run directory.
+    """Write a run directory without training; return `folder`.
 
     Args:
-        tags: metrics in place of the healthy ones.
-        log: (minute, level, text) of further log lines.
-        options: of the configuration, by `section.key`.
-        grids: number of sample grids with routes.
-        complete: whether the log ends with the line of a complete run.
+        folder: the run directory.
+        tags: metrics that replace those of `healthy`, or are added to them.
+        log: further log lines, each as (minutes after the start, level, text).
+        options: values of the configuration that differ from `emoji-tiny`, by `section.key`.
+        grids: number of sample grids to write, each with the routes of its words through the experts.
+        complete: whether the last log line states that the run is complete.
     """
     (folder / "samples").mkdir(parents=True)
     (folder / "logs").mkdir()
@@ -93,7 +97,7 @@ def log_line(minute: float, level: str, text: str) -> str:
 
 
 def routes() -> dict[str, Any]:
-    """Return routes of two words through four blocks, as `analysis.report.trace_values` does."""
+    """Return the space experts of two words in four blocks, in the format of `analysis.report.trace_values`."""
     file = io.BytesIO()
     Image.new("RGB", (16, 16), "red").save(file, "JPEG")
     return {

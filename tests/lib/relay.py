@@ -1,7 +1,9 @@
-"""A program that carries the frames of a node's link with a delay and losses, for kernels without `netem`.
+"""A program that adds latency and loss to the link of a simulated node (netns.py). It does not need the kernel's `netem`.
 
-Usage: relay.py NODE HUB PORT; the first two are network namespaces. Each line of standard input is the delay in ms and the
-share of lost frames among those that the node sends. Frames to the node pass at once. The relay ends with its input.
+Usage: relay.py NODE HUB PORT. NODE and HUB are network namespaces: that of the node, and that of the bridge. PORT is the
+name of the node's network device in HUB. The program forwards frames between the two namespaces. Each line of its standard
+input sets latency (ms) and loss probability of frames that the node sends. Frames to the node are forwarded at once. The
+program ends when its input ends.
 """
 
 import ctypes
@@ -20,7 +22,7 @@ _TUNSETIFF, _TAP_WITHOUT_HEADER, _CLONE_NEWNET = 0x400454CA, 0x1002, 0x40000000
 
 
 def enter(space: str) -> None:
-    """Move this thread into a network namespace."""
+    """Move this thread into the network namespace `space`. OSError: it does not exist, or this process may not do it."""
     descriptor = os.open(f"/run/netns/{space}", os.O_RDONLY)
     failed = ctypes.CDLL(None, use_errno=True).setns(descriptor, _CLONE_NEWNET)
     os.close(descriptor)
@@ -29,7 +31,10 @@ def enter(space: str) -> None:
 
 
 def open_tap(space: str, name: str) -> int:
-    """Create a tap device in a namespace, which exists as long as the returned descriptor is open."""
+    """Create the tap device `name` in the network namespace `space`; return its file descriptor.
+
+    The device exists as long as the descriptor is open. Its frames are read and written through the descriptor.
+    """
     enter(space)
     tap = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
     ioctl(tap, _TUNSETIFF, struct.pack("16sH14x", name.encode(), _TAP_WITHOUT_HEADER))
@@ -37,7 +42,7 @@ def open_tap(space: str, name: str) -> int:
 
 
 def relay(node: str, hub: str, port: str) -> None:
-    """Carry frames between eth0 of the node and a port of the hub's bridge."""
+    """Forward frames between device eth0 in the namespace `node` and device `port` in `hub`, until standard input ends."""
     inner, outer = open_tap(node, "eth0"), open_tap(hub, port)
     print("ready", flush=True)
     waiting: deque[tuple[float, bytes]] = deque()
@@ -60,7 +65,7 @@ def relay(node: str, hub: str, port: str) -> None:
 
 
 def frames(tap: int) -> list[bytes]:
-    """Return the frames that the kernel holds for this end, at most 64."""
+    """Read the frames that wait at the tap device with the descriptor `tap`; return at most 64 of them."""
     held = []
     with suppress(OSError):  # none is left, or the device is down
         for _ in itertools.repeat(None, 64):
@@ -69,7 +74,7 @@ def frames(tap: int) -> list[bytes]:
 
 
 def send(tap: int, frame: bytes) -> None:
-    """Hand a frame to the kernel, which loses it where the device is down."""
+    """Write a frame to the tap device with the descriptor `tap`. The frame is lost if the device is down."""
     with suppress(OSError):
         os.write(tap, frame)
 

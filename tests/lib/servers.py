@@ -1,4 +1,4 @@
-"""Servers for tests: files over HTTP, hub and bucket APIs, S3 by moto, and faults in their answers."""
+"""Servers of data for tests: HTTP, Hugging Face hub, Google Cloud Storage and S3 (moto), with faults on request."""
 
 import hashlib
 import http.client
@@ -25,15 +25,19 @@ RANGES = {"other bytes": "bytes 1-9/*", "other size": "bytes 0-9/10"}  # Content
 
 @dataclass
 class Faults:
-    """Faults of a server: "429" (wait a second), "500", "503", "cut" (half of the body), "slow", "trickle" (1.5 MiB/s),
-    "endless", "packed" (falsely declared as gzip), or one of REDIRECTS and RANGES.
+    """The faults of a server, which a test chooses in the first four fields. The server fills the other fields.
+
+    A fault is "429", "500", "503" (status codes), "cut" (half of the body), "slow" (SLOW_S seconds late), "trickle"
+    (1.5 MiB/s), "endless" (body without end), "packed" (falsely declared as gzip), or a key of REDIRECTS or RANGES.
 
     Attributes:
-        of, heads: the faults of the next GETs and HEADs of a file, by its name.
-        every, kinds: every `every`-th GET of a byte range gets the next of `kinds`.
-        asked: names of the files requested by GET.
-        injected: number of faults so far.
-        sent: bytes of endless bodies.
+        of: by file name, the faults of the next GET requests of the file, in order.
+        heads: the same for HEAD requests.
+        every: each `every`-th GET request of a byte range gets a fault; 0: none does.
+        kinds: the faults for `every`, which take turns.
+        asked: names of the files that clients requested by GET.
+        injected: number of GET requests that were answered with a fault.
+        sent: bytes of "endless" bodies that were sent.
     """
 
     of: dict[str, list[str]] = field(default_factory=dict)
@@ -67,7 +71,7 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None: ...
 
     def answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
-        """Send an answer, or a fault instead."""
+        """Answer the request with this status, headers and body, or with the fault that is due for it."""
         is_head = self.command == "HEAD"
         fault = self.faults.next(self.path, "Range" in self.headers, is_head) if is_head or self.command == "GET" else None
         if fault is not None and fault.isdigit():
@@ -146,7 +150,7 @@ def _send_file(handler: _Handler, path: Path, knows_ranges: bool = True, marks: 
 
 
 class _Hub(_Handler):
-    """The part of the huggingface.co API that reading a data set uses: its description, files and byte ranges."""
+    """Answers the requests of the huggingface.co API that are needed to read a data set: its description and its files."""
 
     folder: Path
     repo: str
@@ -178,7 +182,7 @@ class _Hub(_Handler):
 
 
 class _Bucket(_Handler):
-    """The part of the Google Cloud Storage API that reading a bucket uses: its objects and byte ranges."""
+    """Answers the requests of the Google Cloud Storage API that are needed to read a bucket: its list and its objects."""
 
     folder: Path
     bucket: str
@@ -222,12 +226,15 @@ class _Quiet(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, *_: Any) -> None:
-        """Ignore broken pipes of clients that disconnect."""
+        """Print no traceback when a client disconnects."""
 
 
 @contextmanager
 def _serving(handler: type[_Handler], listener: socket.socket | None = None) -> Iterator[int]:
-    """Serve on this host or, with a `listener`, at the node of a network to which this socket belongs; yield the port."""
+    """Run an HTTP server whose requests `handler` answers; yield its port.
+
+    `listener`: an unbound socket of a simulated node (`Network.socket`), at which the server listens instead of 127.0.0.1.
+    """
     server = _Quiet(("127.0.0.1", 0), handler, bind_and_activate=False)
     if listener is not None:
         server.socket.close()
@@ -251,7 +258,10 @@ def http_files(
     marks: bool = True,
     listener: socket.socket | None = None,
 ) -> Iterator[str]:
-    """Serve a folder; yield the address. marks: send ETag and Last-Modified. listener: see `_serving`."""
+    """Serve the files of `folder` over HTTP; yield the address. `listener`: as in `_serving`.
+
+    `knows_ranges`: whether the server supports byte ranges. `marks`: whether it sends ETag and Last-Modified.
+    """
     about = {"folder": folder, "faults": faults or Faults(), "knows_ranges": knows_ranges, "marks": marks}
     with _serving(type("Files", (_Files,), about), listener) as port:
         yield f"http://127.0.0.1:{port}"
@@ -261,7 +271,7 @@ def http_files(
 def hf_dataset(
     folder: Path, repo: str = "me/pictures", faults: Faults | None = None, knows_ranges: bool = True
 ) -> Iterator[str]:
-    """Serve a folder's files as a data set of the Hugging Face hub, to clients in this process; yield its address, hf://..."""
+    """Serve the files of `folder` as the Hugging Face data set `repo` to clients in this process; yield hf://datasets/REPO."""
     from huggingface_hub import HfFileSystem, constants
 
     before = constants.ENDPOINT, constants.HUGGINGFACE_CO_URL_TEMPLATE  # HF_ENDPOINT, as it was when they were imported
@@ -279,7 +289,7 @@ def hf_dataset(
 
 @contextmanager
 def gcs_bucket(folder: Path, bucket: str = "pictures", faults: Faults | None = None) -> Iterator[str]:
-    """Serve a folder's files as a bucket of Google Cloud Storage, to clients in this process; yield its address, gs://..."""
+    """Serve the files of `folder` as a Google Cloud Storage bucket to clients in this process; yield gs://BUCKET."""
     before = dict(os.environ)
     os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # which asks over gRPC, with TLS, what kind of bucket it is
     from gcsfs import GCSFileSystem
@@ -303,9 +313,9 @@ def s3_bucket(
     knows_ranges: bool = True,
     listener: socket.socket | None = None,
 ) -> Iterator[dict[str, str]]:
-    """Serve files as a bucket of an S3 server; yield the environment that its clients need, which is set here as well.
+    """Serve `files` as an S3 bucket; yield the environment variables that clients need. This process gets them, too.
 
-    listener: see `_serving`.
+    `knows_ranges`, `listener`: as in `http_files`.
     """
     import boto3
     from moto.server import ThreadedMotoServer

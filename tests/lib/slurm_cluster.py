@@ -1,7 +1,8 @@
-"""A real Slurm on this host: munged, slurmctld and several slurmd with their own ports and folders.
+"""Run a real Slurm cluster on this host: munged, slurmctld and several slurmd with their own ports and folders.
 
-All nodes have the address of this host or, with a `Network`, each its own. Names of folders hold the process id of their
-owner; the next cluster ends and removes what a killed owner left.
+All nodes have the address of this host. With a `Network` (netns.py) each node has its own address. The name of a cluster's
+folder contains the process id of the process that created it. If that process was killed, the next `Cluster` ends its
+daemons and removes its folder.
 """
 
 import os
@@ -60,18 +61,21 @@ FirstJobId={first_job}
 
 
 def missing() -> str | None:
-    """Return why no Slurm can run here, or None."""
+    """Return the reason why no Slurm can run on this host (programs that are not installed); None if it can."""
     absent = [name for name in PROGRAMS if program(name) is None]
     return f"{', '.join(absent)} not installed (Debian: slurmctld slurmd munge slurm-client)" if absent else None
 
 
 def program(name: str) -> str | None:
-    """Return the path of a program; daemons are often outside PATH."""
+    """Return the path of a program, or None. /usr/sbin and /sbin are searched as well, since daemons are there."""
     return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 
 
 def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
-    """Poll until `condition()` is true and return its value. AssertionError, with `what`, when it stays false."""
+    """Call `condition` until its value is true; return the value.
+
+    Raises AssertionError after `seconds`. `what` names in its message what was waited for.
+    """
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"no {what} within {seconds:.0f} s"
@@ -80,7 +84,7 @@ def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
 
 
 def sweep() -> None:
-    """End the processes and remove the folders of clusters whose owners exist no more."""
+    """End the daemons and remove the folders of clusters whose creating process has ended without doing it."""
     for folder in Path(tempfile.gettempdir()).glob("slurm-*-*"):
         owner = folder.name.split("-")[1]
         if owner.isdigit() and not alive(int(owner)):
@@ -91,7 +95,7 @@ def sweep() -> None:
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:
-    """Return the daemons of the cluster with this folder, and the processes of its jobs."""
+    """Return all processes of the cluster in `folder`: its daemons and its jobs. They have SLURM_CONF in common."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
@@ -101,20 +105,20 @@ def processes_of(folder: Path) -> list[psutil.Process]:
 
 
 class Cluster:
-    """Context manager: a controller and nodes with four CPUs each, all ended on exit.
+    """A context manager that runs a Slurm controller and nodes with four CPUs each, and ends them with all jobs.
 
     Attributes:
-        nodes: names of the nodes: n1, n2, ..., or those of the network.
+        nodes: names of the nodes: n1, n2, ..., or those in the network.
         folder: configuration, state and logs of the daemons.
     """
 
     def __init__(self, num_nodes: int = 4, network: Network | None = None, slurmd_timeout: int = 10) -> None:
-        """Create the cluster.
+        """Prepare the cluster. Its daemons start when the `with` block is entered.
 
         Args:
-            num_nodes: number of nodes with slurmd, all on this host; not used with a network.
-            network: Nodes of network namespaces. The last one has the controller, and each other one a slurmd.
-            slurmd_timeout: seconds after which a node that does not answer is down.
+            num_nodes: number of nodes; not used with `network`.
+            network: simulated nodes. The last one runs the controller, each other one is a node of the cluster.
+            slurmd_timeout: seconds after which the controller marks a node that does not answer as down.
         """
         sweep()
         self.network, self._timeout = network, slurmd_timeout
@@ -171,7 +175,7 @@ class Cluster:
         wait_for(lambda: self.states().count("idle") == len(self.nodes), 60, "idle nodes")
 
     def start_node(self, node: str) -> None:
-        """Start the node's slurmd."""
+        """Start the daemon slurmd of the node with this name."""
         self._launch("slurmd", "-D", "-N", node, name=node)
 
     def _launch(self, command: str, *arguments: str, name: str | None = None) -> None:
@@ -183,13 +187,16 @@ class Cluster:
         )
 
     def _on_node(self, name: str | None, command: Sequence[str]) -> Sequence[str]:
-        """Return the command line that runs a command on a node; None: on the node of the controller."""
+        """Return the command line that runs `command` on the node `name`. None: on the machine of the controller."""
         if self.network is None:
             return command
         return self.network.command(-1 if name is None else self.nodes.index(name), command)
 
     def stop(self, name: str, number: signal.Signals = signal.SIGTERM) -> None:
-        """Send a signal to a daemon ("slurmctld" or a node's name) and wait for its end."""
+        """Send the signal `number` to a daemon and wait until it ends; kill it after 20 seconds.
+
+        `name`: "munged", "slurmctld", or the name of a node for its slurmd.
+        """
         daemon = self._daemons.pop(name)
         daemon.send_signal(number)
         try:
@@ -199,30 +206,36 @@ class Cluster:
             daemon.wait()
 
     def run(self, *command: str, check: bool = True, env: dict[str, str] | None = None, cwd: Path | None = None) -> str:
-        """Run a Slurm command and return its output. AssertionError when it fails."""
+        """Run a Slurm command such as `sinfo` on the machine of the controller; return its standard output.
+
+        Raises AssertionError if it fails and `check` is true. `env`: further environment variables. `cwd`: its folder.
+        """
         words, env = self._on_node(None, command), {**self.env, **(env or {})}
         done = subprocess.run(words, env=env, cwd=cwd, capture_output=True, text=True, timeout=60)
         assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 
     def cancel_all(self, *options: str) -> list[str]:
-        """Cancel every job, with options of scancel, and return those there were."""
+        """Cancel all jobs by `scancel` with these options; return the numbers of the jobs."""
         jobs = self.run("squeue", "-h", "-o", "%A", check=False).split()
         for job in jobs:
             self.run("scancel", *options, job, check=False)
         return jobs
 
     def states(self) -> list[str]:
-        """Return the state of every node."""
+        """Return the state of each node as sinfo prints it, e.g. "idle"."""
         return self.run("sinfo", "-h", "-N", "-o", "%T", check=False).split()
 
     def job(self, number: str) -> dict[str, str]:
-        """Return the fields that scontrol shows of a job."""
+        """Return the fields that `scontrol show job` prints of the job `number`; empty if there is no such job."""
         words = self.run("scontrol", "-o", "show", "job", number, check=False).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait_job(self, number: str, *states: str, seconds: float = 240) -> dict[str, str]:
-        """Wait until a job is in one of `states` (by default: until it has ended) and return what scontrol shows of it."""
+        """Wait until a job is in one of `states` (default: until it has ended); return its fields as `job` does.
+
+        `number`: the job. Raises AssertionError after `seconds`.
+        """
         expected = states or ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         wait_for(
             lambda: self.job(number).get("JobState") in expected, seconds, f"job {number} to be {' or '.join(expected)}"

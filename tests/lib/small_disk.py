@@ -1,4 +1,4 @@
-"""File systems that fill up for real."""
+"""A small file system, for tests of what happens when a disk is full."""
 
 import subprocess
 from collections.abc import Iterator
@@ -10,7 +10,10 @@ import pytest
 
 @contextmanager
 def small_disk(folder: Path, num_bytes: int) -> Iterator[Path]:
-    """Mount a file system of that size as `folder`; skip the test where that is not allowed."""
+    """Return a context manager in which `folder`, which must not exist, is a file system (tmpfs) of `num_bytes`.
+
+    Skips the test if this process may not mount file systems.
+    """
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "none", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)

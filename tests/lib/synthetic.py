@@ -1,4 +1,7 @@
-"""A tiny model and synthetic batches that depend only on sample positions, for tests without a data set."""
+"""A tiny model and synthetic batches, for tests without a data set.
+
+The numbers of a sample depend only on its position in the sample order, not on the number of ranks or the micro-batch size.
+"""
 
 from collections.abc import Sequence
 
@@ -35,7 +38,7 @@ TREE = {
 
 
 def tiny_config(**sections: dict) -> Config:
-    """Return the tiny configuration with some sections' keys replaced."""
+    """Return the configuration of the tiny model (TREE). `sections`: {key: value} by section, to replace its values."""
     names = set(TREE) | set(sections)
     return config_from_tree({name: {**TREE.get(name, {}), **sections.get(name, {})} for name in names})
 
@@ -43,9 +46,14 @@ def tiny_config(**sections: dict) -> Config:
 def synthetic_batch(
     config: Config, slots: Sequence[tuple[int, float]], num_blocks: int, last_experts_until: int | None = None
 ) -> Batch:
-    """Return the batch of (position, weight) slots; every number is a function of the position.
+    """Return a batch whose samples are random numbers that depend only on the position of each sample.
 
-    Positions from `last_experts_until` on never use the last expert of a layer (None: all may).
+    Args:
+        config: configuration of the model.
+        slots: for each sample of the batch, its position in the sample order and its weight in the loss.
+        num_blocks: number of transformer blocks of the model.
+        last_experts_until: samples at this position and later ones are never routed to the last expert of a layer. Tests
+            of experts without samples use this. None: no such limit.
     """
 
     def draw(what: int, *shape: int) -> torch.Tensor:
@@ -74,7 +82,10 @@ def synthetic_batch(
 
 
 def adapted_model(config: Config) -> RaphaelUNet:
-    """Return a frozen model with random weights and an adapter or control that already changes its output."""
+    """Return a frozen model with random weights, and a trainable LoRA adapter or ControlNet as configured.
+
+    The adapter has random weights as well. With its usual initial values it would not change the model's output.
+    """
     torch.manual_seed(config.run.seed)
     model = RaphaelUNet(config)
     if config.control.enabled:
@@ -89,6 +100,6 @@ def adapted_model(config: Config) -> RaphaelUNet:
 
 
 def plain_fragments(model: torch.nn.Module) -> Fragments:
-    """Return the fragments of a model in this process, without DeepSpeed."""
+    """Return the weights of `model` as the `Fragments` that checkpoints are made of, for one process without DeepSpeed."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     return Fragments(model, Zero0(optimizer, model, world_size=1), optimizer)
