@@ -21,10 +21,11 @@ _ALIGNMENT = 64  # bytes; kernels read vectors of up to 16 bytes
 class Batch:
     """A micro-batch with all of its random numbers. Floating-point tensors are float32.
 
-    In shapes: B samples, C latent channels, h and w latent size, Y text tokens of width D, Hs and Ws size of small images.
+    Letters in shapes: B samples, C latent channels, h and w height and width of the latents, Y text tokens of width D, Hs
+    and Ws height and width of the small images.
 
     Attributes:
-        position: int64 [B], number of each sample in the order of training. It counts on from one epoch to the next.
+        position: int64 [B], number of each sample in the order of training, counted through all epochs.
         weight: [B], weight of each sample in the loss: 1, or 0 if it only pads the micro-batch.
         x0, noise: clean latents, and the Gaussian noise to add to them, [B, C, h, w].
         timestep: int64 [B], diffusion timestep of each sample.
@@ -54,7 +55,7 @@ class Batch:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def pack(self) -> "Batch":
-        """Return a copy of the batch whose CPU tensors lie in one block of pinned memory.
+        """Return a copy of the batch whose CPU tensors lie in one block of pinned memory (the attribute `memory`).
 
         `to` can then copy all of them to a GPU at once, without making the host wait. Tensors on a GPU stay there.
         """
@@ -93,7 +94,7 @@ class Batch:
     def scale_gate_noise(self, deviation: float) -> None:
         """Multiply the noise for the gates' logits (`gate_noise`), which has a standard deviation of 1, by `deviation`.
 
-        The batch is changed in place. Nothing happens if it has no such noise.
+        The batch is changed in place. Nothing happens if `gate_noise` is None.
         """
         if self.gate_noise is not None:
             self.gate_noise = GateNoise(*torch._foreach_mul(self.gate_noise, deviation))

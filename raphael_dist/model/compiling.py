@@ -1,9 +1,9 @@
 """`train.compile`: applies torch.compile to the parts of the U-Net whose computation graph does not depend on the data.
 
-These are the residual blocks (GroupNorm and SiLU become one kernel) and the activations of the experts. The rest of a
-transformer block depends on the number of tokens per expert, exchanges tokens with other ranks, or is a single kernel
-already (attention). Parts are compiled in place, so parameters keep their names. Activation recomputation is applied around
-compiled parts, never inside them.
+The compiled parts are the residual blocks (GroupNorm and SiLU become one kernel) and the activations of the experts. The
+rest of a transformer block depends on the number of tokens per expert, exchanges tokens with other ranks, or is a single
+kernel already (attention). Parts are compiled in place, so parameters keep their names. Activation recomputation is applied
+around compiled parts, never inside them.
 """
 
 import os
@@ -23,14 +23,14 @@ _MAX_GRAPHS = 512
 
 
 def compile_parts(model: nn.Module, device: torch.device, dynamic: bool) -> None:
-    """Compile the residual blocks and the expert activations of `model` in place. Each is compiled when it first runs.
+    """Compile the residual blocks and the expert activations of `model` in place. Each part is compiled when it first runs.
 
     Args:
         model: the U-Net.
         device: the device that the model runs on.
-        dynamic: compile one graph for all tensor sizes. Required if sizes change within a run (several image sizes, expert
-            parallelism). With False, torch could then compile another graph between a forward pass and its recomputation
-            in the backward pass, and the two would save different tensors.
+        dynamic: whether one graph is compiled for all tensor sizes. It must be True if sizes change within a run (several
+            image sizes, expert parallelism). With False, torch could then compile another graph between a forward pass and
+            its recomputation in the backward pass, and the two passes would save different tensors.
 
     Raises:
         UserError: there is no compiler for `device`.
@@ -49,8 +49,8 @@ def compile_parts(model: nn.Module, device: torch.device, dynamic: bool) -> None
 def uncompiled() -> AbstractContextManager[object]:
     """Return a context manager inside which parts compiled by torch.compile run uncompiled.
 
-    Tools that intercept single operations, such as FLOP counters, require it. Without it, torch notices such a tool, runs
-    the compiled part uncompiled, and never compiles it again.
+    Tools that intercept single operations, such as FLOP counters, require this context. Without it, torch notices such a
+    tool, runs the compiled part uncompiled, and never compiles it again.
     """
     context: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
     return context

@@ -1,4 +1,4 @@
-"""ControlNet (arXiv 2302.05543; RAPHAEL, Fig. 7): a frozen U-Net and a trained copy of its encoder that reads an edge map.
+"""ControlNet (arXiv 2302.05543; RAPHAEL, Fig. 7): a frozen U-Net, and a trained copy of its encoder that reads an edge map.
 
 The outputs of the copy are added to the U-Net's skip connections and middle block through convolutions that start at zero,
 so the model's output is unchanged at first. Parameter names are those of diffusers' ControlNetModel. Experts and gates are
@@ -31,7 +31,7 @@ class ControlNet(RaphaelUNet):
     """
 
     def __init__(self, config: "Config") -> None:
-        """Build the ControlNet for a U-Net that has the configuration `config`. Modules that predict edges are left out."""
+        """Build the ControlNet for a U-Net with the configuration `config`. It has no modules that predict edges."""
         super().__init__(config, with_edges=False)
         del self.up_blocks, self.conv_norm_out, self.conv_out
         levels = cast(list[UNetLevel], [*self.down_blocks, self.mid_block])

@@ -75,7 +75,7 @@ def uncompiled(model: Any) -> Any:
 
 
 class _Wrapper(ModelMixin, ConfigMixin):
-    """Base class that wraps a network of this package as a model of diffusers, which can load, save and offload it."""
+    """Base class that wraps a network of this package as a model of diffusers, so that it can be loaded and saved as one."""
 
     # Layers whose dtype is read outside of their own forward pass.
     _skip_layerwise_casting_patterns = ["norm", "gates", "conv_in", "edge"]  # noqa: RUF012 (diffusers' name and type)
@@ -117,11 +117,13 @@ class _Wrapper(ModelMixin, ConfigMixin):
             in_channels: channels of the latents, plus those of the small image for super-resolution.
             out_channels: channels of the latents.
             block_out_channels: width of each level, outermost first.
-            down_block_types: for each level of the encoder; names with "CrossAttn" have transformer blocks.
-            up_block_types: for each level of the decoder, innermost first.
+            down_block_types: diffusers' name for each level of the encoder, outermost first. A level has transformer blocks
+                if its name starts with "CrossAttn".
+            up_block_types: the same for each level of the decoder, innermost first. It is stored but not used: the decoder
+                has transformer blocks on the same levels as the encoder.
             layers_per_block: residual blocks of each level of the encoder.
             cross_attention_dim: width of the text tokens.
-            attention_head_dim: number of heads of each level, as in the files of Stable Diffusion 2.
+            attention_head_dim: number (not width) of the attention heads of each level, as in Stable Diffusion 2's files.
             norm_num_groups: groups of each GroupNorm.
             act_fn: activation of the residual blocks; always "silu".
             use_linear_projection: always True, as in Stable Diffusion 2.
@@ -134,8 +136,8 @@ class _Wrapper(ModelMixin, ConfigMixin):
                 timesteps).
             time_activation: activation of the time experts, "gelu" or "geglu".
             gate_width: hidden width of the gates, the networks that select experts.
-            gate_gradient: factor on the output of the selected expert: "straight_through" and "none" are 1, "scaled" is its
-                probability.
+            gate_gradient: selects the factor on the output of the selected expert: 1 for "straight_through" and "none"
+                (which differ only in training), the expert's probability for "scaled".
             mask_threshold: share (0..1). The expert of a text token processes the image tokens whose attention to the text
                 token is at least this share of the largest one.
             mask_padding: leave padding tokens out of the Space-MoE.
@@ -162,12 +164,12 @@ class _Wrapper(ModelMixin, ConfigMixin):
         offload_type: str = "leaf_level",
         **options: Any,
     ) -> None:
-        """Keep the weights on `offload_device` while they are not used, as the method of diffusers does.
+        """Keep weights on `offload_device` while they are not used, as the method of the same name in diffusers does.
 
         Args:
             onload_device: device on which the network computes.
-            offload_device: device on which weights are between uses.
-            offload_type: only "leaf_level" (each layer by itself) is supported.
+            offload_device: device that stores the weights between uses.
+            offload_type: what is moved at a time. Only "leaf_level" (a single layer) is supported.
             options: further arguments of the method of diffusers.
 
         Raises:
@@ -258,7 +260,8 @@ class RaphaelControlNet(_Wrapper):
             encoder_attention_mask: bool [B, Y], False at padding. None: no padding.
             controlnet_cond: edge map in 0..1 at the size of the latents, [B, 3, h, w] with three equal channels.
             conditioning_scale: factor by which the returned tensors are multiplied.
-            return_dict: True returns a ControlNetOutput, False a tuple (list for the skip connections, one for the middle).
+            return_dict: True returns a ControlNetOutput, False a tuple (list of tensors for the skip connections, tensor for
+                the middle).
         """
         inputs = self._inputs(sample, timestep, encoder_hidden_states, encoder_attention_mask, None)
         residuals = self._predict(inputs, controlnet_cond[:, 0])

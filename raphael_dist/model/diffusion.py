@@ -21,9 +21,10 @@ NoiseScheduler = Any  # a scheduler of diffusers; their base class has none of t
 
 
 def alphas_cumprod(config: Diffusion) -> Tensor:
-    """Return a noise schedule's abar_t, the product of 1 - beta up to timestep t, for t = 0 .. T-1; float32 [T].
+    """Return abar_t, the product of 1 - beta up to timestep t, for all timesteps t = 0 .. T-1, float32 [T].
 
-    abar_t is the share of the signal's variance in latents noised to timestep t. It is computed in float64.
+    abar_t is the share of the signal's variance in latents noised to timestep t. It is computed in float64. `config` is the
+    section `diffusion`, which states T and the betas.
     """
     if config.schedule == "scaled_linear":
         roots = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, config.num_timesteps, dtype=torch.float64)
@@ -108,12 +109,12 @@ def draw_timestep(config: Diffusion, seed: int, position: int, global_batch_size
     """Return the diffusion timestep of a training sample, drawn uniformly from 0 .. `config.num_timesteps` - 1.
 
     With diffusion.stratified, the range is divided into `global_batch_size` equal strata (subranges). Each sample of a
-    global batch gets its own stratum, in an order that depends on (seed, step). So a batch covers the range evenly. So does
-    any group of consecutive samples in it, which balances the load of ranks that share experts. The result does not depend
-    on the number of ranks.
+    global batch gets its own stratum, in an order that depends on (seed, step). So the timesteps of a batch cover the range
+    evenly. Those of any consecutive samples of a batch also do, which balances the load of ranks that share experts. The
+    result does not depend on the number of ranks.
 
     Args:
-        config: the noise schedule.
+        config: the section `diffusion`.
         seed: `run.seed`.
         position: number of the sample in the order of training, counted through all epochs.
         global_batch_size: samples per step.
@@ -131,7 +132,7 @@ def draw_timestep(config: Diffusion, seed: int, position: int, global_batch_size
 def draw_offset(seed: int, position: int, channels: int) -> Tensor:
     """Return the offset noise of a training sample: one standard normal number per latent channel, float32 [C, 1, 1].
 
-    The caller multiplies it by `diffusion.offset_noise` and adds it to the noise at all positions of the latents.
+    The caller multiplies the offset by `diffusion.offset_noise` and adds it to the noise at every position of the latents.
 
     Args:
         seed: `run.seed`.
@@ -147,9 +148,10 @@ def _strata(seed: int, step: int, global_batch_size: int) -> np.ndarray:
     """Return the stratum (number of a subrange) of each sample of a global batch, int64 [global_batch_size].
 
     If the strata are divided into 2^k equal ranges, any 2^k consecutive samples are in different ranges, provided that 2^k
-    divides `global_batch_size`. This is a randomly scrambled van der Corput sequence (Owen 1995): every second sample goes
-    to one half of the strata and the others to the other half (which half is random), and so on within each half. Where the
-    halves are unequal, samples are rotated over both by a random number of strata, so that each stratum is equally likely.
+    divides `global_batch_size`. This is a randomly scrambled van der Corput sequence (Owen 1995): samples 0, 2, 4, ... go to
+    one half of the strata, chosen at random, and samples 1, 3, 5, ... to the other half. Each half is divided again in the
+    same way. Where two halves are unequal, samples are rotated over both by a random number of strata, so that each stratum
+    is equally likely. The random choices depend on `seed` (run.seed) and `step`.
     """
     draw = generator(seed, Purpose.STRATA, step)
     strata = np.empty(global_batch_size, np.int64)
@@ -158,7 +160,10 @@ def _strata(seed: int, step: int, global_batch_size: int) -> np.ndarray:
 
 
 def _scramble(indices: np.ndarray, draws: Iterator[float]) -> np.ndarray:
-    """Return sample indices in the order of their strata, as `_strata` describes. `draws`: random numbers in 0..1."""
+    """Sort samples by stratum: return `indices` (int64 [n]) in the order of the strata that `_strata` describes.
+
+    `draws`: random numbers in 0..1, which decide the order.
+    """
     size = len(indices)
     if size < 2:
         return indices
@@ -185,7 +190,7 @@ class NoiseSchedule:
     def create(cls, config: Diffusion, device: torch.device | str = "cpu") -> "NoiseSchedule":
         """Return the noise schedule of the section `diffusion`; a FlowSchedule if diffusion.prediction is flow.
 
-        `device`: where its table of abar is stored.
+        `device`: the device on which the schedule stores `abar_T`.
         """
         kind = FlowSchedule if config.prediction == "flow" else cls
         return kind(alphas_cumprod(config).to(device), config.prediction)
@@ -195,9 +200,12 @@ class NoiseSchedule:
         return abar.sqrt(), (1 - abar).sqrt()
 
     def add_noise(self, x0_BChw: Tensor, noise_BChw: Tensor, timestep_B: Tensor) -> Tensor:
-        """Return clean latents with noise added as at each sample's timestep, all float32 [B, C, h, w].
+        """Return the noised latents x_t of each sample at its timestep t, float32 [B, C, h, w].
 
-        `timestep_B`: int64 [B], from 0 (least noise).
+        Args:
+            x0_BChw: clean latents, float32.
+            noise_BChw: standard normal noise, float32.
+            timestep_B: timestep of each sample, int64, from 0 (least noise).
         """
         signal, sigma = self._roots(timestep_B)
         return signal * x0_BChw + sigma * noise_BChw
@@ -205,7 +213,10 @@ class NoiseSchedule:
     def target(self, x0_BChw: Tensor, noise_BChw: Tensor, timestep_B: Tensor) -> Tensor:
         """Return what the model must predict from noised latents: eps, or v = sqrt(abar) eps - sqrt(1 - abar) x_0.
 
-        eps is the noise, x_0 the clean latents; both and the result are float32 [B, C, h, w]. `timestep_B`: int64 [B].
+        Args:
+            x0_BChw: clean latents x_0, float32.
+            noise_BChw: the noise eps that was added to them, float32.
+            timestep_B: timestep of each sample, int64.
         """
         if self.prediction == "epsilon":
             return noise_BChw
@@ -226,7 +237,7 @@ class FlowSchedule(NoiseSchedule):
     def target(self, x0_BChw: Tensor, noise_BChw: Tensor, timestep_B: Tensor) -> Tensor:
         """Return what the model must predict: noise minus clean latents, float32 [B, C, h, w].
 
-        This is the derivative of the noised latents by the noise level sigma. `timestep_B` is not used.
+        This is the derivative of the noised latents with respect to the noise level sigma. `timestep_B` is not used.
         """
         return noise_BChw - x0_BChw
 
@@ -234,8 +245,8 @@ class FlowSchedule(NoiseSchedule):
 def min_snr_weight_B(abar_B: Tensor, gamma: float, prediction: str) -> Tensor:
     """Return the min-SNR weight of each sample's loss, float32 [B] (arXiv 2303.09556, Sec. 3.4).
 
-    With SNR = abar / (1 - abar) it is min(SNR, gamma) / SNR if the model predicts the noise, and min(SNR, gamma) / (SNR + 1)
-    if it predicts v. The code computes it from abar, so that the weight is defined for an SNR of 0, too.
+    With SNR = abar / (1 - abar) the weight is min(SNR, gamma) / SNR if the model predicts the noise, and min(SNR, gamma) /
+    (SNR + 1) if the model predicts v. It is computed from abar, so that the weight is defined for an SNR of 0, too.
 
     Args:
         abar_B: the noise schedule's cumulative product of (1 - beta) at each sample's timestep.
@@ -251,6 +262,6 @@ def min_snr_weight_B(abar_B: Tensor, gamma: float, prediction: str) -> Tensor:
 def denoise_loss_B(prediction_BChw: Tensor, target_BChw: Tensor) -> Tensor:
     """Return each sample's denoising loss, the mean squared error of the model's prediction (Sec. 3), float32 [B].
 
-    `target_BChw`: what the model should have predicted, e.g. the noise; float32 [B, C, h, w], like the prediction.
+    `prediction_BChw`: the output of the model. `target_BChw`: what the model should have predicted, e.g. the noise, float32.
     """
     return (prediction_BChw.float() - target_BChw).square().mean(dim=(1, 2, 3))

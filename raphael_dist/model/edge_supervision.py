@@ -48,6 +48,12 @@ def focal_loss(logits: Tensor, target: Tensor, alpha: float, gamma: float) -> Te
     `-alpha y (1-p)^gamma log p - (1-alpha) (1-y) p^gamma log(1-p)` with target y and p = sigmoid(logits). RAPHAEL's paper
     uses the focal loss but gives no form for soft targets such as HED's edge maps. The minimum is at p = y only for y = 0
     and 1: with gamma = 2 the best prediction for a target of 0.1 is 0.31.
+
+    Args:
+        logits: logits of the predicted edges.
+        target: y, the strength of the edge at each position, 0..1.
+        alpha: weight of positions with an edge; positions without an edge have the weight 1 - alpha.
+        gamma: focusing parameter: down-weights positions that are already predicted well.
     """
     log_p, log_q = F.logsigmoid(logits), F.logsigmoid(-logits)
     # Powers through logarithms: the gradient of (1-p)^gamma is infinite at p = 1 if gamma is below 1.
@@ -59,7 +65,8 @@ def focal_loss(logits: Tensor, target: Tensor, alpha: float, gamma: float) -> Te
 def quality_focal_loss(logits: Tensor, target: Tensor, gamma: float) -> Tensor:
     """Compute the quality focal loss `|y - p|^gamma BCE(p, y)`, elementwise (Li et al. 2020, Eq. 3).
 
-    y is the target (0..1) and p = sigmoid(logits). Its minimum is 0, at p = y.
+    y is the target (0..1) and p = sigmoid(logits). The minimum of the loss is 0, at p = y. `gamma` is the focusing
+    parameter: it down-weights positions that are already predicted well.
     """
     distance = (torch.sigmoid(logits) - target).square() + 1e-12  # finite gradients at 0 for every gamma
     return distance ** (gamma / 2) * F.binary_cross_entropy_with_logits(logits, target, reduction="none")
@@ -79,15 +86,15 @@ def edge_loss_B(
 
     Args:
         logits: the edges predicted in each transformer block, as logits, float32 [B, h, w].
-        edge_BHW: edge maps in 0..1; averaged to the h x w of each block.
+        edge_BHW: HED's edge maps, 0..1. They are averaged to the size h x w of each block's logits.
         timestep_B: diffusion timestep of each sample, int64.
         max_timestep: T_c in the paper; samples with a timestep of at least T_c have loss 0.
         alpha: weight of edge pixels, for the form "focal".
         gamma: focusing parameter: down-weights pixels that are already classified correctly.
-        form: "focal" (`focal_loss`) or "quality" (`quality_focal_loss`).
+        form: the loss function: "focal" (`focal_loss`) or "quality" (`quality_focal_loss`).
 
     Returns:
-        Mean over blocks and map positions, float32 [B].
+        The mean of the loss over blocks and pixels of the predicted edge maps, float32 [B].
     """
     per_block = []
     for logits_Bhw in logits:

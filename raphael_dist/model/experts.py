@@ -91,9 +91,9 @@ class Experts(nn.Module):
     def lora(self, name: str) -> tuple[Tensor, Tensor] | None:
         """Return the LoRA matrices of the weight `name` ("w1" or "w2") of all K experts, or None if there are no adapters.
 
-        They are A [K, rank, in], and B [K, out, rank] already multiplied by alpha / rank. They are applied one after the
-        other and never added to the weight: bfloat16 would round small changes of a weight away, and the product B A needs
-        as much memory as the weights.
+        The matrices are A [K, rank, in], and B [K, out, rank], already multiplied by alpha / rank. A caller applies first A
+        and then B to a row. The product B A is never added to the weight: bfloat16 would round small changes of a weight
+        away, and the product needs as much memory as the weights.
         """
         if self.lora_scale is None:
             return None
@@ -109,7 +109,8 @@ class Experts(nn.Module):
     def at_zero_KD(self) -> Tensor:
         """Return each expert's output for a token of zeros, without its last bias b2: `e_k(0) - b2_k`, [K, D].
 
-        e_k is the function of expert k of K, and D the width of a token.
+        e_k is the function of expert k of K, and D the width of a token. The Space-MoE needs these outputs, because its
+        formula runs an expert on an image whose tokens outside a region are set to zero.
         """
         hidden_KF = self.act(self.b1)
         at_zero_KD = torch.einsum("kdf,kf->kd", self.w2, hidden_KF)
@@ -122,8 +123,8 @@ class Experts(nn.Module):
 
         Experts without rows are run on an empty tensor, so that every parameter gets a gradient on every rank. (Otherwise
         ZeRO would add gradients of different experts to each other.) On a GPU a grouped matrix product reads the counts on
-        the device. On a CPU, for float32, and for widths that are not multiples of 8, a loop over experts runs instead. It
-        reads the counts on the host, so with tensors on a GPU the host waits.
+        the device. On a CPU, for float32, and for widths that are not multiples of 8, a loop over experts runs instead. The
+        loop reads the counts on the host, so the host waits if the tensors are on a GPU.
 
         Args:
             x_RD: the rows of all experts, sorted by expert.
@@ -222,8 +223,8 @@ class _Context(FunctionCtx):
 class _GeluProduct(torch.autograd.Function):
     """Computes `gelu(a_k) w_k^T` for every expert k, [K, R, D], from `a` [K, R, F] and the weights w [K, D, F].
 
-    It saves `a` and w, and computes gelu(a) again in the backward pass. Autograd would also save gelu(a), and a copy of w if
-    the weights of all experts were flattened to one matrix.
+    The function saves `a` and w, and computes gelu(a) again in the backward pass. Autograd would also save gelu(a), and a
+    copy of w if the weights of all experts were flattened to one matrix.
     """
 
     @staticmethod
@@ -249,9 +250,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: tuple[Tensor, 
 
 
 def expert_of_rows(counts_K: Tensor, rows: int) -> Tensor:
-    """Return which of K experts each row (token) has, one-hot, bool [R, K], for rows that are sorted by expert.
+    """Return the expert of each row (token), one-hot, bool [R, K], for R rows that are sorted by their K experts.
 
-    `counts_K`: number of rows of each expert; the result is on its device. `rows`: number of all rows, R.
+    `counts_K`: number of rows of each expert, int64, on the device of the result. `rows`: number of all rows, R.
     """
     ends_K = counts_K.cumsum(0)
     row_R1 = torch.arange(rows, device=counts_K.device).unsqueeze(1)
@@ -261,10 +262,10 @@ def expert_of_rows(counts_K: Tensor, rows: int) -> Tensor:
 def add_bias(y_RF: Tensor, onehot_RK: Tensor, bias_KF: Tensor) -> Tensor:
     """Add to each row of y [R, F] the bias of the row's expert; return the sum [R, F].
 
-    `onehot_RK` is the expert of each row, one-hot in the dtype of y. `bias_KF` has the biases of K experts. The bias is
-    looked up by the product `onehot_RK @ bias_KF`. Its gradient is then also a matrix product, which sums in float32 on
-    every device. The gradient of the indexing `bias[expert]` would be summed in its own dtype (bfloat16: 7 to 24% wrong for
-    4 to 8 thousand rows).
+    `onehot_RK` is the expert of each row, one-hot in the dtype of y. `bias_KF` has the biases of K experts. The matrix
+    product `onehot_RK @ bias_KF` looks up the bias of each row. The gradient of the biases is then also a matrix product,
+    which sums in float32 on every device. The gradient of the indexing `bias[expert]` would be summed in its own dtype
+    (bfloat16: 7 to 24% wrong for 4 to 8 thousand rows).
     """
     return torch.addmm(y_RF, onehot_RK, bias_KF)
 
@@ -301,7 +302,7 @@ def grouped_gemm_product(counts_K: Tensor) -> Callable[[Tensor, Tensor], Tensor]
 def require_grouped_gemm() -> None:
     """Raise UserError if `model.expert_backend=megablocks` cannot run.
 
-    It requires the package grouped_gemm, in a build that reads the number of rows of each expert on the device.
+    This backend requires the package grouped_gemm, in a build that reads the number of rows of each expert on the device.
     """
     sizes_K = torch.tensor([8])
     product = grouped_gemm_product(sizes_K.cuda() if torch.cuda.is_available() else sizes_K)

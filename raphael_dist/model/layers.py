@@ -41,7 +41,8 @@ class BlockSpec:
         mask_threshold: alpha of Sec. 3.1: an image token is in a text token's region if its attention is at least alpha
             times the maximum.
         edge_channels: width of the module that predicts edges; 0: none.
-        token_size: side of an image token in latent positions, for the position encoding; 0: no position encoding.
+        token_size: side of an image token, counted in positions (pixels) of the latents, for the position encoding; 0: no
+            position encoding.
         seed: fixes the initial weights of the experts.
     """
 
@@ -138,7 +139,7 @@ class TransformerBlock(nn.Module):
     def forward(
         self, h_BND: Tensor, text_BYD: Tensor, end_B: Tensor, routing: BlockRouting, size_hw: tuple[int, int]
     ) -> BlockOutput:
-        """Run the block: attention, cross-attention, Time-MoE, edge prediction, Space-MoE.
+        """Run the block: self-attention, cross-attention, Time-MoE, edge prediction, Space-MoE.
 
         Args:
             h_BND: N image tokens of each sample.
@@ -178,13 +179,13 @@ def image_positions_ND(height: int, width: int, token_size: int, like: Tensor) -
     """Return a sinusoidal position encoding of N image tokens, [N, D], with the device, dtype and D of `like`.
 
     A quarter of the D values encodes the row, the others the column. Rows and columns are counted from the middle of the
-    image, in units of a position of the latents, so they mean the same on every level and in images of every size.
+    image, in positions (pixels) of the latents, so they mean the same on every level and in images of every size.
 
     Args:
         height: height of the feature map in image tokens.
         width: width of the feature map in image tokens; height * width = N.
-        token_size: side of an image token in latent positions.
-        like: tensor [..., D].
+        token_size: side of an image token, counted in positions of the latents.
+        like: tensor [..., D] that determines D, device and dtype of the result, such as the image tokens.
     """
     dim = like.shape[-1]
     rows_HD, columns_WD = (
@@ -196,7 +197,10 @@ def image_positions_ND(height: int, width: int, token_size: int, like: Tensor) -
 
 
 def _sines(place_P: Tensor, features: int) -> Tensor:
-    """Return sines and cosines of positions, [P, features], with geometrically growing periods (`_POSITION_PERIODS`)."""
+    """Return sines and cosines of P coordinates, [P, features], with geometrically growing periods (`_POSITION_PERIODS`).
+
+    `place_P`: the coordinates, in positions of the latents. `features`: number of values for each coordinate.
+    """
     count = (features + 1) // 2
     shortest, longest = _POSITION_PERIODS
     steps = torch.arange(count, device=place_P.device) / max(count - 1, 1)
@@ -220,7 +224,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Linear(spec.dim, spec.dim)
 
     def to_tokens(self, x_BCHW: Tensor) -> Tensor:
-        """Convert a feature map [B, C, h, w] to image tokens [B, N, D], one for each of its N = h * w positions; D = C."""
+        """Convert a feature map [B, C, h, w] to image tokens [B, N, D], one for each of its N = h * w pixels; D = C."""
         tokens_BND: Tensor = self.proj_in(self.norm(x_BCHW).flatten(2).transpose(1, 2))
         if self.token_size:
             height, width = x_BCHW.shape[2:]

@@ -24,7 +24,7 @@ _ADAPTER = re.compile(r"(.*)\.(?:lora_([AB])\.default\.weight|(w[12])_lora_([AB]
 def add_lora(model: RaphaelUNet, lora: Lora, seed: int) -> None:
     """Freeze a U-Net and add LoRA adapters (matrices A and B). They have no effect at first, because B is zero.
 
-    Parameters keep their names, except the weights of attention, which become `....base_layer.weight`.
+    Parameters keep their names, except the weights of attention: peft renames `X.weight` to `X.base_layer.weight`.
 
     Args:
         model: the U-Net, changed in place.
@@ -59,7 +59,7 @@ def parse_adapter_name(name: str) -> tuple[str, str] | None:
 
 
 def lora_scale(rank: int, alpha: float, root: bool = False) -> float:
-    """Return the factor on the LoRA product B A: alpha / rank, or with `root` alpha / sqrt(rank) (peft's `use_rslora`)."""
+    """Return the factor on the LoRA product B A: alpha / rank; with `root`, alpha / sqrt(rank) (peft's `use_rslora`)."""
     return alpha / (math.sqrt(rank) if root else rank)
 
 

@@ -1,6 +1,6 @@
-"""The training loss of one micro-batch, for each sample.
+"""Computes the training loss of each sample of a micro-batch.
 
-Losses are kept per sample, so that every division of a global batch into micro-batches gives the same sum.
+Losses are returned per sample, so that every division of a global batch into micro-batches gives the same sum.
 
 Shape legend: B samples, L transformer blocks, K experts.
 """
@@ -30,9 +30,10 @@ class Losses:
         total: the loss that is minimised, float32 [B].
         denoise: the denoising loss without min-SNR weights, float32 [B].
         edge: the edge loss multiplied by edge.weight, float32 [B]; 0 without edge modules.
-        space_used: for each block and space expert, the share of image tokens that it processes, summed over samples,
-            float32 [L, K]; None without a Space-MoE.
-        time_load: for each block and time expert, its number of samples, float32 [L, K]; None without a Time-MoE.
+        space_used: for each block and space expert, the share of image tokens that the expert processes, summed over
+            samples, float32 [L, K]; None without a Space-MoE.
+        time_load: for each block and time expert, the number of samples that the expert processes, float32 [L, K]; None
+            without a Time-MoE.
     """
 
     total: Tensor
@@ -47,7 +48,7 @@ def compute_losses(
 ) -> Losses:
     """Run the model and compute the losses of a micro-batch: L = L_denoise + L_edge of each sample (Sec. 3.2 of the paper).
 
-    If `model.balance_weight` is above 0, the load-balance loss of the gates is computed as well.
+    If `model.balance_weight` is above 0, the load-balance loss of the gates times this weight is added.
 
     Args:
         model: the U-Net, or the `engine.Engine` that wraps it.

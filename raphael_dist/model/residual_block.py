@@ -14,8 +14,13 @@ from raphael_dist.model.norms import GroupNorm
 class ResidualBlock(ResnetBlock2D):
     """diffusers' residual block: `x + conv(silu(norm(conv(silu(norm(x))) + time)))`.
 
-    diffusers' forward pass makes the input of the shortcut contiguous in training. This one keeps the memory format of the
-    feature map (see `feature_map_format`).
+    diffusers' forward pass makes the input of the shortcut contiguous in training. The one of this class keeps the memory
+    format of the feature map (see `feature_map_format`).
+
+    Args:
+        inner, outer: channels of the input and of the output.
+        embed: width of the timestep embedding.
+        groups: groups of each GroupNorm.
     """
 
     def __init__(self, inner: int, outer: int, embed: int, groups: int) -> None:
@@ -24,7 +29,7 @@ class ResidualBlock(ResnetBlock2D):
         self.norm2 = GroupNorm(groups, outer, eps=1e-5, silu=True)
 
     def forward(self, x_BCHW: Tensor, embedding_BE: Tensor) -> Tensor:
-        """Return the feature map [B, C', H, W] of an input [B, C, H, W] and a timestep embedding [B, E]."""
+        """Return the block's output [B, C', H, W] for a feature map [B, C, H, W] and the timestep embeddings [B, E]."""
         time_BC11 = self.time_emb_proj(F.silu(embedding_BE))[:, :, None, None]
         h_BCHW = self.conv1(self.norm1(x_BCHW)) + time_BC11
         h_BCHW = self.conv2(self.norm2(h_BCHW))
@@ -35,8 +40,7 @@ class ResidualBlock(ResnetBlock2D):
 def feature_map_format(device: torch.device) -> torch.memory_format:
     """Return the memory format for the U-Net's feature maps on `device`: channels last on GPUs, contiguous on CPUs.
 
-    Convolutions are faster on GPUs in channels last.
-
-    Weights are contiguous everywhere, because ZeRO flattens them and checkpoints store them in that order.
+    Convolutions are faster on GPUs in channels last. Weights are contiguous on every device, because ZeRO flattens them and
+    checkpoints store them in that order.
     """
     return torch.contiguous_format if device.type == "cpu" else torch.channels_last

@@ -42,8 +42,8 @@ def gate_kind(name: str) -> Literal["space", "time"] | None:
 def gate_logits(gates: Sequence[Gate], x: Tensor) -> Tensor:
     """Return the logits of the gates of L transformer blocks for the same input x [..., D], float32 [L, ..., K].
 
-    A gate has one logit for each of K experts. Two matrix products compute them. Running the gates one by one would need 3 L
-    kernel launches, and 6 L in the backward pass.
+    A gate has one logit for each of K experts. Two matrix products compute the logits of all gates. Running the gates one by
+    one would need 3 L kernel launches, and 6 L in the backward pass.
     """
     first, last = ([cast(nn.Linear, gate.net[i]) for gate in gates] for i in (0, 2))
     fused = nn.functional.linear(x, torch.cat([g.weight for g in first]), torch.cat([g.bias for g in first]))
@@ -58,14 +58,16 @@ class BlockRouting:
 
     Attributes:
         time_expert_B: int64, the time expert of each sample; None without a Time-MoE.
-        time_samples: number of samples of each time expert, int64 [K] on the model's device. With expert parallelism it also
-            has the counts of other ranks on the host (`expert_dispatch.GroupSamples`).
-        time_factor_B: float32, factor on the output of the time expert, through which the time gate gets its gradient
-            (`choose`).
-        space_weight_BYK: float32, weight of each of K space experts for each of Y text tokens: at the token's expert the
-            factor that `choose` returned, divided by the number of text tokens (without padding if `model.mask_padding`);
-            0 at other experts. The text gate gets its gradient through it. None without a Space-MoE.
-        balance_B: float32, load-balance loss of the gates for each sample; None if it is off or gradients are disabled.
+        time_samples: number of samples of each time expert, int64 [K] on the model's device. If the time experts are
+            sharded over ranks, it is a `GroupSamples` (`parallel.expert_dispatch`) with the counts of all these ranks.
+        time_factor_B: float32, factor on the output of each sample's time expert, through which the time gate gets its
+            gradient (the second result of `choose`).
+        space_weight_BYK: float32, weight of each of K space experts for each of Y text tokens. The weight of the token's
+            expert is the factor that `choose` returned, divided by the number of the sample's text tokens (without padding
+            tokens if `model.mask_padding`). The weights of the other experts are 0. The text gate gets its gradient through
+            these weights. None without a Space-MoE.
+        balance_B: float32, load-balance loss of the gates for each sample; None if this loss is off or gradients are
+            disabled.
     """
 
     time_expert_B: Tensor | None
@@ -93,7 +95,7 @@ def choose(logits: Tensor, noise: Tensor | None, gradient: GateGradient) -> tupl
 
     Returns:
         The chosen expert, int64 [...], and a factor for its output, float32 [...], through which the gate gets its gradient.
-        p is the probability of the chosen expert. The factor is p / p.detach(), whose value is 1 (straight_through), the
+        With p, the probability of the chosen expert, the factor is p / p.detach(), whose value is 1 (straight_through), the
         constant 1 (none), or p (scaled).
     """
     probability = torch.softmax(logits if noise is None else logits + noise, dim=-1)
@@ -107,9 +109,10 @@ def choose(logits: Tensor, noise: Tensor | None, gradient: GateGradient) -> tupl
 def band_of_timestep_B(timestep_B: Tensor, num_experts: int, num_timesteps: int) -> Tensor:
     """Return the time expert of each sample's timestep, int64 [B] in 0 .. K-1, for `model.time_routing=boundaries`.
 
-    The timesteps are divided into K = `num_experts` equal bands (subranges), one for each expert. This is not in the paper;
-    Wan 2.2 has two such experts. Bands have equally many timesteps, not equal ranges of the signal-to-noise ratio. Training
-    draws timesteps evenly, also for each group of ranks that share experts, so every expert gets about equally many samples.
+    The `num_timesteps` timesteps are divided into K = `num_experts` equal bands (subranges), one for each expert. This is
+    not in the paper; Wan 2.2 has two such experts. Bands have equally many timesteps, not equal ranges of the
+    signal-to-noise ratio. Training draws timesteps evenly, also for each group of ranks that share experts, so every expert
+    gets about equally many samples.
     """
     return (timestep_B * num_experts // num_timesteps).long().clamp(0, num_experts - 1)
 
@@ -122,12 +125,13 @@ def balance_loss_B(logits_BYK: Tensor, chosen_BY: Tensor, taking_part_BY: Tensor
     The time gate makes one choice per sample, so its loss is computed elsewhere (`RaphaelUNet.time_balance_L`).
 
     Args:
-        logits_BYK: logits of the text gate for Y text tokens and K experts; further axes can come first, such as blocks.
+        logits_BYK: logits of the text gate for Y text tokens and K experts. All tensors can have the same further axes in
+            front, such as one for the transformer blocks.
         chosen_BY: chosen expert of each text token, int64.
-        taking_part_BY: bool, False for tokens that are left out; None: all tokens count.
+        taking_part_BY: bool, False for tokens that are left out, such as padding; None: all tokens count.
 
     Returns:
-        float32 [B], with the same further axes first.
+        The loss of each sample, float32 [B], with the further axes in front.
     """
     num_experts = logits_BYK.shape[-1]
     routed_BYK, probability_BYK = one_hot(chosen_BY, num_experts).float(), torch.softmax(logits_BYK, dim=-1)
@@ -140,9 +144,10 @@ def balance_loss_B(logits_BYK: Tensor, chosen_BY: Tensor, taking_part_BY: Tensor
 
 
 def _mean_weight_BY(taking_part_BY: Tensor) -> Tensor:
-    """Return 1 / (number of text tokens of the sample that take part), or 0 for tokens that do not; float32 [B, Y].
+    """Return weights with which a sum over a sample's text tokens is the mean over those that take part, float32 [B, Y].
 
-    With these weights, a sum over the text tokens is a mean. `taking_part_BY`: bool.
+    The weight is 1 / (number of tokens that take part) for these tokens, and 0 for the others. `taking_part_BY`: bool, True
+    for tokens that take part.
     """
     share_BY = taking_part_BY.float()
     return share_BY / share_BY.sum(dim=-1, keepdim=True).clamp(min=1)
@@ -154,14 +159,16 @@ def space_weights_BYK(chosen_BY: Tensor, factor_BY: Tensor, num_experts: int, ta
     n_y is the number of text tokens of the sample that take part.
 
     Args:
-        chosen_BY: expert of each text token, int64; further axes can come first, such as blocks.
+        chosen_BY: expert of each text token, int64. All tensors can have the same further axes in front, such as one for the
+            transformer blocks.
         factor_BY: float32, the factor that `choose` returned. The weights are multiplied by it, so that the gate gets a
             gradient.
-        num_experts: K.
-        taking_part_BY: bool, False for tokens that are left out; their weights are 0. None: all tokens count.
+        num_experts: number of experts, K.
+        taking_part_BY: bool, False for tokens that are left out, such as padding; their weights are 0. None: all tokens
+            count.
 
     Returns:
-        float32 [B, Y, K], with the same further axes first.
+        The weights, float32 [B, Y, K], with the further axes in front.
     """
     onehot_BYK = one_hot(chosen_BY, num_experts).to(factor_BY.dtype)
     if taking_part_BY is None:

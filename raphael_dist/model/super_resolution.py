@@ -24,8 +24,8 @@ def downscale(images_B3HW: Tensor, factor: int) -> Tensor:
 def append_small_image(x_BChw: Tensor, small_B3HsWs: Tensor, patch: int) -> Tensor:
     """Append small images in -1..1 to latents [B, C, h, w] as channels; return [B, C + 3 patch^2, h, w].
 
-    Each latent position gets `patch` x `patch` pixels of the small image, each in its own three channels. If the small image
-    has fewer pixels than that, they are repeated.
+    Each latent position gets `patch` x `patch` pixels of the small image, each pixel in its own three channels. If the small
+    image has fewer pixels than that, its pixels are repeated.
     """
     small_BChw = F.pixel_unshuffle(small_B3HsWs, patch)
     size_hw = (x_BChw.shape[-2], x_BChw.shape[-1])
@@ -37,8 +37,8 @@ def append_small_image(x_BChw: Tensor, small_B3HsWs: Tensor, patch: int) -> Tens
 def back_project(images_B3HW: Tensor, small_B3HsWs: Tensor, times: int) -> Tensor:
     """Correct sampled images so that their downscaled versions approach the small images (Irani and Peleg, 1991).
 
-    The autoencoder and sampling change colours, while the small image has the right ones. Each correction upsamples the
-    difference between the small image and the downscaled sampled image, and adds it to the sampled image.
+    The autoencoder and sampling change colours, while the small image has the right colours. Each correction upsamples the
+    difference between the small image and the downscaled sampled image, and adds the result to the sampled image.
 
     Args:
         images_B3HW: sampled images in -1..1.

@@ -25,7 +25,7 @@ class UNetInput(NamedTuple):
     """Inputs of the U-Net for B samples.
 
     Attributes:
-        x_BCHW: noised latents; for super-resolution with the channels of the small images.
+        x_BCHW: noised latents. For super-resolution, the channels of the small images are appended.
         timestep_B: diffusion timestep of each sample, int64.
         text_BYD: Y text tokens of width D for each sample.
         text_mask_BY: bool, False at padding.
@@ -44,15 +44,16 @@ class UNetInput(NamedTuple):
 class UNetOutput(NamedTuple):
     """Results of one forward pass of the U-Net.
 
-    This is a tuple because DeepSpeed looks for tensors only in tuples, lists and dicts. If it finds none, it does not
-    prepare the backward pass, and gradients of earlier micro-steps are added twice.
+    This is a tuple because DeepSpeed looks for tensors only in tuples, lists and dicts. If DeepSpeed finds no tensor, it
+    does not prepare the backward pass, and gradients of earlier micro-steps are added twice.
 
     Attributes:
         prediction: predicted noise, velocity or flow [B, C, h, w].
         edge_logits: for each transformer block with an edge module, logits of the predicted edges, float32 [B, h, w].
         space_used: for each block, share of image tokens (0..1) that each of K space experts processes, [B, K].
         time_expert: for each block, the time expert of each sample, int64 [B].
-        balance: for each block, load-balance loss of the gates, float32 [B]; empty if it is off or gradients are disabled.
+        balance: for each block, load-balance loss of the gates, float32 [B]; empty if this loss is off or gradients are
+            disabled.
     """
 
     prediction: Tensor
