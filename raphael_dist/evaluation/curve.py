@@ -49,7 +49,7 @@ def draw_curve(results: Sequence[Result], path: Path, title: str) -> None:
 
 
 def _axes(results: Sequence[Result]) -> list[tuple[str, list[float]]]:
-    """Return (name, values) of the x axis and of the y axis."""
+    """Return (name, values) of the x axis and of the y axis, with a value for each of `results`."""
     columns: dict[str, list[float | None]] = {
         "CLIP score (higher is better)": [r.clip for r in results],
         "Frechet distance (lower is better)": [r.fid for r in results],

@@ -40,8 +40,9 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """Return mean and standard deviation of the unbiased MMD^2 with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018).
 
-    It measures the distance between two sets of images. Both numbers are taken over pairs of random subsets. With Inception
-    features the mean is called KID.
+    MMD^2 (squared maximum mean discrepancy) measures the distance between two sets of images. It is computed for pairs of
+    random subsets, and the mean and standard deviation are those over the pairs. With Inception features the mean is called
+    KID.
 
     Args:
         a_ND: features of one set of images, float [N, D].
@@ -68,14 +69,14 @@ def precision_recall(drawn_ND: Tensor, true_MD: Tensor, neighbours: int = 3, row
     """Return (precision, recall), each 0..1, of generated images compared with real images (Kynkaanniemi et al. 2019).
 
     Precision is the share of generated images in the manifold of the real images. Recall is the share of real images in the
-    manifold of the generated images. A manifold is the union of balls around the features of its images, whose radius is the
-    distance to the `neighbours`-th nearest image of the same set.
+    manifold of the generated images. The manifold of a set of images is a union of balls, one around the features of each
+    image. The radius of a ball is the distance to the `neighbours`-th nearest other image of the same set.
 
     Args:
         drawn_ND: features of the generated images, float [N, D].
         true_MD: features of the real images, float [M, D].
-        neighbours: number of the neighbour that determines the radius.
-        rows: number of images that are compared at a time, to limit memory.
+        neighbours: which of the nearest images determines the radius; at most the size of the smaller set minus 1.
+        rows: number of images whose distances are computed at a time, to limit memory.
     """
     neighbours = min(neighbours, len(drawn_ND) - 1, len(true_MD) - 1)
     return _covered_share(drawn_ND, true_MD, neighbours, rows), _covered_share(true_MD, drawn_ND, neighbours, rows)
@@ -98,8 +99,8 @@ def bootstrap(
 ) -> tuple[float, float]:
     """Return the 95% bootstrap interval (low, high) of the mean of values [N].
 
-    `weights`: [N], weights of the values in the mean; None: equal weights. `draws`: number of random resamples. `seed`: seed
-    of the random choice.
+    `weights`: [N], weights of the values in the mean; None: equal weights. `draws`: number of random resamples. `seed`:
+    determines the resamples.
     """
     picks = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
     weights = np.ones(len(values)) if weights is None else weights
@@ -111,7 +112,7 @@ def bootstrap(
 def wilson(successes: int, count: int) -> tuple[float, float]:
     """Return the 95% confidence interval (low, high) of the share `successes / count` (Wilson 1927).
 
-    Unlike the bootstrap interval, it has a positive width at shares of 0 and 1.
+    Unlike a bootstrap interval, this interval has a positive width at shares of 0 and 1.
     """
     share, z2 = successes / count, 1.96**2
     centre = (share + z2 / (2 * count)) / (1 + z2 / count)

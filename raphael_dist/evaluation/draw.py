@@ -70,7 +70,8 @@ def draw_missing(
         scheduler: name of the scheduler, as for `make_scheduler`.
         folder: the folder for the images; it is created if it is missing.
         ranks: this rank and the number of ranks.
-        report: called after each batch with a description, the number of images so far and the number of all images.
+        report: called after each batch with a line of progress, the number (from 1) of the batch's last image in `requests`,
+            and the number of all requests.
     """
     folder.mkdir(parents=True, exist_ok=True)
     existing = {path.name for path in folder.iterdir()}

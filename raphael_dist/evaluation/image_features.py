@@ -29,16 +29,16 @@ INSTALL = 'Run `pip install "raphael_dist[eval]"`.'
 
 
 def load_features(spec: str, device: torch.device) -> Features:
-    """Return the function that computes the image features which the option `--features` names.
+    """Return a function that computes image features of the kind that the option `--features` names.
 
-    It gets images, uint8 [B, 3, H, W], and returns features, float32 [B, D], on the CPU.
+    The function gets images, uint8 [B, 3, H, W], and returns features, float32 [B, D], on the CPU.
 
     Args:
-        spec: "hed", or "inception=FILE" with the weights that torch-fidelity publishes.
+        spec: value of the option: "hed", or "inception=FILE" with the weights that torch-fidelity publishes.
         device: the device that the network runs on.
 
     Raises:
-        UserError: unknown name, missing or invalid file, or torch-fidelity cannot be imported.
+        UserError: `spec` has another form, the file is missing or invalid, or torch-fidelity cannot be imported.
     """
     name, _, path = spec.partition("=")
     if name == "hed" and not path:
@@ -87,9 +87,9 @@ def make_inception_features(path: Path, device: torch.device) -> Features:
 def make_hed_features(device: torch.device) -> Features:
     """Return a function that computes features of images with the edge detector HED: uint8 [B, 3, H, W] to float32 [B, 768].
 
-    They are the outputs of HED's stages 3 and 4, averaged over the image and divided by 100, so that they are about 1. HED
-    is a VGG-16 fine-tuned for edges, and its weights need no download. Distances of these features cannot be compared with
-    published FID.
+    The features are the outputs of HED's stages 3 and 4, averaged over the image and divided by 100, so that they are about
+    1. HED is a VGG-16 fine-tuned for edges, and its weights need no download. Distances of these features cannot be compared
+    with published values of FID, which use Inception features.
     """
     stages = make_hed_stages(device)
     return lambda images: torch.cat([stage.mean(dim=(2, 3)) for stage in stages(images)[2:]], dim=1).cpu() / 100
@@ -98,7 +98,7 @@ def make_hed_features(device: torch.device) -> Features:
 def make_hed_stages(device: torch.device) -> Callable[[Tensor], list[Tensor]]:
     """Return a function from images, uint8 [B, 3, H, W], to the outputs of the first four stages of the network HED.
 
-    It first resizes the images to 64 x 64 pixels.
+    The function first resizes the images to 64 x 64 pixels.
     """
     network = load_hed().to(device)
 

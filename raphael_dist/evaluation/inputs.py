@@ -125,7 +125,9 @@ def read_reference(spec: str, cache_dir: Path, size_hw: tuple[int, int]) -> Sequ
 
 
 def read_lettering(spec: str, cache_dir: Path, size_hw: tuple[int, int]) -> list[tuple[np.ndarray, str]]:
-    """Return the real images whose captions quote text that is visible in the image, as pairs (uint8 [H, W, 3], text).
+    """Return real images with text in them, to measure how well OCR reads it, as pairs (uint8 [H, W, 3], text).
+
+    These are the images whose captions ask for text, such as a sign with the text "open".
 
     Args:
         spec: value of the option --reference, which must be shards=PATTERN.

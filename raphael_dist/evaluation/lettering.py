@@ -21,7 +21,7 @@ _EMOJI = (
 def requested_text(prompt: str) -> str | None:
     """Return the text that a prompt asks to render in the image; None if it asks for none.
 
-    It is all text in double quotes, or for captions of emoji with letters or digits ("ok button") the text on the emoji.
+    This is all text in double quotes, or for captions of emoji with letters or digits ("ok button") the text on the emoji.
     """
     if quoted := quoted_parts(prompt):
         return " ".join(quoted)

@@ -31,7 +31,7 @@ def load_reader(spec: str, alphabet: Collection[str]) -> Reader:
         alphabet: characters that can occur in the images; rapidocr is restricted to them.
 
     Raises:
-        UserError: the engine is not installed, or there is no such function.
+        UserError: the engine is not installed, or "module:function" cannot be imported or is not a function.
     """
     if spec == "rapidocr":
         return LineReader(alphabet)
@@ -93,8 +93,8 @@ class LineReader:
     def __call__(self, pixels_HW3: np.ndarray) -> str:
         """Return the text in an image, uint8 [H, W, 3].
 
-        It is decoded as usual for CTC: at each position the allowed character with the highest score is taken, repetitions
-        are merged, and blanks are removed.
+        The network returns a score of each character at T positions from left to right. They are decoded as usual for CTC:
+        take the allowed character with the highest score at each position, merge repetitions, and remove blanks.
         """
         scores_TC = self._session.run(None, {self._input: line_input(pixels_HW3)[None]})[0][0]
         best_T = np.where(self._allowed, scores_TC, -np.inf).argmax(axis=1)
@@ -118,8 +118,8 @@ def line_input(pixels_HW3: np.ndarray) -> np.ndarray:
 def read_with_tesseract(pixels_HW3: np.ndarray) -> str:
     """Return the text that tesseract reads in an image, uint8 [H, W, 3]; "" if it reads none.
 
-    It looks for a line of text and, if there is none, for a single character. The image and its negative are tried, since
-    tesseract expects dark text on light ground. Of the two results, the one with more letters and digits is returned.
+    Tesseract looks for a line of text and, if there is none, for a single character. It reads the image and its negative,
+    since it expects dark text on light ground. The result with more letters and digits is returned.
     """
     image = Image.fromarray(pixels_HW3).convert("L")
     scale = max(1, TESSERACT_SIDE // max(image.size))

@@ -49,7 +49,8 @@ class Study:
         clip: computes the CLIP score; None: not measured.
         reader: OCR engine that reads rendered text; None: not measured.
         true_texts: pairs of a real image, uint8 [H, W, 3], and the text in it; `reader` reads them, too, for comparison.
-        side: crop images to squares of this many pixels first; None: use them as they are.
+        side: images are resized and cropped to squares of this many pixels before features and CLIP scores are computed.
+            None: images are used as they are.
     """
 
     folder: Path
@@ -157,7 +158,8 @@ def _read_texts(
     """Read the texts in images with the OCR engine, and return on rank 0 how well they match `texts`.
 
     All ranks must call this function. It returns None on other ranks, and if there is no OCR engine or no text. `path`: file
-    for the texts that were read; if it exists, they are taken from it. A CSV file with all texts is written next to it.
+    for the texts that the OCR engine has read; if the file exists, no image is read again. A CSV file with the texts and the
+    readings is written next to it.
     """
     reader = study.reader
     if reader is None or not texts:
@@ -206,7 +208,7 @@ def _clip_scorer(study: Study, paths: Sequence[Path]) -> Scorer:
 
 
 def _compute_on_ranks(count: int, score: Scorer, path: Path, doing: str, ranks: Ranks) -> np.ndarray | None:
-    """Compute numbers or a text for each of `count` images, divided over the ranks. All ranks must call this function.
+    """Compute a row of numbers or a text for each of `count` images. All ranks call this function and divide the images.
 
     Args:
         count: number of images.
@@ -237,7 +239,8 @@ def _compute_on_ranks(count: int, score: Scorer, path: Path, doing: str, ranks: 
 def _save_rows(path: Path, count: int, row_of: dict[int, np.ndarray]) -> np.ndarray:
     """Return the array in the file `path`, which has a row for each of `count` images.
 
-    If the file does not exist, it is written first, from `row_of`: the row of each image by its index.
+    If the file does not exist, it is written first, from `row_of`: the row of each image by its index. Raises UserError if
+    the file cannot be read, or has another number of rows.
     """
     if not path.is_file():
         write_array(path, np.stack([row_of[number] for number in range(count)]))

@@ -1,8 +1,8 @@
 """Files with a checksum, for derived data such as an index: undetected damage in them would change results.
 
 A *sealed* file ends with the 32 bytes of the SHA-256 of the data before them. A sealed folder contains `sums.json`, a sealed
-file with the size and SHA-256 of each other file. A large file has its CRC-32 in a small file next to it, and is compared
-with it once after the start of a process. If a file is damaged, the caller computes and writes it again.
+file with the size and SHA-256 of each other file. The CRC-32 of a large file is in a small file next to the large one. A
+process compares the two once after its start. If a file is damaged, the caller computes and writes it again.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ def write_sealed(path: Path, data: bytes) -> None:
 def read_sealed(path: Path) -> bytes:
     """Return the data of a file that `write_sealed` wrote, without the checksum.
 
-    Raises OSError, and ValueError if the data do not match the checksum.
+    Raises OSError if the file cannot be read, and ValueError if the data do not match the checksum.
     """
     with open(open_regular(path), "rb") as file:
         data = file.read()
@@ -71,8 +71,8 @@ def read_array(path: Path) -> np.ndarray:
 def sealed_folder(folder: Path) -> Iterator[Path]:
     """Return a context that yields a temporary folder to write into. At the end of its block, it is renamed to `folder`.
 
-    A file sums.json with the size and SHA-256 of every file is added before that. Several processes may write the same
-    folder: the first one wins, and the files of the others are discarded.
+    Before the rename, a file sums.json with the size and SHA-256 of every file is added. Several processes may write the
+    same folder: the files of the first one to finish are used, and the files of the others are discarded.
 
     Raises:
         OSError: writing failed, and no other process has written the folder.
@@ -118,8 +118,9 @@ def write_crc(path: Path, content: Path) -> None:
 def is_verified(path: Path) -> bool:
     """Return whether the large file `path` was written or found to be intact since this process started.
 
-    It is also true if another process did so: each process that writes or verifies the file then sets the modification time
-    of the small file with the CRC-32. So of all processes of a node, which start together, only one reads the file.
+    The result is also True if another process wrote or verified the file since then. A process that does so sets the
+    modification time of the small file with the CRC-32. So only one of the processes of a node, which start together, must
+    read the large file.
     """
     try:
         key = (str(path), path.stat().st_ino)
@@ -131,7 +132,10 @@ def is_verified(path: Path) -> bool:
 
 
 def verify_crc(path: Path) -> bool:
-    """Read a large file and return whether it matches its CRC-32. False: it is damaged, or it or its CRC-32 is missing."""
+    """Read a large file and return whether it matches its CRC-32. If it does, `is_verified` returns True for it from now on.
+
+    The result is False if the file is damaged, or if the file or its CRC-32 is missing.
+    """
     try:
         key = (str(path), path.stat().st_ino)
         if f"{_crc(path):08x}\n" != crc_path(path).read_text():

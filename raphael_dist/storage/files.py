@@ -33,8 +33,8 @@ def write_all(descriptor: int, data: memoryview) -> None:
 def no_links(path: str | Path, flags: int) -> int:
     """Open a regular file and return its descriptor; refuse symbolic links. Pass this function as `opener` to `open`.
 
-    It is for files with a predictable name: another user who can write to the folder could put a symbolic link there, and
-    this process would overwrite the file that the link points to. `flags`: those of `os.open`.
+    Use it for files with a predictable name: another user who can write to the folder could put a symbolic link there, and
+    this process would overwrite the file that the link points to. `flags`: the flags for `os.open`.
 
     Raises:
         OSError: the path is a symbolic link, a folder, a FIFO or a device.

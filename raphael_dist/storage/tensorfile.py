@@ -147,7 +147,7 @@ class FileReader:
         Args:
             spans: where the parameter's elements are stored, in ascending order of `start`.
             start: first element to read.
-            numel: number of elements, compared with `spans` before memory is allocated.
+            numel: number of elements. Memory is allocated only if `spans` contain all of them.
 
         Raises:
             UserError: a file cannot be read, or is too short.
@@ -211,9 +211,9 @@ def _close_all(descriptors: "OrderedDict[Path, int]") -> None:
 
 
 class HashedFile(io.RawIOBase):
-    """A new file, written sequentially. A second thread computes its SHA-256 meanwhile, and calls fsync at the end.
+    """A new file, written sequentially. Meanwhile a second thread computes its SHA-256, and calls fsync at the end.
 
-    It cannot seek, so that no writer, such as zipfile, changes bytes that were already written and hashed.
+    The file object cannot seek, so that no writer, such as zipfile, changes bytes that were already written and hashed.
 
     The caller must not change a buffer after passing it to `write`, until `entry` has returned. The constructor raises
     FileExistsError if the file exists.
@@ -271,9 +271,9 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 
 def save_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write CPU tensors by name into an open file in the safetensors format. They need not be contiguous.
+    """Write CPU tensors into an open file in the safetensors format. The tensors need not be contiguous.
 
-    `metadata`: strings by name, for the header.
+    `tensors`: the tensors by name. `metadata`: strings by name, for the header.
     """
     # Large items first, as in the safetensors library, so that each tensor is aligned to its item size.
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
@@ -293,8 +293,8 @@ def write_safetensors(
         file: the file, open for writing.
         tensors: (name, dtype, shape) of each tensor, for the header.
         metadata: strings by name, for the header.
-        values: CPU tensors with the elements of all tensors, in the order of `tensors`. They may be divided differently:
-            only the sequence of all elements counts.
+        values: CPU tensors with the elements of all `tensors`, in the same order. One of them may hold a part of a tensor,
+            or more than one tensor: only the sequence of all elements matters.
     """
     head: JsonObject = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0

@@ -58,8 +58,8 @@ def load_tree(path: Path, allowed: Sequence[Allowed] = ()) -> Any:
             pickles = sum(entry.file_size for entry in archive.infolist() if entry.filename.endswith("data.pkl"))
             if size > path.stat().st_size or pickles > MAX_PICKLE:
                 raise ValueError(
-                    f"its zip entries must have at most the file's {path.stat().st_size} bytes, at most {MAX_PICKLE} of "
-                    f"them pickled, but they state {size} bytes, {pickles} of them pickled"
+                    f"the sizes that its zip entries state must add up to at most the file's {path.stat().st_size} bytes, "
+                    f"and pickled entries to at most {MAX_PICKLE} bytes, but they add up to {size} and {pickles} bytes"
                 )
             order = next((archive.read(e) for e in archive.infolist() if e.filename.endswith("/byteorder")), b"")
         if order not in (b"", sys.byteorder.encode()):
@@ -127,7 +127,7 @@ class _Storage(Generic[P]):
 
 
 class _Pickler(pickle.Pickler, Generic[P]):
-    """Pickles a tree as `torch.save` does. Each placeholder object in it becomes a tensor, whose data is written later."""
+    """Pickles a tree as `torch.save` does, with a tensor for each placeholder object. `write_tree` writes its data later."""
 
     def __init__(self, file: io.BytesIO, placeholder: type[P]) -> None:
         super().__init__(file, protocol=2)

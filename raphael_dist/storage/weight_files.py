@@ -56,7 +56,7 @@ def weight_files(folder: Path, stems: tuple[str, str] = DIFFUSERS) -> WeightFile
 
 
 def _variants(folder: Path, stems: tuple[str, str]) -> list[str]:
-    """Return the variants (fp32, fp16, ...) that occur in the weight files' names, those with most bits first."""
+    """Return the variants that occur in the weight files' names: fp32, bf16 and fp16 in this order, then others by name."""
     either = "|".join(map(re.escape, dict.fromkeys(stems)))
     names = re.compile(rf"(?:{either})\.(?:([\w-]+)\.(?:safetensors|bin)|(?:safetensors|bin)\.index\.([\w-]+)\.json)")
     matches = [names.fullmatch(path.name) for path in folder.iterdir()] if folder.is_dir() else []
@@ -67,7 +67,7 @@ def _variants(folder: Path, stems: tuple[str, str]) -> list[str]:
 def _parts(index: Path) -> tuple[Path, ...]:
     """Return the weight files that an index file (*.index.json) lists.
 
-    Raises UserError if it cannot be read, or one of them is missing or outside its folder.
+    Raises UserError if the index cannot be read, or a listed file is missing or outside the folder of the index.
     """
     try:
         names = sorted(set(read_json(index)["weight_map"].values()))
