@@ -1,6 +1,6 @@
 """Finds files that come with the package: demo data, DeepSpeed configurations, Slurm scripts, tools.
 
-In the repository they lie next to the package; in an installed wheel in `raphael_dist/assets/` (setup.py).
+In the repository these files lie next to the package. In an installed wheel they lie in `raphael_dist/assets/` (setup.py).
 """
 
 import subprocess
@@ -18,9 +18,9 @@ def root() -> Path:
 def locate(path: str) -> str:
     """Return the path of a file that may be in the working directory, or come with the package (in the folder `root()`).
 
-    It is `path`, or root()/path if the folder of `path` exists in root() but not in the working directory. So presets can
-    name the demo data, such as data/emoji-demo/train-0000.tar, in any working directory. An absolute path, or a file name
-    without a folder, is returned unchanged.
+    The result is root()/path if the folder of `path` exists in root() but not in the working directory, otherwise `path`.
+    So presets can name the demo data, such as data/emoji-demo/train-0000.tar, in any working directory. An absolute path,
+    or a file name without a folder, is returned unchanged.
     """
     folder = Path(path).parent
     if Path(path).is_absolute() or folder == Path() or folder.is_dir() or not (root() / folder).is_dir():

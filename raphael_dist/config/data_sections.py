@@ -232,7 +232,7 @@ class Data(Section):
     """Number of times that a failed request to a remote store is repeated. The pauses between the requests double."""
 
     timeout_s: Free[PositiveFloat] = 60.0
-    """Time limit, in seconds, of the answer to one request to a remote store, and of each MiB that it sends."""
+    """Time limit in seconds for the beginning of a remote store's answer to a request, and for each MiB of the answer."""
 
 
 def generate_buckets(resolution: int, step: int = 64, max_ratio: float = 2.0) -> tuple[tuple[int, int], ...]:

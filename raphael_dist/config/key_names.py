@@ -82,8 +82,10 @@ def known_key(name: str, config_type: type[BaseModel]) -> str | None:
 def meant_keys(name: str, config_type: type[BaseModel]) -> list[str]:
     """Return the full keys (section and name) of the settings that a user may have meant by `name`.
 
-    First those whose key, without its section, is `name`: "weight" gives ["edge.weight"]. Then the one that other trainers
-    call `name`: "learning_rate" gives ["optim.lr"]. `config_type`: the class of the whole configuration (`Config`).
+    The settings whose key, without its section, is `name` come first: "weight" gives ["edge.weight"]. The setting that
+    other trainers call `name` comes last: "learning_rate" gives ["optim.lr"].
+
+    `config_type`: the class of the whole configuration (`Config`).
     """
     plain = _plain(name).rpartition(".")[2]
     elsewhere = NAMES_ELSEWHERE.get(plain)

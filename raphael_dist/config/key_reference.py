@@ -38,7 +38,7 @@ Every setting with its meaning, default, type and range. This page is generated:
 
 A setting is taken from these places. A later one has priority:
 
-1. the default in the table below,
+1. the default in the tables below,
 2. `--config`: a preset or a YAML file, on top of the preset or file that its `base` names,
 3. `section.key=value` on the command line, each key once.
 
@@ -49,14 +49,27 @@ Commands:
 - `python -m raphael_dist config --json-schema` prints a schema by which editors complete and check YAML. With the
   YAML language server the file begins with `# yaml-language-server: $schema=` and the path of the schema.
 
-"On resume" states whether a key may change when a run is resumed:
+## Changes on resume
+A run that is resumed may be started with other values than before. The last column of each table states for each key whether
+its value may differ from the earlier one:
 
-| word | meaning |
+| last column | meaning |
 |---|---|
-| free | it may change |
-| fixed | it may change only if `run.allow_change` names it |
-| never | it may not change, because the shapes of the weights depend on it |
+| may change | The value may differ. |
+| only with `run.allow_change` | The key affects the results. The run ends with an error, unless `run.allow_change` names \
+the key, e.g. `run.allow_change=[optim.lr]`. |
+| must not change | The shapes of the weights depend on the key, so the run ends with an error. |
+
+Some keys that may change have a further condition:
+
+- The paths of shards and encoders may change, but their contents must be the same as before. For other contents,
+  `run.allow_change` must name `data.shards` (also for captions), `text.encoder` or `image.vae`.
+- The weights of a frozen base model (LoRA, ControlNet) must be the same, or `run.allow_change` must name `run.init_from`.
+- `train.max_steps` may change only with `run.allow_change` if the learning rate depends on it: with every
+  `optim.lr_schedule` but `constant` and `inverse_sqrt`.
 """
+# How the tables write `Key.on_resume`.
+_ON_RESUME = {"free": "may change", "fixed": "only with `run.allow_change`", "never": "must not change"}
 
 
 @dataclass(frozen=True)
@@ -69,7 +82,8 @@ class Key:
         default: its default value, as in YAML.
         range: limits of the value, such as "at least 0"; "" if there are none.
         description: what it means.
-        on_resume: whether the value may change when a run is resumed: "free", "fixed" or "never" (docs/configuration.md).
+        on_resume: whether the value may change when a run is resumed: "free" (it may), "fixed" (only if run.allow_change
+            names the key) or "never".
     """
 
     name: str
@@ -132,12 +146,13 @@ def markdown() -> str:
             f"## {section}",
             (kind.__doc__ or "").splitlines()[0],
             "",
-            "| key | meaning | default | type | range | on resume |",
+            "| key | meaning | default | type | range | [on resume](#changes-on-resume) |",
             "|---|---|---|---|---|---|",
         ]
         for key in keys:
             if key.name.split(".")[0] == section:
-                cells = (f"`{key.name}`", key.description, f"`{key.default}`", key.type, key.range, key.on_resume)
+                on_resume = _ON_RESUME[key.on_resume]
+                cells = (f"`{key.name}`", key.description, f"`{key.default}`", key.type, key.range, on_resume)
                 lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         lines.append("")
     return "\n".join(lines)

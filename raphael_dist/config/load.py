@@ -54,8 +54,8 @@ def preset_names() -> list[str]:
 def check_tree(tree: object) -> None:
     """Raise UserError if a configuration, as nested dicts and lists, cannot be validated.
 
-    It must have at most MAX_VALUES (100,000) values, since a few lines of YAML aliases can expand to billions, and its texts
-    must have no half of a surrogate pair, which YAML accepts as an escape such as "\\uD800".
+    It must have at most MAX_VALUES (100,000) values, since a few lines of YAML aliases can expand to billions, and its
+    strings must not contain half of a surrogate pair, which YAML accepts as an escape such as "\\uD800".
     """
     count, queue = 0, [("", tree)]
     while queue:
@@ -243,9 +243,10 @@ def check_repeated_keys(overrides: Sequence[str], config_type: type[BaseModel]) 
 
 
 def apply_override(config: ConfigTree, override: str, config_type: type[BaseModel]) -> None:
-    """Set a value of `config` by a text `section.key=value` from the command line. UserError: it does not have this form.
+    """Set a value of `config` by an argument of the command line, `override`, which has the form `section.key=value`.
 
-    `config_type`: the class that is made from `config` later. The types of its fields decide how the value is read.
+    `config_type`: the class that is made from `config` later. The types of its fields decide how the value is read. Raises
+    UserError if `override` has another form.
     """
     key, separator, text = override.partition("=")
     section, dot, name = key.partition(".")
@@ -269,7 +270,10 @@ def apply_override(config: ConfigTree, override: str, config_type: type[BaseMode
 
 
 def _suggestion(word: str, text: str, config_type: type[BaseModel]) -> str:
-    """Return " (did you mean ...?)" for an argument that is not an override; "" if there is no suggestion."""
+    """Return " (did you mean ...?)" for an argument that is not an override; "" if there is no suggestion.
+
+    `word`, `text`: the parts of the argument before and after "=".
+    """
     key = known_key(word, config_type) or near_key(word, config_type)
     if word.endswith(".json"):
         meant = f"--deepspeed_config {word}"

@@ -171,9 +171,9 @@ class Parallel(Section, json_schema_extra=FREE):
     """
 
     elastic: bool = False
-    """What happens if the number of ranks is not a multiple of parallel.space_ep or parallel.time_ep. true: the one that
-    does not fit is lowered to the largest value that divides the number of ranks and the number of its experts. false: the
-    run ends with an error.
+    """What happens if the number of ranks is not a multiple of parallel.space_ep or parallel.time_ep. true: this
+    setting is lowered to the largest value that divides both the number of ranks and the number of experts. false: the run
+    ends with an error.
     """
 
     dispatch: Dispatch = "auto"
@@ -261,8 +261,8 @@ class Diffusion(Section):
     """
 
     prediction: Literal["epsilon", "v_prediction", "flow"] = "epsilon"
-    """What the U-Net predicts. epsilon: the noise. v_prediction: the velocity v. flow: noise minus image (rectified flow),
-    which does not use diffusion.schedule, beta_start and beta_end.
+    """What the U-Net predicts. epsilon: the noise. v_prediction: the velocity v. flow: noise minus image (rectified flow);
+    diffusion.schedule, beta_start and beta_end are then not used.
     """
 
     stratified: bool = True

@@ -27,7 +27,8 @@ class RunConfig(Section):
 
     dir: Free[Path] = Path("runs/default")
     """Folder of the run. A run resumes from the newest checkpoint in this folder. If it is not set and --config names a
-    preset or a YAML file, the folder is runs/ and this name, e.g. runs/emoji-tiny.
+    preset or a YAML file, the folder is runs/NAME, where NAME is the name of the preset or of the file without .yaml, e.g.
+    runs/emoji-tiny.
     """
 
     seed: NonNegative = 0
@@ -68,8 +69,8 @@ class RunConfig(Section):
     """Lowest level of log messages that the terminal shows. The order is debug, info, warning, error."""
 
     allow_change: Free[tuple[str, ...]] = ()
-    """Settings that affect results and may nevertheless differ from those of the run that is resumed, e.g. [optim.lr]. Any
-    other such difference ends with an error.
+    """Keys whose values may differ from those of the run that is resumed, although they affect its results, e.g. [optim.lr].
+    If the value of another such key differs, the run ends with an error.
     """
 
 

@@ -36,7 +36,7 @@ class StageSpan(NamedTuple):
 
 
 def stage_at(config: Config, step: int) -> StageSpan:
-    """Return the stage of the run (entry of train.stages) to which the next step belongs after `step` steps.
+    """Return the stage of the run (entry of train.stages) to which step number `step` + 1, counted from 1, belongs.
 
     Raises UserError if the settings of the stage are not valid.
     """

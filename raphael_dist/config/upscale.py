@@ -21,8 +21,8 @@ class Upscale(Section):
     """
 
     noise: NonNegativeFloat = 0.0
-    """Super-resolution: training adds noise to the small image, whose values are from -1 to 1. This is the largest standard
-    deviation of that noise; that of each image is drawn between 0 and this value. 0: no noise.
+    """Super-resolution: training adds noise to the small image, whose values are from -1 to 1. The standard
+    deviation of the noise is drawn for each image between 0 and this value. 0: no noise.
     """
 
     back_projections: Free[NonNegative] = 3
@@ -46,7 +46,7 @@ def check_small_images(upscale: Upscale, latent_factor: int, buckets: tuple[tupl
         buckets: image sizes (height, width) in pixels.
 
     Raises:
-        UserError: `upscale.patch` has another value than these sizes require, or an image size is not a multiple of
+        UserError: `upscale.patch` is not max(1, latent_factor / upscale.factor), or an image size is not a multiple of
             `upscale.factor`.
     """
     factor, patch = upscale.factor, max(1, latent_factor // upscale.factor) if upscale.factor else upscale.patch

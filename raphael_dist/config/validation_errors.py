@@ -40,7 +40,7 @@ _MESSAGES = {
 
 
 def value_text(value: object) -> str:
-    """Return a value as one short line for a message, written as in YAML (null, true), without secrets of addresses."""
+    """Return a value as one short line for a message, written as in YAML (null, true). Secrets in addresses are hidden."""
     if isinstance(value, str):
         return escape_control(shorten(hide_secrets_in_text(value))) or "''"
     if value is None or isinstance(value, bool):

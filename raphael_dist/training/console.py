@@ -18,7 +18,7 @@ _SHOWN = (
 
 
 class _Lossy:
-    """A text stream that discards text that cannot be written, instead of raising OSError."""
+    """Wraps a text stream. Text that the stream cannot write is discarded, and no OSError is raised."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -53,7 +53,7 @@ class Console:
         """Create the display.
 
         Args:
-            active: whether this rank shows anything.
+            active: whether to show and log anything: true on rank 0, false on all other ranks.
             start: number of optimizer steps that were complete before this process started.
             total: number of optimizer steps of the whole run.
         """
@@ -69,7 +69,7 @@ class Console:
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Show one line with the loss, learning rate, gradient norm, speed and estimated remaining time.
 
-        If there is a progress bar, it shows the loss, and the line goes to train.log only.
+        If there is a progress bar, the bar shows the loss, and the line is written to train.log only.
 
         Args:
             step: the last complete optimizer step.

@@ -54,12 +54,12 @@ class DataTimer:
             self._seconds[kind] += waited * seconds.get(kind, 0.0) / max(total, 1e-9)
 
     def take(self, elapsed: float) -> tuple[dict[str, float], str | None]:
-        """Return the waiting times since the last call as metrics, and a line to log or None.
+        """Return the waiting times since the last call as metrics, and a line for the log or None.
 
         The metrics are shares (0..1) of the time, by tag (`time/data_wait_*`). The line names the kind of work with the
-        longest wait, and the setting that would shorten it. It is returned only if more than 3% of the time was spent
-        waiting and the last line named another kind. The first call returns no line, because every start has to wait for
-        data.
+        longest wait, and the setting that would shorten this wait. A line is returned only if more than 3% of the time was
+        spent waiting, and the line before it named another kind of work. The first call returns no line, because every
+        start has to wait for data.
 
         `elapsed`: seconds since the last call, or since the start.
         """

@@ -68,7 +68,7 @@ def _check_run_dir(config: Config) -> None:
 def _check_space(config: Config) -> None:
     """Raise UserError if the checkpoints of the run do not fit on the disk.
 
-    These are checkpoint.keep checkpoints, and one that is being written.
+    The disk must have space for checkpoint.keep checkpoints and one that is being written. Existing ones are subtracted.
     """
     saved, every = len(newest(config.run.dir / "checkpoints")), config.checkpoint.every or config.train.max_steps
     count = max(1, min(config.checkpoint.keep + 1, -(-config.train.max_steps // every)) - saved)
@@ -145,9 +145,9 @@ def _check_shards(config: Config, name: str) -> None:
 
 
 def _find_shards(config: Config, name: str) -> list[str]:
-    """Return the paths of the shards that the setting data.`name` selects.
+    """Return the paths of the training shards (`name` is "shards") or validation shards (`name` is "val_shards").
 
-    Raises UserError with a line for each pattern of that setting that matches no shard.
+    Raises UserError with a line for each pattern in data.shards or data.val_shards that matches no shard.
     """
     training, lines = name == "shards", list[str]()
     names = attempt(lines, lambda: find_shards(config, training=training))
@@ -165,7 +165,7 @@ def _find_shards(config: Config, name: str) -> list[str]:
 
 
 def _has_member(shard: Path, ext: str) -> bool:
-    """Return whether one of the first files in a shard (tar) has the extension `ext`. UserError if it is not a tar file."""
+    """Return whether one of the first 32 files in a shard has the extension `ext`. UserError if it is not a tar file."""
     try:
         with tarfile.open(shard, tarinfo=TarHeader) as tar:
             return any(member.name.lower().endswith(f".{ext}") for member in islice(tar, _MEMBERS))

@@ -28,7 +28,8 @@ def load_metrics(prefix: str, load_LK: Tensor, total_samples: float | None = Non
         prefix: first part of the names: "moe/space" or "moe/time".
         load_LK: float [L, K], the work of each of K experts in each of L transformer blocks. For time experts it is a
             number of samples. For space experts, each sample adds the share of its image tokens that the expert processes.
-        total_samples: number of samples in `load_LK`, for the density of space experts. None: no density.
+        total_samples: number of training samples that caused these loads. It is needed for the density of space experts.
+            None: no density is returned.
     """
     share_LK = relative_load(load_LK)
     values = {f"{prefix}/load_max": float(share_LK.max()), f"{prefix}/load_min": float(share_LK.min())}
@@ -81,7 +82,9 @@ class DeadExperts:
         self._lines.clear()
 
     def find(self, kind: str, load_LK: Tensor, samples: float) -> Tensor | None:
-        """Record the expert loads since the last call; return which experts are dead, bool [L, K]; None: too few samples.
+        """Record the expert loads since the last call; return which experts are dead, bool [L, K].
+
+        Returns None while fewer than 100 samples per expert (SAMPLES) have been recorded.
 
         Args:
             kind: kind of experts, "space" or "time". Their loads are recorded separately.

@@ -62,7 +62,9 @@ class Telemetry:
         self._flops = 0.0
 
     def begin(self, step: int, flops: float) -> None:
-        """Start logging the steps after optimizer step `step` (0 in a new run). Logged values of later steps are removed.
+        """Start logging the steps after optimizer step `step` (0 in a new run).
+
+        Values that an earlier process logged for later steps are removed, because these steps are repeated.
 
         `flops`: model FLOPs per sample, forward and backward, for the model FLOP utilisation (MFU).
         """
@@ -88,7 +90,8 @@ class Telemetry:
     def waiting_for_data(self) -> Iterator[DataTimer]:
         """Return a context manager that counts the time spent in its body as time waiting for data.
 
-        It yields a DataTimer. The body must fetch a batch, call the timer's `fetched`, and then copy it to the device.
+        It yields a DataTimer. The body must fetch a batch, call the timer's `fetched`, and then copy the batch to the
+        device.
         """
         with self._data_timer.waiting():
             yield self._data_timer

@@ -61,7 +61,11 @@ def annealing_factor(schedule: str, done: float) -> float:
 def _schedule(
     name: str, lr: float, warmup: int, steps: int, arguments: tuple[tuple[str, float], ...]
 ) -> Callable[[int], float]:
-    """Return the schedule `name` of transformers: a function from the number of steps taken to a factor on `lr`."""
+    """Return the schedule `name` of transformers: a function from the number of steps taken to a factor on the peak rate.
+
+    `lr`: the peak rate. `warmup`, `steps`: numbers of warm-up steps and of all steps. `arguments`: (name, value) of each
+    entry of optim.lr_schedule_args.
+    """
     import torch
     from transformers import get_scheduler
 

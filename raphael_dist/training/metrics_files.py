@@ -174,7 +174,7 @@ def _without_tensorboard_errors(hook: _Hook) -> _Hook:
 def read_metrics(path: Path) -> dict[str, Series]:
     """Read a metrics.jsonl file; return the (step, value) pairs of each metric by its name, in order of steps.
 
-    What `read_series` leaves out is ignored.
+    Lines and values that the trainer does not write are left out without a message (unlike in `read_series`).
     """
     return read_series(path)[0]
 
@@ -189,8 +189,8 @@ def read_series(path: Path) -> tuple[dict[str, Series], list[str]]:
         path: the file.
 
     Returns:
-        The (step, value) pairs of each metric by its name, in order of steps; and a sentence for each kind of lines and
-        values that were left out because they have another form than those of the trainer.
+        The (step, value) pairs of each metric by its name, in order of steps; and sentences that state how many lines and
+        values were left out because the trainer does not write such lines and values.
 
     Raises:
         OSError: the file cannot be read, or it is not a regular file.
@@ -219,7 +219,7 @@ def read_series(path: Path) -> tuple[dict[str, Series], list[str]]:
 
 
 def _bounded(value: float) -> float:
-    """Return a value as a float; plus or minus infinity if it is larger than LARGEST."""
+    """Return a value as a float; plus or minus infinity if its absolute value is above 1e30 (LARGEST)."""
     if abs(value) > LARGEST:  # also integers that have no float
         return float("inf") if value > 0 else -float("inf")
     return float(value)

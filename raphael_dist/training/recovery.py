@@ -21,7 +21,7 @@ class SkipReason(NamedTuple):
 
     Attributes:
         why: the reason, as a string for the log.
-        rollback: whether the run must return to a checkpoint. This is so if the loss is a spike and train.spike_action is
+        rollback: whether the run must return to a checkpoint: true if the loss is a spike and train.spike_action is
             "rollback".
     """
 
@@ -70,8 +70,8 @@ def skip(run: Run, why: str, losses: StepLosses) -> bool:
         good.
 
     Raises:
-        NonFiniteError: train.max_skipped steps in a row were skipped, and either a step since that checkpoint was good, or
-            there is no earlier checkpoint.
+        NonFiniteError: train.max_skipped steps in a row were skipped, and the run cannot return to an earlier checkpoint:
+            either this process has taken a good step, or there is no such checkpoint.
     """
     bad = _bad_positions(losses)
     run.progress.all_non_finite = len(set(bad)) == run.config.train.global_batch_size

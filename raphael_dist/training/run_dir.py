@@ -87,7 +87,7 @@ def _owner() -> str:
 
 
 def check_owner(lock: IO[str] | None) -> None:
-    """Raise RuntimeError if another run has locked the run directory since this run did.
+    """Raise RuntimeError if another run has locked the run directory after this run had locked it.
 
     This can happen because some file systems drop a lock when its node fails. `lock`: the open lock file that `acquire`
     returned; None on ranks other than 0, where nothing is checked.

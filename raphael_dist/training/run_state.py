@@ -31,7 +31,7 @@ class RunProgress:
         samples_seen: number of training samples that have been used.
         stage_start, stage_end: last step of the previous and of the current stage (an entry of train.stages); 0 for
             `stage_end`: the stage ends with the run.
-        first_step: step at which this process began, or to which it returned.
+        first_step: step at which this process began, or to which it returned by the last rollback.
         updated: whether a step since `first_step` changed the weights.
         all_non_finite: whether no sample of the last skipped step had a finite loss: then the weights are the cause.
         save_due: whether to save a checkpoint after the next good step.

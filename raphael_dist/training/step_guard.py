@@ -23,7 +23,7 @@ class Guard:
         skipped: number of steps that did not change the weights.
         in_a_row: number of skipped steps since the last good step.
         spikes: number of losses that were far above the losses before.
-        rollbacks: number of returns to the current checkpoint.
+        rollbacks: how many times the run has returned to the checkpoint to which it returned last.
     """
 
     def __init__(self, train: Train) -> None:

@@ -323,7 +323,7 @@ def save(run: Run, last: bool) -> None:
 
 
 def _slots(run: Run) -> Iterator[list[tuple[int, float]]]:
-    """Yield for each micro-step, without end, the (position, weight) of each of this rank's samples (`BatchPlan.slots`).
+    """Yield for each micro-step, without end, (position in training order, weight) of each of this rank's samples.
 
     A run has no fixed number of micro-steps, because steps after a rollback are repeated with new samples. `samples_seen`
     is read only at the start: later it lags behind the prefetcher, which reads ahead.

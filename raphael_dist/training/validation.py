@@ -36,7 +36,7 @@ class Validator:
 
     If there are few pairs, each is used several times with different noise. `val/loss_t0` .. `val/loss_t3` are the losses in
     the four quarters of the timestep range; t0 has the least noise. Routes are the experts that gates select for text tokens
-    and timesteps; how many of them changed since the last validation is measured on the first micro-batch.
+    and timesteps. The share of routes that changed since the last validation is measured on the first micro-batch.
     """
 
     def __init__(self, config: Config, ranks: Ranks, data: DataSource, engine: Engine, schedule: NoiseSchedule) -> None:
@@ -87,15 +87,15 @@ class Validator:
 def forward_group_size(config: Config, engine: Engine, world_size: int) -> int:
     """Return the size of the groups of consecutive ranks that must run a forward pass together, because it has collectives.
 
-    1: every rank can run it alone.
+    The size is 1 if every rank can run a forward pass alone.
     """
     return world_size if engine.stage == 3 else ranks_per_unit(config)
 
 
 def active_ranks(count: int, world_size: int, group: int, span: int) -> int:
-    """Return how many ranks share `count` samples: a multiple of `group`, such that each group has samples.
+    """Return how many ranks share `count` samples, so that each of their groups has samples. The other ranks do nothing.
 
-    The other ranks do nothing.
+    The result is a multiple of `group`.
 
     Args:
         count: number of samples.
@@ -110,8 +110,8 @@ def active_ranks(count: int, world_size: int, group: int, span: int) -> int:
 def prompt_share(num_prompts: int, rank: int, world_size: int, group: int) -> list[int]:
     """Return the indices of the prompts for which a rank draws images; [] if its group of ranks draws none.
 
-    All ranks of a group (`group` consecutive ranks) draw equally many, because their forward passes are collective. Some may
-    repeat the last prompt.
+    All ranks of a group (`group` consecutive ranks) draw the same number of images, because their forward passes are
+    collective. Some ranks may draw the last prompt again for this reason.
     """
     per_rank = -(-num_prompts // world_size)
     if rank // group * group * per_rank >= num_prompts:
@@ -122,8 +122,8 @@ def prompt_share(num_prompts: int, rank: int, world_size: int, group: int) -> li
 def ready_to_sample(config: Config, ranks: Ranks, engine: Engine, text: TextEncoder, image: ImageEncoder) -> list[Request]:
     """Return the requests for images to draw during training, and load what this rank needs to draw its share.
 
-    A rank that draws images loads the encoders and reads the input images of its requests. Raises UserError for mistakes in
-    the requests, before the first step.
+    A rank that draws images loads the weights of the encoders `text` and `image`, and reads the input images of its
+    requests. Raises UserError for mistakes in the requests, before the first step.
     """
     group = forward_group_size(config, engine, ranks.world_size)
     share = prompt_share(len(config.sample.prompts), ranks.rank, ranks.world_size, group)
@@ -144,10 +144,10 @@ def draw_samples(
 ) -> tuple[np.ndarray, PromptTrace] | None:
     """Draw one image for each request. Collective.
 
-    Returns on rank 0 the images, uint8 [P, H, W, 3] for P requests, and for the first one the experts that the gates
-    selected for its words, and the words' regions. Returns None on other ranks.
+    Returns on rank 0 the images, uint8 [P, H, W, 3] for P requests; and, for the first image, the experts that the gates
+    selected for each word of its caption, and the image region of each word. Returns None on other ranks.
 
-    `ema`: the averaged weights, with which they are drawn; None: use the current weights. `text` and `image`: the encoders.
+    `ema`: the averaged weights, which draw the images; None: use the current weights. `text` and `image`: the encoders.
     `requests`: captions with size and seed; all must have the same size.
     """
     s, size = config.sample, requests[0].size_hw
@@ -178,7 +178,7 @@ def draw_samples(
 
 
 def figures_of(trace: PromptTrace, prompt: str) -> dict[str, Image.Image]:
-    """Return figures about an image by tag: experts and regions of the words of its caption, and its time experts.
+    """Return figures about a drawn image, by tag: the experts and image regions of the caption's words, the time experts.
 
     `trace`: the image, with the experts and regions that were recorded while it was drawn. `prompt`: its caption.
     """

@@ -37,7 +37,7 @@ class Tracker(Protocol):
 
 
 class WandbTracker:
-    """Records a run in Weights & Biases. With WANDB_MODE=offline it stays on the local disk."""
+    """Records a run in Weights & Biases. With WANDB_MODE=offline the record stays on the local disk."""
 
     def __init__(self, config: Config) -> None:
         import wandb
