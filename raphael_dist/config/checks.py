@@ -116,6 +116,11 @@ def check_kernels(train: Train, model: Model, optim: Optim, lora: Lora, parallel
         "group_norm": ((not train.compile, "train.compile=false", "it is true, which fuses the same operations"),),
         "layer_norm": ((max(model.channels) <= 4096, "model.channels up to 4096", f"they are {list(model.channels)}"),),
         "space_moe": ((model.space_experts > 0, "model.space_experts above 0", "it is 0"), *experts),
+        "space_moe_dense": (
+            ("space_moe" not in train.kernels, "train.kernels without space_moe", "both compute the same layers"),
+            (model.space_experts > 0, "model.space_experts above 0", "it is 0"),
+            *experts,
+        ),
         "time_moe": (
             (model.time_experts > 0, "model.time_experts above 0", "it is 0"),
             (model.time_activation == "gelu", "model.time_activation=gelu", f"it is {model.time_activation}"),

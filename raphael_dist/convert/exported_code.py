@@ -33,6 +33,7 @@ _NEVER = {
     "m.expert_backend == 'megablocks'",
     "self.use_megablocks",
     "self.use_kernel",
+    "self.use_dense_kernel",
     "self.assumes_even_loads",
     "m.balance_weight > 0 and torch.is_grad_enabled()",
     "recompute and torch.is_grad_enabled()",

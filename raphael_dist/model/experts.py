@@ -39,8 +39,9 @@ class Experts(nn.Module):
 
     # For traces without data: the loop over experts divides the rows evenly and does not read the counts.
     assumes_even_loads = False
-    # Whether the layer runs in the Triton kernels of `train.kernels`.
+    # Whether the layer runs in the Triton kernels of `train.kernels`: for the pairs of rows and experts in use, or for all.
     use_kernel = False
+    use_dense_kernel = False
 
     def __init__(
         self,
@@ -195,6 +196,14 @@ class Experts(nn.Module):
         if not x_RD.shape[0]:
             return self.dense(x_RD, w_RK)
         return sparse_experts(x_RD, w_RK, self.w1, self.b1, self.w2, per_row)
+
+    def dense_by_kernel(self, x_RD: Tensor, w_RK: Tensor) -> Tensor:
+        """Return the result of `dense`, computed by Triton kernels that write and read hidden units once."""
+        from raphael_dist.model.kernels.dense_experts import dense_experts
+
+        if not x_RD.shape[0]:
+            return self.dense(x_RD, w_RK)
+        return dense_experts(x_RD, w_RK, self.w1, self.b1, self.w2)
 
     def dense(self, x_RD: Tensor, w_RK: Tensor) -> Tensor:
         """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)` for each row r, [R, D]: the weighted outputs without the last bias.

@@ -103,6 +103,8 @@ class SpaceMoE(Experts):
         """
         if self.use_kernel:
             return self.sparse(x_RD, w_RK, self.num_experts) - w_RK @ zero_KD
+        if self.use_dense_kernel:
+            return self.dense_by_kernel(x_RD, w_RK) - w_RK @ zero_KD
         run = SPACE_BACKENDS[self._choose_backend((w_RK.detach() > 0).float())]
         return run(self, x_RD, w_RK) - w_RK @ zero_KD
 

@@ -6,6 +6,7 @@ Without a GPU they run in Triton's interpreter (tests/conftest.py), with one the
 Shape legend: B samples, C channels, G groups, R rows, K experts, D width, F hidden width.
 """
 
+import copy
 import os
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from tests.lib.synthetic import synthetic_batch, tiny_config
 
 pytest.importorskip("triton", reason="needs the package triton")
 
-from raphael_dist.model.kernels import group_norm, layer_norm, sparse_experts
+from raphael_dist.model.kernels import dense_experts, group_norm, layer_norm, sparse_experts
 from raphael_dist.model.kernels.sparse_experts import find_pairs
 
 HAS_GPU = torch.cuda.is_available()
@@ -152,6 +153,20 @@ def test_sparse_experts(name, dtype, tolerance, monkeypatch):
     compare(kernel, reference, inputs, 1.5 * tolerance)
 
 
+@DTYPES
+@pytest.mark.parametrize("name", PAIRS)
+def test_dense_experts(name, dtype, tolerance):
+    compare(dense_experts.dense_experts, reference_sparse_experts, expert_inputs(name, dtype), 1.5 * tolerance)
+
+
+def test_dense_experts_keep_no_hidden_units():
+    kept: list[Tensor] = []
+    inputs = [x.requires_grad_() for x in expert_inputs("some", torch.float32)]
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x), lambda x: x):
+        dense_experts.dense_experts(*inputs)
+    assert sum(x.numel() for x in kept) == sum(x.numel() for x in inputs)
+
+
 def test_pairs_by_hand():
     needed = torch.tensor([[1, 0, 1], [0, 0, 1], [1, 0, 0]], dtype=torch.bool, device=DEVICE)
     pairs = find_pairs(needed, per_row=2)
@@ -161,7 +176,7 @@ def test_pairs_by_hand():
     assert pairs.ends_K.tolist() == [2, 2, 4]
 
 
-@pytest.mark.parametrize("kernel", ["group_norm", "layer_norm", "space_moe", "time_moe"])
+@pytest.mark.parametrize("kernel", ["group_norm", "layer_norm", "space_moe", "space_moe_dense", "time_moe"])
 def test_a_model_takes_the_same_gradients_with_a_kernel(kernel, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # float32 is held to float32
     config = tiny_config(
@@ -206,12 +221,17 @@ def test_layers_of_experts_with_kernels_equal_those_without():
     weight = F.one_hot(torch.randint(0, 3, (2, 4)), 3).float().to(DEVICE) / 4
     factor = torch.tensor([1.0, 0.5], device=DEVICE)
     expert, samples = torch.tensor([2, 0], device=DEVICE), torch.tensor([1, 0, 1], device=DEVICE)
-    for layer, arguments in ((space, (h, mask, weight)), (time, (h, expert, samples, factor))):
-        outs = []
-        for layer.use_kernel in (False, True):
-            out = layer(*arguments)
-            outs.append(out[0] if layer is space else out)
-        torch.testing.assert_close(outs[1], outs[0], rtol=1e-5, atol=1e-5)
+    for layer, kernel, arguments in (
+        (space, "space_moe", (h, mask, weight)),
+        (space, "space_moe_dense", (h, mask, weight)),
+        (time, "time_moe", (h, expert, samples, factor)),
+    ):
+        outs = [layer(*arguments)]
+        layer = copy.deepcopy(layer)
+        use_kernels(layer, [kernel], DEVICE)
+        outs.append(layer(*arguments))
+        first, second = (out[0] if isinstance(out, tuple) else out for out in outs)
+        torch.testing.assert_close(second, first, rtol=1e-5, atol=1e-5)
 
 
 # ---- the switch -------------------------------------------------------------------------------------------------------
@@ -225,6 +245,7 @@ FITS = {"expert_width": [24, 32]}
         ({"train": {"kernels": ["group_norm"], "compile": True}}, "train.compile=false, but it is true"),
         ({"train": {"kernels": ["space_moe"]}, "model": {"space_experts": 0}}, "model.space_experts above 0"),
         ({"train": {"kernels": ["space_moe"]}, "model": {"expert_backend": "grouped"}}, "backend=auto, but it is grouped"),
+        ({"train": {"kernels": ["space_moe", "space_moe_dense"]}}, "train.kernels without space_moe, but both compute"),
         ({"train": {"kernels": ["time_moe"]}, "model": {"time_activation": "geglu"}}, "time_activation=gelu"),
         ({"train": {"kernels": ["time_moe"]}, "parallel": {"time_ep": 2}}, "parallel.time_ep=1, but it is 2"),
         ({"train": {"kernels": ["adamw"]}, "optim": {"kind": "sgd"}}, "optim.kind=adamw, but it is sgd"),
@@ -274,7 +295,7 @@ def test_a_model_uses_no_kernel_by_default():
     assert Config().train.kernels == ()
     model = RaphaelUNet(tiny_config())
     use_kernels(model, (), torch.device("cpu"))
-    assert not [name for name, m in model.named_modules() if getattr(m, "use_kernel", False)]
+    assert not [name for name, m in model.named_modules() if getattr(m, "use_kernel", False) or getattr(m, "use_dense_kernel", False)]
 
 
 # ---- compilation for GPUs ----------------------------------------------------------------------------------------------
@@ -288,5 +309,5 @@ def test_kernels_compile_for_two_gpus_and_spill_no_registers():
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=880)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[2:] if line]
-    assert {row[0] for row in rows} == {"group_norm", "layer_norm", "space_moe", "adamw"}
+    assert {row[0] for row in rows} == {"group_norm", "layer_norm", "space_moe", "space_moe_dense", "adamw"}
     assert not [row for row in rows for cell in row[2:] if int(cell.split(", ")[1]) > 0]

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.utils.flop_counter import register_flop_formula
 
-Tile = dict[str, int]  # sizes that Triton compiles into a kernel, and its launch options
+from raphael_dist.model.kernels.products import Tile, gelu_slope, multiply, normal_cdf, tile_of
 
 
 class Pairs(NamedTuple):
@@ -85,32 +85,6 @@ def _pairs_of_tile(ends, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _multiply(
-    a, rows, row_mask, weight, cols, col_mask, depth, row_stride, depth_stride, col_stride, DOT: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """Return a[rows, :depth] @ weight[:depth, cols], float32 [ROWS, COLS].
-
-    row_stride is the stride of a's rows; depth_stride and col_stride are those of the weight.
-    """
-    inner = tl.arange(0, DEPTH)
-    a += rows.to(tl.int64)[:, None] * row_stride + inner[None, :]
-    weight += inner[:, None] * depth_stride + cols[None, :] * col_stride
-    out = tl.zeros([ROWS, COLS], tl.float32)
-    for start in range(0, depth, DEPTH):
-        inside = inner < depth - start
-        left = tl.load(a + start, row_mask[:, None] & inside[None, :], 0.0)
-        right = tl.load(weight + start * depth_stride, inside[:, None] & col_mask[None, :], 0.0)
-        out = tl.dot(left.to(DOT), right.to(DOT), out, input_precision="ieee")
-    return out
-
-
-@triton.jit
-def _normal_cdf(x):
-    return 0.5 * (1 + tl.erf(x * 0.7071067811865476))
-
-
-@triton.jit
 def _hidden(
     x, row, ends, w1, b1, a, h, width, hidden, EXPERTS: tl.constexpr, DOT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
@@ -121,11 +95,12 @@ def _hidden(
         inside = cols < hidden
         rows = tl.load(row + pairs, mask, 0)
         weight = w1 + expert.to(tl.int64) * hidden * width
-        value = _multiply(x, rows, mask, weight, cols, inside, width, width, 1, width, DOT, ROWS, COLS, DEPTH)
+        value = tl.zeros([ROWS, COLS], tl.float32)
+        value = multiply(value, x, rows, mask, weight, cols, inside, width, width, 1, width, DOT, DEPTH)
         value += tl.load(b1 + expert * hidden + cols, inside, 0.0).to(tl.float32)[None, :]
         offsets, both = pairs.to(tl.int64)[:, None] * hidden + cols[None, :], mask[:, None] & inside[None, :]
         tl.store(a + offsets, value.to(a.dtype.element_ty), both)
-        tl.store(h + offsets, (value * _normal_cdf(value)).to(h.dtype.element_ty), both)
+        tl.store(h + offsets, (value * normal_cdf(value)).to(h.dtype.element_ty), both)
 
 
 @triton.jit
@@ -138,9 +113,8 @@ def _product(
         cols, mask = tl.program_id(0) * COLS + tl.arange(0, COLS), pairs < end
         inside = cols < outer
         weight += expert.to(tl.int64) * inner * outer
-        value = _multiply(
-            a, pairs, mask, weight, cols, inside, inner, inner, depth_stride, col_stride, DOT, ROWS, COLS, DEPTH
-        )
+        value = tl.zeros([ROWS, COLS], tl.float32)
+        value = multiply(value, a, pairs, mask, weight, cols, inside, inner, inner, depth_stride, col_stride, DOT, DEPTH)
         offsets = pairs.to(tl.int64)[:, None] * outer + cols[None, :]
         tl.store(out + offsets, value.to(out.dtype.element_ty), mask[:, None] & inside[None, :])
 
@@ -156,12 +130,13 @@ def _hidden_gradient(
         inside = cols < hidden
         rows = tl.load(row + pairs, mask, 0)
         weight = w2 + expert.to(tl.int64) * hidden * width
-        dh = _multiply(dout, rows, mask, weight, cols, inside, width, width, hidden, 1, DOT, ROWS, COLS, DEPTH)
+        dh = tl.zeros([ROWS, COLS], tl.float32)
+        dh = multiply(dh, dout, rows, mask, weight, cols, inside, width, width, hidden, 1, DOT, DEPTH)
         offsets, both = pairs.to(tl.int64)[:, None] * hidden + cols[None, :], mask[:, None] & inside[None, :]
         value = tl.load(a + offsets, both, 0.0).to(tl.float32)
         factor = tl.load(w + rows * EXPERTS + expert, mask, 0.0).to(tl.float32)[:, None]
-        cdf = _normal_cdf(value)
-        slope = cdf + value * tl.exp(-0.5 * value * value) * 0.3989422804014327
+        cdf = normal_cdf(value)
+        slope = gelu_slope(value, cdf)
         tl.store(da + offsets, (factor * dh * slope).to(da.dtype.element_ty), both)
         tl.store(wh + offsets, (factor * value * cdf).to(wh.dtype.element_ty), both)
         tl.store(dw_parts + tl.program_id(0).to(tl.int64) * places + pairs, tl.sum(dh * value * cdf, 1), mask)
@@ -234,15 +209,6 @@ def sparse_experts(x_RD: Tensor, w_RK: Tensor, w1: Tensor, b1: Tensor, w2: Tenso
     return out_RD
 
 
-def _tile_of(x: Tensor) -> Tile:
-    """Return Triton's options for matrix products with x: tile sizes, dtype of the factors (DOT), warps and stages."""
-    if x.dtype == torch.float32:
-        return {"ROWS": 64, "COLS": 64, "DEPTH": 32, "DOT": tl.float32, "num_warps": 4, "num_stages": 2}
-    # Triton's interpreter multiplies bfloat16 numbers as the integers that it stores them as.
-    dot = tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16
-    return {"ROWS": 128, "COLS": 128, "DEPTH": 64, "DOT": dot, "num_warps": 8, "num_stages": 3}
-
-
 def _product_grid(places: int, experts: int, outer: int, tile: Tile) -> tuple[int, int]:
     # Programs of one tile of pairs are neighbours. Every expert has at most one tile that it does not fill.
     return triton.cdiv(outer, tile["COLS"]), triton.cdiv(places, tile["ROWS"]) + experts
@@ -253,7 +219,7 @@ def _forward(
     x: Tensor, w: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, row: Tensor, place: Tensor, ends: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the output [R, D], and the hidden units before GELU of each (row, expert) pair, [P, F]."""
-    (experts, hidden, width), places, tile = w1.shape, row.numel(), _tile_of(x)
+    (experts, hidden, width), places, tile = w1.shape, row.numel(), tile_of(x)
     a, h, y = x.new_empty(places, hidden), x.new_empty(places, hidden), x.new_empty(places, width)
     grid = _product_grid(places, experts, hidden, tile)
     _hidden[grid](x, row, ends, w1, b1, a, h, width, hidden, EXPERTS=experts, **tile)
@@ -284,7 +250,7 @@ def _backward(
     dout: Tensor, x: Tensor, w: Tensor, w1: Tensor, w2: Tensor, row: Tensor, place: Tensor, ends: Tensor, a: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, w, w1, b1 and w2."""
-    (experts, hidden, width), places, tile = w1.shape, row.numel(), _tile_of(x)
+    (experts, hidden, width), places, tile = w1.shape, row.numel(), tile_of(x)
     da, wh = torch.empty_like(a), torch.empty_like(a)
     narrow = {**tile, "COLS": 64}  # its results need registers too; with 128 columns some would spill
     grid = _product_grid(places, experts, hidden, narrow)

@@ -13,11 +13,13 @@ from raphael_dist.model.device import is_gpu
 from raphael_dist.model.moe import SpaceMoE, TimeMoE
 from raphael_dist.model.norms import GroupNorm, LayerNorm
 
-_MODULES: dict[str, type[nn.Module]] = {
-    "group_norm": GroupNorm,
-    "layer_norm": LayerNorm,
-    "space_moe": SpaceMoE,
-    "time_moe": TimeMoE,
+# The type of the modules that each kernel is for, and the attribute that makes them use it.
+_MODULES: dict[str, tuple[type[nn.Module], str]] = {
+    "group_norm": (GroupNorm, "use_kernel"),
+    "layer_norm": (LayerNorm, "use_kernel"),
+    "space_moe": (SpaceMoE, "use_kernel"),
+    "space_moe_dense": (SpaceMoE, "use_dense_kernel"),
+    "time_moe": (TimeMoE, "use_kernel"),
 }
 
 
@@ -47,10 +49,11 @@ def set_kernels(model: nn.Module, kernels: Sequence[Kernel]) -> None:
 
     Unlike `use_kernels`, it can be used to trace the model on `meta` tensors. `kernels`: the setting `train.kernels`.
     """
-    types = tuple(_MODULES[name] for name in kernels if name in _MODULES)
+    switches = [_MODULES[name] for name in kernels if name in _MODULES]
     for module in model.modules():
-        if isinstance(module, types):
-            module.use_kernel = True  # type: ignore[assignment]
+        for module_type, attribute in switches:
+            if isinstance(module, module_type):
+                setattr(module, attribute, True)
 
 
 def require_triton(kernels: Sequence[Kernel]) -> None:
