@@ -105,7 +105,9 @@ def check_parallel(parallel: Parallel, model: Model) -> Iterator[str]:
             )
 
 
-def check_kernels(train: Train, model: Model, optim: Optim, lora: Lora, parallel: Parallel) -> Iterator[str]:
+def check_kernels(
+    train: Train, model: Model, optim: Optim, lora: Lora, parallel: Parallel, text: Text, edge: Edge
+) -> Iterator[str]:
     """Yield an error message for each setting that is incompatible with a Triton kernel that `train.kernels` selects."""
     adapted = lora.rank > 0 and "experts" in lora.targets
     experts = (
@@ -115,6 +117,11 @@ def check_kernels(train: Train, model: Model, optim: Optim, lora: Lora, parallel
     requirements: dict[Kernel, tuple[Requirement, ...]] = {
         "group_norm": ((not train.compile, "train.compile=false", "it is true, which fuses the same operations"),),
         "layer_norm": ((max(model.channels) <= 4096, "model.channels up to 4096", f"they are {list(model.channels)}"),),
+        "cross_attention": (
+            (model.space_experts > 0 or edge.weight > 0, "model.space_experts or edge.weight above 0", "both are 0"),
+            (text.max_tokens <= 128, "text.max_tokens up to 128", f"it is {text.max_tokens}"),
+            (model.head_dim <= 128, "model.head_dim up to 128", f"it is {model.head_dim}"),
+        ),
         "space_moe": ((model.space_experts > 0, "model.space_experts above 0", "it is 0"), *experts),
         "space_moe_dense": (
             ("space_moe" not in train.kernels, "train.kernels without space_moe", "both compute the same layers"),

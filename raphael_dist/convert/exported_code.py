@@ -34,6 +34,7 @@ _NEVER = {
     "self.use_megablocks",
     "self.use_kernel",
     "self.use_dense_kernel",
+    "use_kernel",
     "self.assumes_even_loads",
     "m.balance_weight > 0 and torch.is_grad_enabled()",
     "recompute and torch.is_grad_enabled()",

@@ -87,6 +87,7 @@ class MapProcessor:
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         attention_mask: Tensor | None = None,
+        use_kernel: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Compute cross-attention from N image tokens to Y text tokens, and also return the attention map.
 
@@ -95,23 +96,33 @@ class MapProcessor:
             hidden_states: image tokens [B, N, D].
             encoder_hidden_states: text tokens [B, Y, text width].
             attention_mask: not used; diffusers passes it.
+            use_kernel: whether to use the Triton kernel, which stores no map for single heads.
 
         Returns:
             The output [B, N, D], and the attention of each image token to each text token, float32 [B, N, Y].
         """
-        batch, heads = hidden_states.shape[0], attn.heads
-        q, k, v = (
-            x.view(batch, -1, heads, x.shape[-1] // heads).transpose(1, 2)
-            for x in (attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states))
-        )
-        map_BHNY = torch.softmax((q @ k.transpose(2, 3)).float() * attn.scale, dim=-1)
-        out = (map_BHNY.to(v.dtype) @ v).transpose(1, 2).flatten(2)
+        projections = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+        out, map_BNY = self._attend(*projections, attn.heads, attn.scale, use_kernel)
         projected: Tensor = attn.to_out[1](attn.to_out[0](out))
-        return projected, map_BHNY.mean(dim=1)
+        return projected, map_BNY
+
+    @staticmethod
+    def _attend(
+        q_BND: Tensor, k_BYD: Tensor, v_BYD: Tensor, heads: int, scale: float, use_kernel: bool
+    ) -> tuple[Tensor, Tensor]:
+        if use_kernel:
+            from raphael_dist.model.kernels.cross_attention import cross_attention
+
+            return cross_attention(q_BND, k_BYD, v_BYD, heads, scale)
+        q, k, v = (torch.unflatten(x, 2, (heads, -1)).transpose(1, 2) for x in (q_BND, k_BYD, v_BYD))
+        map_BHNY = torch.softmax((q @ k.transpose(2, 3)).float() * scale, dim=-1)
+        return (map_BHNY.to(v.dtype) @ v).transpose(1, 2).flatten(2), map_BHNY.mean(dim=1)
 
 
 class TransformerBlock(nn.Module):
     """The transformer block of RAPHAEL (Fig. 3). Without experts it is the block of Stable Diffusion."""
+
+    use_kernel = False  # whether cross-attention with a map runs in the Triton kernel of `train.kernels`
 
     def __init__(self, spec: BlockSpec) -> None:
         super().__init__()
@@ -163,7 +174,8 @@ class TransformerBlock(nn.Module):
         return BlockOutput(h_BND, edge_logits, used_BK)
 
     def _cross_attention(self, h_BND: Tensor, text_BYD: Tensor) -> tuple[Tensor, Tensor | None]:
-        out = self.attn2(h_BND, encoder_hidden_states=text_BYD)
+        options = {"use_kernel": self.use_kernel} if self.needs_attention_map else {}
+        out = self.attn2(h_BND, encoder_hidden_states=text_BYD, **options)
         return out if self.needs_attention_map else (out, None)
 
     def _time_layer(self, h_BND: Tensor, routing: BlockRouting) -> Tensor:

@@ -25,11 +25,13 @@ FREE |= {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided
 # Classes of operations, each with its own rates in `cluster_spec.Rates`. All other operations are "pointwise".
 CLASSES = ("product", "convolution", "attention", "pointwise", "transcendental", "norm", "copy")
 _OPERATIONS = {
-    "product": ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "sparse_experts", "sparse_experts_backward"),
+    "product": ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "sparse_experts", "sparse_experts_backward",
+        "dense_experts", "dense_experts_hidden_gradient",
+    ),
     "convolution": ("convolution", "convolution_backward"),
     "attention": (
         "_scaled_dot_product_flash_attention_for_cpu",
-        "_scaled_dot_product_flash_attention_for_cpu_backward",
+        "_scaled_dot_product_flash_attention_for_cpu_backward", "cross_attention", "cross_attention_backward",
     ),
     "transcendental": (
         "gelu", "gelu_backward", "silu", "silu_backward", "_softmax", "_softmax_backward_data", "exp", "log_sigmoid_forward",

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ from tests.lib.synthetic import synthetic_batch, tiny_config
 
 pytest.importorskip("triton", reason="needs the package triton")
 
-from raphael_dist.model.kernels import dense_experts, group_norm, layer_norm, sparse_experts
+from raphael_dist.model.kernels import cross_attention, dense_experts, group_norm, layer_norm, sparse_experts
 from raphael_dist.model.kernels.sparse_experts import find_pairs
 
 HAS_GPU = torch.cuda.is_available()
@@ -101,6 +102,32 @@ def test_layer_norm_backward(shape, programs, dtype, tolerance, monkeypatch):
         lambda *args: layer_norm.layer_norm(*args, 1e-5),
         lambda x, *args: F.layer_norm(x, (width,), *args, 1e-5),
     )
+    compare(kernel, reference, inputs, tolerance)
+
+
+def reference_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
+    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    p = torch.softmax(q @ k.transpose(2, 3) * scale, dim=-1)
+    return (p @ v).transpose(1, 2).flatten(2), p.mean(dim=1)
+
+
+# Sizes that fill no tile; several tiles in a chunk, and several chunks; a gradient of one result, and of both.
+@DTYPES
+@pytest.mark.parametrize(("samples", "tokens", "words", "heads", "head"), [(2, 70, 19, 3, 24), (1, 9, 5, 1, 8)])
+@pytest.mark.parametrize("results", ["out", "map", "both"])
+def test_cross_attention(samples, tokens, words, heads, head, results, dtype, tolerance, monkeypatch):
+    monkeypatch.setattr(cross_attention, "_PROGRAMS", 6)  # two chunks, of two tiles at most in float32
+    width = heads * head
+    inputs = [draw(samples, n, width, dtype=dtype, scale=2) for n in (tokens, words)] + [
+        draw(samples, words, width, dtype=dtype)
+    ]
+
+    def chosen(run: Callable[..., tuple[Tensor, Tensor]], *args: Tensor) -> Tensor:
+        out, attention = run(*args, heads, head**-0.5)
+        parts = {"out": [out], "map": [attention, 0 * args[2]], "both": [out, attention.to(out.dtype)]}[results]
+        return torch.cat([part.flatten() for part in parts])
+
+    kernel, reference = (partial(chosen, run) for run in (cross_attention.cross_attention, reference_attention))
     compare(kernel, reference, inputs, tolerance)
 
 
@@ -176,7 +203,9 @@ def test_pairs_by_hand():
     assert pairs.ends_K.tolist() == [2, 2, 4]
 
 
-@pytest.mark.parametrize("kernel", ["group_norm", "layer_norm", "space_moe", "space_moe_dense", "time_moe"])
+@pytest.mark.parametrize(
+    "kernel", ["group_norm", "layer_norm", "cross_attention", "space_moe", "space_moe_dense", "time_moe"]
+)
 def test_a_model_takes_the_same_gradients_with_a_kernel(kernel, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # float32 is held to float32
     config = tiny_config(
@@ -243,6 +272,10 @@ FITS = {"expert_width": [24, 32]}
     ("sections", "message"),
     [
         ({"train": {"kernels": ["group_norm"], "compile": True}}, "train.compile=false, but it is true"),
+        (
+            {"train": {"kernels": ["cross_attention"]}, "text": {"max_tokens": 129}},
+            "text.max_tokens up to 128, but it is 129",
+        ),
         ({"train": {"kernels": ["space_moe"]}, "model": {"space_experts": 0}}, "model.space_experts above 0"),
         ({"train": {"kernels": ["space_moe"]}, "model": {"expert_backend": "grouped"}}, "backend=auto, but it is grouped"),
         ({"train": {"kernels": ["space_moe", "space_moe_dense"]}}, "train.kernels without space_moe, but both compute"),
@@ -295,7 +328,9 @@ def test_a_model_uses_no_kernel_by_default():
     assert Config().train.kernels == ()
     model = RaphaelUNet(tiny_config())
     use_kernels(model, (), torch.device("cpu"))
-    assert not [name for name, m in model.named_modules() if getattr(m, "use_kernel", False) or getattr(m, "use_dense_kernel", False)]
+    assert not [
+        name for name, m in model.named_modules() if getattr(m, "use_kernel", False) or getattr(m, "use_dense_kernel", False)
+    ]
 
 
 # ---- compilation for GPUs ----------------------------------------------------------------------------------------------
@@ -309,5 +344,12 @@ def test_kernels_compile_for_two_gpus_and_spill_no_registers():
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=880)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[2:] if line]
-    assert {row[0] for row in rows} == {"group_norm", "layer_norm", "space_moe", "space_moe_dense", "adamw"}
+    assert {row[0] for row in rows} == {
+        "group_norm",
+        "layer_norm",
+        "space_moe",
+        "space_moe_dense",
+        "cross_attention",
+        "adamw",
+    }
     assert not [row for row in rows for cell in row[2:] if int(cell.split(", ")[1]) > 0]

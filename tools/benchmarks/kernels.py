@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from raphael_dist.engine import adamw
-from raphael_dist.model.kernels import dense_experts, group_norm, layer_norm, sparse_experts
+from raphael_dist.model.kernels import cross_attention, dense_experts, group_norm, layer_norm, sparse_experts
 
 TARGETS = (80, 90)  # compute capabilities: A100, and H100 and H200
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -140,6 +140,11 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
         rows, hidden = samples * tokens * tokens, 4 * width
         x_RD, w_RK = new(rows, width), new(rows, experts)
         yield "layer_norm", layer_norm._backward, (x_RD, x_RD, new(width), eps)
+        k_BYD, heads = new(samples, 77, width), width // 64
+        q_BND = x_RD.view(samples, -1, width)
+        yield "cross_attention", cross_attention._forward, (q_BND, k_BYD, k_BYD, heads, 0.125)
+        for dmap in (new(samples, tokens * tokens, 77, dtype=torch.float32), None):
+            yield "cross_attention", cross_attention._backward, (q_BND, dmap, q_BND, k_BYD, k_BYD, heads, 0.125)
         w1, b1, w2 = new(experts, hidden, width), new(experts, hidden), new(experts, width, hidden)
         yield "space_moe_dense", dense_experts._forward, (x_RD, w_RK, w1, b1, w2)
         yield "space_moe_dense", dense_experts._backward_hidden, (x_RD, x_RD, w_RK, w1, b1, w2)

@@ -9,7 +9,7 @@ in a fixed order. The products of the backward pass that need nothing else are t
 |---|---|
 | `_weighted_hidden` | h[r,k] = w[r,k] gelu(w1_k x[r] + b1_k) |
 | `_sum_of_products` | out[r] = sum_k w2_k h[r,k] |
-| `_hidden_gradient` | dh = w2_k^T dout[r]; da[r,k] = w[r,k] dh gelu'(a); h[r,k] again; sums for dw = dh . gelu(a) and db1 = sum_r da |
+| `_hidden_gradient` | dh = w2_k^T dout[r]; da = w[r,k] dh gelu'(a); h[r,k] again; sums for dw = dh . gelu(a) and db1 |
 
 Legend: R rows (tokens), K experts, D width, F hidden width; a = w1_k x[r] + b1_k.
 """
@@ -135,9 +135,7 @@ def _hidden_gradients(x: Tensor, w1: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 @_backward_hidden.register_fake
-def _(
-    dout: Tensor, x: Tensor, w: Tensor, w1: Tensor, b1: Tensor, w2: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(dout: Tensor, x: Tensor, w: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _hidden_gradients(x, w1)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from raphael_dist.config.types import Kernel
 from raphael_dist.errors import UserError
 from raphael_dist.model.device import is_gpu
+from raphael_dist.model.layers import TransformerBlock
 from raphael_dist.model.moe import SpaceMoE, TimeMoE
 from raphael_dist.model.norms import GroupNorm, LayerNorm
 
@@ -17,6 +18,7 @@ from raphael_dist.model.norms import GroupNorm, LayerNorm
 _MODULES: dict[str, tuple[type[nn.Module], str]] = {
     "group_norm": (GroupNorm, "use_kernel"),
     "layer_norm": (LayerNorm, "use_kernel"),
+    "cross_attention": (TransformerBlock, "use_kernel"),
     "space_moe": (SpaceMoE, "use_kernel"),
     "space_moe_dense": (SpaceMoE, "use_dense_kernel"),
     "time_moe": (TimeMoE, "use_kernel"),

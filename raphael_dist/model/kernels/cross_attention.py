@@ -1,0 +1,210 @@
+"""Cross-attention to a caption in Triton, with the attention map that selects regions: forward and backward pass.
+
+`out = P v` for each head, with P = softmax(q k^T scale), and the map, the mean of P over the heads (Sec. 3.1). A caption has
+few tokens, so a row of P fits into one tile. P is computed in registers, head after head, in both passes; it is never stored
+for single heads. Products have the dtype of q, all sums are float32 and in a fixed order.
+
+| kernel | grid | writes |
+|---|---|---|
+| `_attend` | (tiles of image tokens, samples) | out, map |
+| `_attend_backward` | (chunks of tiles, samples and heads) | dq, and sums for dk and dv over the tiles of a chunk |
+
+Legend: B samples, N image tokens, Y text tokens, D width of all heads; dP = dout v^T + dmap / heads, and S = q k^T scale.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+from torch.utils.flop_counter import register_flop_formula
+
+from raphael_dist.model.kernels.products import factor_type
+
+_PROGRAMS = 128  # of `_attend_backward`, about one for each multiprocessor
+
+
+@triton.jit
+def _tile(first, row, rows, width, HEAD: tl.constexpr, DIM: tl.constexpr):
+    """Return offsets and mask of the elements of one head in `row` [ROWS] of a sample, each [ROWS, DIM].
+
+    A sample has `rows` rows of `width` numbers. `first`: number of the sample's first row, int64.
+    """
+    dim = tl.arange(0, DIM)
+    return (first + row)[:, None] * width + dim[None, :], (row < rows)[:, None] & (dim < HEAD)[None, :]
+
+
+@triton.jit
+def _probabilities(q, k, word, words, scale):
+    """Return P of one head for q [ROWS, DIM] and k [WORDS, DIM], float32 [ROWS, WORDS], 0 for padding of the tile."""
+    logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    logits = tl.where((word < words)[None, :], logits, -float("inf"))
+    values = tl.exp(logits - tl.max(logits, 1)[:, None])
+    return values / tl.sum(values, 1)[:, None]
+
+
+@triton.jit
+def _attend(
+    q, k, v, out, attention, tokens, words, width, scale, HEADS: tl.constexpr, HEAD: tl.constexpr, DIM: tl.constexpr,
+    WORDS: tl.constexpr, DOT: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    sample = tl.program_id(1).to(tl.int64)
+    row, word = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WORDS)
+    at_q, mask_q = _tile(sample * tokens, row, tokens, width, HEAD, DIM)
+    at_k, mask_k = _tile(sample * words, word, words, width, HEAD, DIM)
+    total = tl.zeros([ROWS, WORDS], tl.float32)
+    for _ in range(HEADS):
+        q_head, k_head = tl.load(q + at_q, mask_q, 0.0).to(DOT), tl.load(k + at_k, mask_k, 0.0).to(DOT)
+        p = _probabilities(q_head, k_head, word, words, scale)
+        total += p
+        value = tl.dot(p.to(DOT), tl.load(v + at_k, mask_k, 0.0).to(DOT), input_precision="ieee")
+        tl.store(out + at_q, value.to(out.dtype.element_ty), mask_q)
+        at_q += HEAD
+        at_k += HEAD
+    offsets = (sample * tokens + row)[:, None] * words + word[None, :]
+    tl.store(attention + offsets, total / HEADS, (row < tokens)[:, None] & (word < words)[None, :])
+
+
+@triton.jit
+def _attend_backward(
+    dout, dmap, q, k, v, dq, dk_parts, dv_parts, tokens, words, width, scale, tiles, HEADS: tl.constexpr,
+    HEAD: tl.constexpr, DIM: tl.constexpr, WORDS: tl.constexpr, DOT: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    chunk, head = tl.program_id(0), tl.program_id(1) % HEADS
+    sample, samples = (tl.program_id(1) // HEADS).to(tl.int64), tl.num_programs(1) // HEADS
+    word = tl.arange(0, WORDS)
+    at_k, mask_k = _tile(sample * words, word, words, width, HEAD, DIM)
+    at_k += head * HEAD
+    k_head, v_head = tl.load(k + at_k, mask_k, 0.0).to(DOT), tl.load(v + at_k, mask_k, 0.0).to(DOT)
+    dk, dv = tl.zeros([WORDS, DIM], tl.float32), tl.zeros([WORDS, DIM], tl.float32)
+    for i in range(tiles):
+        row = (chunk * tiles + i) * ROWS + tl.arange(0, ROWS)
+        at_q, mask_q = _tile(sample * tokens, row, tokens, width, HEAD, DIM)
+        at_q += head * HEAD
+        q_head, d_head = tl.load(q + at_q, mask_q, 0.0).to(DOT), tl.load(dout + at_q, mask_q, 0.0).to(DOT)
+        p = _probabilities(q_head, k_head, word, words, scale)
+        dv += tl.dot(tl.trans(p.to(DOT)), d_head, input_precision="ieee")
+        dp = tl.dot(d_head, tl.trans(v_head), input_precision="ieee")
+        if dmap is not None:
+            offsets = (sample * tokens + row)[:, None] * words + word[None, :]
+            dp += tl.load(dmap + offsets, (row < tokens)[:, None] & (word < words)[None, :], 0.0) / HEADS
+        ds = (p * (dp - tl.sum(p * dp, 1)[:, None]) * scale).to(DOT)
+        tl.store(dq + at_q, tl.dot(ds, k_head, input_precision="ieee").to(dq.dtype.element_ty), mask_q)
+        dk += tl.dot(tl.trans(ds), q_head, input_precision="ieee")
+    at_parts = 2 * chunk.to(tl.int64) * samples * words * width + at_k  # dk and dv of a chunk are neighbours
+    tl.store(dk_parts + at_parts, dk, mask_k)
+    tl.store(dv_parts + at_parts, dv, mask_k)
+
+
+def cross_attention(q_BND: Tensor, k_BYD: Tensor, v_BYD: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Compute attention of N image tokens to Y text tokens, and the attention map, differentiably.
+
+    Args:
+        q_BND: queries, float32 or bfloat16. Heads are consecutive slices of the width D.
+        k_BYD: keys, in the dtype of the queries; up to 128 text tokens, and up to 128 numbers in a head.
+        v_BYD: values, in the dtype of the queries.
+        heads: number of heads, which divides D.
+        scale: factor on the products of queries and keys.
+
+    Returns:
+        The output [B, N, D], in the dtype of the queries, and the attention of each image token to each text token, averaged
+        over the heads, float32 [B, N, Y].
+    """
+    out_BND, map_BNY = _forward(q_BND.contiguous(), k_BYD.contiguous(), v_BYD.contiguous(), heads, scale)
+    return out_BND, map_BNY
+
+
+def _constants(q: Tensor, k: Tensor, heads: int) -> dict[str, Any]:
+    """Return the constants that Triton compiles into the kernels, and its launch options. `tl.dot` needs sides of 16."""
+    head = q.shape[2] // heads
+    return {
+        "HEADS": heads,
+        "HEAD": head,
+        "DIM": max(16, triton.next_power_of_2(head)),
+        "WORDS": max(16, triton.next_power_of_2(k.shape[1])),
+        "DOT": factor_type(q),
+        "ROWS": 32 if q.dtype == torch.float32 else 64,
+        "num_warps": 8,
+        "num_stages": 1,  # one tile of keys at a time, and no loop over them
+    }
+
+
+@torch.library.custom_op("raphael::cross_attention", mutates_args=())
+def _forward(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
+    (samples, tokens, width), words, constants = q.shape, k.shape[1], _constants(q, k, heads)
+    out, attention = torch.empty_like(q), q.new_empty(samples, tokens, words, dtype=torch.float32)
+    _attend[(triton.cdiv(tokens, constants["ROWS"]), samples)](
+        q, k, v, out, attention, tokens, words, width, scale, **constants
+    )  # fmt: skip
+    return out, attention
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(*q.shape[:2], k.shape[1], dtype=torch.float32)
+
+
+@torch.library.custom_op("raphael::cross_attention_backward", mutates_args=())
+def _backward(
+    dout: Tensor, dmap: Tensor | None, q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return the gradient of q, and those of k and v for each chunk, float32 [chunks, 2, B, Y, D]."""
+    (samples, tokens, width), words, constants = q.shape, k.shape[1], _constants(q, k, heads)
+    dq, parts, tiles = torch.empty_like(q), _parts(q, k, heads), _chunks(q, heads)[1]
+    _attend_backward[(len(parts), samples * heads)](
+        dout, dmap, q, k, v, dq, *parts.unbind(1), tokens, words, width, scale, tiles, **constants
+    )  # fmt: skip
+    return dq, parts
+
+
+def _chunks(q: Tensor, heads: int) -> tuple[int, int]:
+    """Return the number of chunks into which the image tokens of a sample are divided, and of tiles of a chunk."""
+    tiles = triton.cdiv(q.shape[1], 32 if q.dtype == torch.float32 else 64)
+    of_chunk = triton.cdiv(tiles * q.shape[0] * heads, _PROGRAMS)
+    return triton.cdiv(tiles, min(of_chunk, tiles)), min(of_chunk, tiles)
+
+
+def _parts(q: Tensor, k: Tensor, heads: int) -> Tensor:
+    return q.new_empty(_chunks(q, heads)[0], 2, *k.shape, dtype=torch.float32)
+
+
+@_backward.register_fake
+def _(dout: Tensor, dmap: Tensor | None, q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), _parts(q, k, heads)
+
+
+class _Context(FunctionCtx):
+    """The autograd context, with the tensors and options that the forward pass saves for the backward pass."""
+
+    saved_tensors: tuple[Tensor, ...]
+    heads: int
+    scale: float
+
+
+def _save(ctx: _Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.heads, ctx.scale = inputs
+    ctx.set_materialize_grads(False)  # the map has a gradient only if edges are predicted from it
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: _Context, dout: Tensor | None, dmap: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v = ctx.saved_tensors
+    dout = torch.zeros_like(q) if dout is None else dout.contiguous()
+    dq, parts = _backward(dout, None if dmap is None else dmap.contiguous(), q, k, v, ctx.heads, ctx.scale)
+    dk, dv = parts.sum(dim=0).to(k.dtype).unbind()
+    return dq, dk, dv, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.raphael.cross_attention)
+def _flops(q: torch.Size, k: torch.Size, *_: object, **__: object) -> int:
+    return 4 * q.numel() * k[1]
+
+
+@register_flop_formula(torch.ops.raphael.cross_attention_backward)
+def _backward_flops(dout: torch.Size, dmap: object, q: torch.Size, k: torch.Size, *_: object, **__: object) -> int:
+    return 10 * q.numel() * k[1]
