@@ -120,7 +120,7 @@ def check_kernels(
         "cross_attention": (
             (model.space_experts > 0 or edge.weight > 0, "model.space_experts or edge.weight above 0", "both are 0"),
             (text.max_tokens <= 128, "text.max_tokens up to 128", f"it is {text.max_tokens}"),
-            (model.head_dim <= 128, "model.head_dim up to 128", f"it is {model.head_dim}"),
+            (model.head_dim <= 64, "model.head_dim up to 64", f"it is {model.head_dim}"),
         ),
         "space_moe": ((model.space_experts > 0, "model.space_experts above 0", "it is 0"), *experts),
         "space_moe_dense": (

@@ -7,7 +7,8 @@ for single heads. Products have the dtype of q, all sums are float32 and in a fi
 | kernel | grid | writes |
 |---|---|---|
 | `_attend` | (tiles of image tokens, samples) | out, map |
-| `_attend_backward` | (chunks of tiles, samples and heads) | dq, and sums for dk and dv over the tiles of a chunk |
+| `_query_gradient` | (tiles of image tokens, samples and heads) | dq |
+| `_text_gradients` | (chunks of tiles, samples and heads) | sums for dk and dv over the tiles of a chunk |
 
 Legend: B samples, N image tokens, Y text tokens, D width of all heads; dP = dout v^T + dmap / heads, and S = q k^T scale.
 """
@@ -23,24 +24,29 @@ from torch.utils.flop_counter import register_flop_formula
 
 from raphael_dist.model.kernels.products import factor_type
 
-_PROGRAMS = 128  # of `_attend_backward`, about one for each multiprocessor
+_PROGRAMS = 128  # of `_text_gradients`, about one for each multiprocessor
 
 
 @triton.jit
-def _tile(first, row, rows, width, HEAD: tl.constexpr, DIM: tl.constexpr):
+def _tile(row, rows, width, HEAD: tl.constexpr, DIM: tl.constexpr):
     """Return offsets and mask of the elements of one head in `row` [ROWS] of a sample, each [ROWS, DIM].
 
-    A sample has `rows` rows of `width` numbers. `first`: number of the sample's first row, int64.
+    A sample has `rows` rows of `width` numbers, fewer than 2^31 in all.
     """
     dim = tl.arange(0, DIM)
-    return (first + row)[:, None] * width + dim[None, :], (row < rows)[:, None] & (dim < HEAD)[None, :]
+    return row[:, None] * width + dim[None, :], (row < rows)[:, None] & (dim < HEAD)[None, :]
+
+
+@triton.jit
+def _dot(a, b):
+    # Of float32 numbers: three products of their halves on tensor cores, which keep float32's digits.
+    return tl.dot(a, b, input_precision="tf32x3")
 
 
 @triton.jit
 def _probabilities(q, k, word, words, scale):
     """Return P of one head for q [ROWS, DIM] and k [WORDS, DIM], float32 [ROWS, WORDS], 0 for padding of the tile."""
-    logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    logits = tl.where((word < words)[None, :], logits, -float("inf"))
+    logits = tl.where((word < words)[None, :], _dot(q, tl.trans(k)) * scale, -float("inf"))
     values = tl.exp(logits - tl.max(logits, 1)[:, None])
     return values / tl.sum(values, 1)[:, None]
 
@@ -52,50 +58,81 @@ def _attend(
 ):  # fmt: skip
     sample = tl.program_id(1).to(tl.int64)
     row, word = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WORDS)
-    at_q, mask_q = _tile(sample * tokens, row, tokens, width, HEAD, DIM)
-    at_k, mask_k = _tile(sample * words, word, words, width, HEAD, DIM)
+    at_q, mask_q = _tile(row, tokens, width, HEAD, DIM)
+    at_k, mask_k = _tile(word, words, width, HEAD, DIM)
+    first_q, first_k = sample * tokens * width, sample * words * width
     total = tl.zeros([ROWS, WORDS], tl.float32)
     for _ in range(HEADS):
-        q_head, k_head = tl.load(q + at_q, mask_q, 0.0).to(DOT), tl.load(k + at_k, mask_k, 0.0).to(DOT)
-        p = _probabilities(q_head, k_head, word, words, scale)
+        q_head, k_head = tl.load(q + first_q + at_q, mask_q, 0.0), tl.load(k + first_k + at_k, mask_k, 0.0)
+        p = _probabilities(q_head.to(DOT), k_head.to(DOT), word, words, scale)
         total += p
-        value = tl.dot(p.to(DOT), tl.load(v + at_k, mask_k, 0.0).to(DOT), input_precision="ieee")
-        tl.store(out + at_q, value.to(out.dtype.element_ty), mask_q)
-        at_q += HEAD
-        at_k += HEAD
-    offsets = (sample * tokens + row)[:, None] * words + word[None, :]
-    tl.store(attention + offsets, total / HEADS, (row < tokens)[:, None] & (word < words)[None, :])
+        value = _dot(p.to(DOT), tl.load(v + first_k + at_k, mask_k, 0.0).to(DOT))
+        tl.store(out + first_q + at_q, value.to(out.dtype.element_ty), mask_q)
+        first_q += HEAD
+        first_k += HEAD
+    offsets = row[:, None] * words + word[None, :]
+    mask = (row < tokens)[:, None] & (word < words)[None, :]
+    tl.store(attention + sample * tokens * words + offsets, total / HEADS, mask)
 
 
 @triton.jit
-def _attend_backward(
-    dout, dmap, q, k, v, dq, dk_parts, dv_parts, tokens, words, width, scale, tiles, HEADS: tl.constexpr,
-    HEAD: tl.constexpr, DIM: tl.constexpr, WORDS: tl.constexpr, DOT: tl.constexpr, ROWS: tl.constexpr,
+def _query_gradient(
+    dout, dmap, q, k, v, dq, tokens, words, width, scale, HEADS: tl.constexpr, HEAD: tl.constexpr, DIM: tl.constexpr,
+    WORDS: tl.constexpr, DOT: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    head, sample = tl.program_id(1) % HEADS, (tl.program_id(1) // HEADS).to(tl.int64)
+    row, word = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WORDS)
+    at_q, mask_q = _tile(row, tokens, width, HEAD, DIM)
+    at_k, mask_k = _tile(word, words, width, HEAD, DIM)
+    first_q, first_k = sample * tokens * width + head * HEAD, sample * words * width + head * HEAD
+    k_head = tl.load(k + first_k + at_k, mask_k, 0.0).to(DOT)
+    p = _probabilities(tl.load(q + first_q + at_q, mask_q, 0.0).to(DOT), k_head, word, words, scale)
+    v_head = tl.load(v + first_k + at_k, mask_k, 0.0).to(DOT)
+    dp = _dot(tl.load(dout + first_q + at_q, mask_q, 0.0).to(DOT), tl.trans(v_head))
+    if dmap is not None:
+        offsets, mask = row[:, None] * words + word[None, :], (row < tokens)[:, None] & (word < words)[None, :]
+        dp += tl.load(dmap + sample * tokens * words + offsets, mask, 0.0) / HEADS
+    ds = (p * (dp - tl.sum(p * dp, 1)[:, None]) * scale).to(DOT)
+    tl.store(dq + first_q + at_q, _dot(ds, k_head).to(dq.dtype.element_ty), mask_q)
+
+
+@triton.jit
+def _text_gradients(
+    dout, dmap, q, k, v, dk_parts, dv_parts, tokens, words, width, scale, tiles, KEYS: tl.constexpr, VALUES: tl.constexpr,
+    HEADS: tl.constexpr, HEAD: tl.constexpr, DIM: tl.constexpr, WORDS: tl.constexpr, DOT: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     chunk, head = tl.program_id(0), tl.program_id(1) % HEADS
     sample, samples = (tl.program_id(1) // HEADS).to(tl.int64), tl.num_programs(1) // HEADS
     word = tl.arange(0, WORDS)
-    at_k, mask_k = _tile(sample * words, word, words, width, HEAD, DIM)
-    at_k += head * HEAD
-    k_head, v_head = tl.load(k + at_k, mask_k, 0.0).to(DOT), tl.load(v + at_k, mask_k, 0.0).to(DOT)
+    at_k, mask_k = _tile(word, words, width, HEAD, DIM)
+    first_q, first_k = sample * tokens * width + head * HEAD, sample * words * width + head * HEAD
+    k_head = tl.load(k + first_k + at_k, mask_k, 0.0).to(DOT)
+    v_head = tl.load(v + first_k + at_k, mask_k, 0.0).to(DOT)
     dk, dv = tl.zeros([WORDS, DIM], tl.float32), tl.zeros([WORDS, DIM], tl.float32)
     for i in range(tiles):
         row = (chunk * tiles + i) * ROWS + tl.arange(0, ROWS)
-        at_q, mask_q = _tile(sample * tokens, row, tokens, width, HEAD, DIM)
-        at_q += head * HEAD
-        q_head, d_head = tl.load(q + at_q, mask_q, 0.0).to(DOT), tl.load(dout + at_q, mask_q, 0.0).to(DOT)
-        p = _probabilities(q_head, k_head, word, words, scale)
-        dv += tl.dot(tl.trans(p.to(DOT)), d_head, input_precision="ieee")
-        dp = tl.dot(d_head, tl.trans(v_head), input_precision="ieee")
-        if dmap is not None:
-            offsets = (sample * tokens + row)[:, None] * words + word[None, :]
-            dp += tl.load(dmap + offsets, (row < tokens)[:, None] & (word < words)[None, :], 0.0) / HEADS
-        ds = (p * (dp - tl.sum(p * dp, 1)[:, None]) * scale).to(DOT)
-        tl.store(dq + at_q, tl.dot(ds, k_head, input_precision="ieee").to(dq.dtype.element_ty), mask_q)
-        dk += tl.dot(tl.trans(ds), q_head, input_precision="ieee")
-    at_parts = 2 * chunk.to(tl.int64) * samples * words * width + at_k  # dk and dv of a chunk are neighbours
-    tl.store(dk_parts + at_parts, dk, mask_k)
-    tl.store(dv_parts + at_parts, dv, mask_k)
+        at_q, mask_q = _tile(row, tokens, width, HEAD, DIM)
+        q_head = tl.load(q + first_q + at_q, mask_q, 0.0).to(DOT)
+        d_head = tl.load(dout + first_q + at_q, mask_q, 0.0).to(DOT)
+        # Transposed: [WORDS, ROWS], as the products below read them.
+        logits = tl.where((word < words)[:, None], _dot(k_head, tl.trans(q_head)) * scale, -float("inf"))
+        p = tl.exp(logits - tl.max(logits, 0)[None, :])
+        p /= tl.sum(p, 0)[None, :]
+        if VALUES:
+            dv += _dot(p.to(DOT), d_head)
+        if KEYS:
+            dp = _dot(v_head, tl.trans(d_head))
+            if dmap is not None:
+                offsets, mask = row[None, :] * words + word[:, None], (row < tokens)[None, :] & (word < words)[:, None]
+                dp += tl.load(dmap + sample * tokens * words + offsets, mask, 0.0) / HEADS
+            ds = p * (dp - tl.sum(p * dp, 0)[None, :]) * scale
+            dk += _dot(ds.to(DOT), q_head)
+    first = 2 * chunk.to(tl.int64) * samples * words * width + first_k  # dk and dv of a chunk are neighbours
+    if KEYS:
+        tl.store(dk_parts + first + at_k, dk, mask_k)
+    if VALUES:
+        tl.store(dv_parts + first + at_k, dv, mask_k)
 
 
 def cross_attention(q_BND: Tensor, k_BYD: Tensor, v_BYD: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -103,7 +140,7 @@ def cross_attention(q_BND: Tensor, k_BYD: Tensor, v_BYD: Tensor, heads: int, sca
 
     Args:
         q_BND: queries, float32 or bfloat16. Heads are consecutive slices of the width D.
-        k_BYD: keys, in the dtype of the queries; up to 128 text tokens, and up to 128 numbers in a head.
+        k_BYD: keys, in the dtype of the queries; up to 128 text tokens, and up to 64 numbers in a head.
         v_BYD: values, in the dtype of the queries.
         heads: number of heads, which divides D.
         scale: factor on the products of queries and keys.
@@ -116,6 +153,10 @@ def cross_attention(q_BND: Tensor, k_BYD: Tensor, v_BYD: Tensor, heads: int, sca
     return out_BND, map_BNY
 
 
+def _rows(q: Tensor) -> int:
+    return 16 if q.dtype == torch.float32 else 32
+
+
 def _constants(q: Tensor, k: Tensor, heads: int) -> dict[str, Any]:
     """Return the constants that Triton compiles into the kernels, and its launch options. `tl.dot` needs sides of 16."""
     head = q.shape[2] // heads
@@ -125,7 +166,7 @@ def _constants(q: Tensor, k: Tensor, heads: int) -> dict[str, Any]:
         "DIM": max(16, triton.next_power_of_2(head)),
         "WORDS": max(16, triton.next_power_of_2(k.shape[1])),
         "DOT": factor_type(q),
-        "ROWS": 32 if q.dtype == torch.float32 else 64,
+        "ROWS": _rows(q),
         "num_warps": 8,
         "num_stages": 1,  # one tile of keys at a time, and no loop over them
     }
@@ -153,15 +194,19 @@ def _backward(
     """Return the gradient of q, and those of k and v for each chunk, float32 [chunks, 2, B, Y, D]."""
     (samples, tokens, width), words, constants = q.shape, k.shape[1], _constants(q, k, heads)
     dq, parts, tiles = torch.empty_like(q), _parts(q, k, heads), _chunks(q, heads)[1]
-    _attend_backward[(len(parts), samples * heads)](
-        dout, dmap, q, k, v, dq, *parts.unbind(1), tokens, words, width, scale, tiles, **constants
-    )  # fmt: skip
+    sizes, heads_of_all = (tokens, words, width, scale), samples * heads
+    _query_gradient[(triton.cdiv(tokens, constants["ROWS"]), heads_of_all)](dout, dmap, q, k, v, dq, *sizes, **constants)
+    # Float32 numbers of both gradients need more registers than there are.
+    for keys, values in ((True, False), (False, True)) if q.dtype == torch.float32 else ((True, True),):
+        _text_gradients[(len(parts), heads_of_all)](
+            dout, dmap, q, k, v, *parts.unbind(1), *sizes, tiles, KEYS=keys, VALUES=values, **constants
+        )
     return dq, parts
 
 
 def _chunks(q: Tensor, heads: int) -> tuple[int, int]:
     """Return the number of chunks into which the image tokens of a sample are divided, and of tiles of a chunk."""
-    tiles = triton.cdiv(q.shape[1], 32 if q.dtype == torch.float32 else 64)
+    tiles = triton.cdiv(q.shape[1], _rows(q))
     of_chunk = triton.cdiv(tiles * q.shape[0] * heads, _PROGRAMS)
     return triton.cdiv(tiles, min(of_chunk, tiles)), min(of_chunk, tiles)
 

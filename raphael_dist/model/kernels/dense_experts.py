@@ -103,6 +103,7 @@ def _forward(x: Tensor, w: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor
     tiles = triton.cdiv(rows, tile["ROWS"])
     grid = (triton.cdiv(hidden, tile["COLS"]), tiles, experts)
     _weighted_hidden[grid](x, w, w1, b1, h, rows, width, hidden, EXPERTS=experts, **tile)
+    tile["num_warps"] = 8  # with 4, registers would spill for float32
     _sum_of_products[(triton.cdiv(width, tile["COLS"]), tiles)](h, w2, out, rows, width, hidden, EXPERTS=experts, **tile)
     return out
 
