@@ -32,8 +32,8 @@ from tests.lib.synthetic import synthetic_batch, tiny_config
 
 pytest.importorskip("triton", reason="needs the package triton")
 
-from raphael_dist.model.kernels import cross_attention, dense_experts, group_norm, layer_norm, sparse_experts
-from raphael_dist.model.kernels.sparse_experts import find_pairs
+from raphael_dist.model.kernels import cross_attention, dense_experts, group_norm, layer_norm, pairs, sparse_experts
+from raphael_dist.model.kernels.pairs import find_pairs
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
@@ -194,13 +194,26 @@ def test_dense_experts_keep_no_hidden_units():
     assert sum(x.numel() for x in kept) == sum(x.numel() for x in inputs)
 
 
+@pytest.mark.parametrize("rows", [37, 16, 1])
+def test_pairs_of_several_tiles(rows, monkeypatch):
+    monkeypatch.setattr(pairs, "_ROWS", 16)
+    needed = (torch.rand(rows, 3, generator=torch.Generator().manual_seed(rows)) < 0.5).to(DEVICE)
+    needed[:, 1] = False
+    found = find_pairs(needed.to(torch.bfloat16), per_row=2)
+    expert_P, row_P = needed.t().nonzero(as_tuple=True)
+    assert found.ends_K.tolist() == needed.sum(dim=0).cumsum(0).tolist()
+    assert torch.equal(found.row_P[: len(row_P)], row_P.int())
+    assert torch.equal(found.place_RK[row_P, expert_P], torch.arange(len(row_P), device=DEVICE, dtype=torch.int32))
+    assert int((found.place_RK < 0).sum()) == rows * 3 - len(row_P)
+
+
 def test_pairs_by_hand():
     needed = torch.tensor([[1, 0, 1], [0, 0, 1], [1, 0, 0]], dtype=torch.bool, device=DEVICE)
-    pairs = find_pairs(needed, per_row=2)
-    assert len(pairs.row_P) == 6
-    assert pairs.row_P[:4].tolist() == [0, 2, 0, 1]
-    assert pairs.place_RK.tolist() == [[0, -1, 2], [-1, -1, 3], [1, -1, -1]]
-    assert pairs.ends_K.tolist() == [2, 2, 4]
+    found = find_pairs(needed.float(), per_row=2)
+    assert len(found.row_P) == 6
+    assert found.row_P[:4].tolist() == [0, 2, 0, 1]
+    assert found.place_RK.tolist() == [[0, -1, 2], [-1, -1, 3], [1, -1, -1]]
+    assert found.ends_K.tolist() == [2, 2, 4]
 
 
 @pytest.mark.parametrize(

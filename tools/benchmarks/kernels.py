@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from raphael_dist.engine import adamw
-from raphael_dist.model.kernels import cross_attention, dense_experts, group_norm, layer_norm, sparse_experts
+from raphael_dist.model.kernels import cross_attention, dense_experts, group_norm, layer_norm, pairs, sparse_experts
 
 TARGETS = (80, 90)  # compute capabilities: A100, and H100 and H200
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -148,9 +148,10 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
         w1, b1, w2 = new(experts, hidden, width), new(experts, hidden), new(experts, width, hidden)
         yield "space_moe_dense", dense_experts._forward, (x_RD, w_RK, w1, b1, w2)
         yield "space_moe_dense", dense_experts._backward_hidden, (x_RD, x_RD, w_RK, w1, b1, w2)
-        pairs = tuple(new(*shape, dtype=torch.int32) for shape in ((rows * experts,), (rows, experts), (experts,)))
-        yield "space_moe", sparse_experts._forward, (x_RD, w_RK, w1, b1, w2, *pairs)
-        yield "space_moe", sparse_experts._backward, (x_RD, x_RD, w_RK, w1, w2, *pairs, new(rows * experts, hidden))
+        yield "space_moe", pairs._find_pairs, (w_RK, experts)
+        numbered = tuple(new(*shape, dtype=torch.int32) for shape in ((rows * experts,), (rows, experts), (experts,)))
+        yield "space_moe", sparse_experts._forward, (x_RD, w_RK, w1, b1, w2, *numbered)
+        yield "space_moe", sparse_experts._backward, (x_RD, x_RD, w_RK, w1, w2, *numbered, new(rows * experts, hidden))
     flat, few = new(2**20, dtype=torch.float32), new(3, dtype=torch.float32)
     yield "adamw", adamw.adamw, (flat, flat, flat, new(2**20), flat, new(2**20), few, few, 0.9, 0.999, 1e-8)
 

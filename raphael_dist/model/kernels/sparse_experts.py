@@ -17,8 +17,6 @@ pass only `a` is kept.
 Legend: R rows (tokens), K experts, D width, F hidden width, P largest number of pairs (R K, or R for one expert per row).
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -26,41 +24,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.utils.flop_counter import register_flop_formula
 
+from raphael_dist.model.kernels.pairs import find_pairs
 from raphael_dist.model.kernels.products import Tile, gelu_slope, multiply, normal_cdf, tile_of
-
-
-class Pairs(NamedTuple):
-    """The (row, expert) pairs to compute, for R rows (tokens) and K experts, numbered by expert and then row.
-
-    P is an upper bound of the number of pairs. Buffers are that long, so that shapes do not depend on the number of pairs.
-
-    Attributes:
-        row_P: row of each pair, int32. Entries after the last pair have no meaning.
-        place_RK: number of the pair (r, k), int32; -1 if it is not to be computed.
-        ends_K: for each expert, the number of pairs of this expert and all experts before it, int32.
-    """
-
-    row_P: Tensor
-    place_RK: Tensor
-    ends_K: Tensor
-
-
-def find_pairs(needed_RK: Tensor, per_row: int) -> Pairs:
-    """Number the (row, expert) pairs that are True in `needed_RK` (bool), without reading anything on the host.
-
-    `per_row`: upper bound of the number of True values in a row. Buffers of the result have P = R * per_row entries.
-    """
-    (rows, experts), device = needed_RK.shape, needed_RK.device
-    needed_KR = needed_RK.t().flatten()
-    number_KR = needed_KR.cumsum(0, dtype=torch.int32)
-    place_KR = torch.where(needed_KR, number_KR - 1, -1)
-    row_KR = torch.arange(rows, device=device, dtype=torch.int32).repeat(experts)
-    # Entries that are False are written to one extra place at the end.
-    places = rows * per_row
-    target_KR = torch.where(needed_KR, number_KR - 1, places).long()
-    row_P = torch.zeros(places + 1, device=device, dtype=torch.int32).scatter_(0, target_KR, row_KR)
-    ends_K = number_KR.view(experts, rows)[:, -1].contiguous()
-    return Pairs(row_P[:-1], place_KR.view(experts, rows).t().contiguous(), ends_K)
 
 
 @triton.jit
@@ -204,8 +169,8 @@ def sparse_experts(x_RD: Tensor, w_RK: Tensor, w1: Tensor, b1: Tensor, w2: Tenso
         w2: second weights, [K, D, F], in the dtype of x.
         per_row: upper bound of the number of experts with w > 0 in a row.
     """
-    pairs = find_pairs(w_RK.detach() > 0, per_row)
-    out_RD: Tensor = _forward(x_RD.contiguous(), w_RK.contiguous(), w1, b1, w2, *pairs)[0]
+    w_RK = w_RK.contiguous()
+    out_RD: Tensor = _forward(x_RD.contiguous(), w_RK, w1, b1, w2, *find_pairs(w_RK, per_row))[0]
     return out_RD
 
 
