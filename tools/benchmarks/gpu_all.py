@@ -65,7 +65,9 @@ def cases() -> list[Case]:
     for config in ("raphael-3b", "raphael-sd2"):
         for images in (8, 2, 16, 32):
             for overrides in ((), (_NO_RECOMPUTE,)):
-                chosen += [Case(config, images, overrides=(_GRAPHS, *overrides, *kernels)) for kernels in _switches(config)]
+                each_off = (config, images, overrides) == ("raphael-3b", 8, ())
+                switches = _switches(config, each_off)
+                chosen += [Case(config, images, overrides=(_GRAPHS, *overrides, *kernels)) for kernels in switches]
     chosen += [Case("emoji", n, overrides=(_GRAPHS, *kernels)) for n in (1024, 256) for kernels in _switches("emoji")]
     return chosen
 
@@ -79,13 +81,20 @@ def _against_diffusers(config: str, images: int) -> list[Case]:
 def _switches(config: str, each_off: bool = False) -> list[tuple[str, ...]]:
     """Return combinations of train.kernels to measure, as overrides: no kernel, and all kernels that the preset can use.
 
-    With `each_off` there are also combinations that leave out one kernel each.
+    With space experts there is also the combination with the other kernel for them. With `each_off` there are also
+    combinations that leave out one kernel each.
     """
-    model = load_config(config).model
-    unfit = set() if model.space_experts else {"space_moe"}
+    loaded = load_config(config)
+    model = loaded.model
+    unfit = {"space_moe_dense"} if model.space_experts else {"space_moe", "space_moe_dense"}
     unfit |= set() if model.time_experts and model.time_activation == "gelu" else {"time_moe"}
+    unfit |= set() if model.space_experts or loaded.edge.weight > 0 else {"cross_attention"}
     names = [name for name in KERNELS if name not in unfit]
-    sets = [[], names] + ([[other for other in names if other != name] for name in names] if each_off else [])
+    sets = [[], names]
+    if model.space_experts:
+        sets.append(["space_moe_dense" if name == "space_moe" else name for name in names])
+    if each_off:
+        sets += [[other for other in names if other != name] for name in names]
     return [(f"train.kernels=[{','.join(kernels)}]",) if kernels else () for kernels in sets]
 
 
