@@ -141,6 +141,15 @@ def check_kernels(
         yield from _unfulfilled(subject, requirements[name], f"remove {name} from train.kernels")
 
 
+def check_expert_backend(model: Model) -> Iterator[str]:
+    """Yield an error message if `model.megablocks_folder` is set and not used."""
+    if model.megablocks_folder is not None and model.expert_backend != "megablocks":
+        yield (
+            f"model.megablocks_folder={model.megablocks_folder} requires model.expert_backend=megablocks, but it is "
+            f"{model.expert_backend}. Set model.expert_backend=megablocks, or set model.megablocks_folder=null."
+        )
+
+
 def check_lora(lora: Lora, model: Model, run: RunConfig) -> Iterator[str]:
     """Yield an error message for each setting that LoRA training (lora.rank above 0) does not allow."""
     if not lora.rank:

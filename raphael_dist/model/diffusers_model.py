@@ -53,7 +53,7 @@ def sections_of(fields: Any) -> Sections:
         "text_width": fields.cross_attention_dim,
         **{ours: getattr(fields, name) for name, ours in EXPERT_FIELDS.items()},
     }
-    training = {"expert_backend": "auto", "checkpoint_activations": "none", "balance_weight": 0.0}
+    training = {"expert_backend": "auto", "megablocks_folder": None, "checkpoint_activations": "none", "balance_weight": 0.0}
     edges = fields.edge_channels
     return SimpleNamespace(
         model=SimpleNamespace(**model, **training),

@@ -14,10 +14,8 @@ from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 from raphael_dist.config.types import fits_grouped_product
-from raphael_dist.errors import UserError
+from raphael_dist.model.megablocks import megablocks_product
 
-# docs/install.md says how far this command was tested.
-GROUPED_GEMM = "GROUPED_GEMM_CUTLASS=1 pip install --no-build-isolation --no-deps grouped_gemm==0.3.0"
 Activation = Literal["gelu", "geglu"]
 
 
@@ -55,6 +53,7 @@ class Experts(nn.Module):
         super().__init__()
         self.num_experts, self.dim, self.hidden, self.activation = num_experts, dim, hidden, activation
         self.use_megablocks = False
+        self.megablocks_folder: str | None = None
         self.lora_scale: float | None = None  # with adapters
         fused = 2 * hidden if activation == "geglu" else hidden
         self.w1 = nn.Parameter(torch.empty(num_experts, fused, dim))
@@ -169,7 +168,7 @@ class Experts(nn.Module):
 
     def _grouped_product(self, counts_K: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         if self.use_megablocks:
-            return grouped_gemm_product(counts_K)
+            return megablocks_product(counts_K, self.megablocks_folder)
         return _torch_product(counts_K)
 
     def activate(self, y_RF: Tensor, onehot_RK: Tensor) -> Tensor:
@@ -287,44 +286,6 @@ def _torch_product(counts_K: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """
     ends_K = counts_K.cumsum(0).to(torch.int32)
     return lambda x, w: F.grouped_mm(x, _aligned(w).transpose(1, 2), offs=ends_K)
-
-
-def grouped_gemm_product(counts_K: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a function (x, w) that multiplies each row of x with the matrix of its expert k, `x w_k^T`, [R, out].
-
-    x is [R, in] with rows sorted by expert, and w is [K, out, in]. `counts_K` is the number of rows of each expert, int64.
-    The function runs MegaBlocks' kernel (package grouped_gemm), for bfloat16 on a GPU. The counts stay on the device.
-
-    Raises:
-        UserError: the package is not installed.
-    """
-    try:
-        from grouped_gemm.ops import gmm
-    except ImportError:
-        raise UserError(
-            "model.expert_backend=megablocks requires the package grouped_gemm, which is not installed. Build it on a "
-            f"machine with nvcc and a GPU with `{GROUPED_GEMM}` (docs/install.md), or set model.expert_backend=auto."
-        ) from None
-    return lambda x, w: gmm(x.contiguous(), w, counts_K, trans_b=True)
-
-
-def require_grouped_gemm() -> None:
-    """Raise UserError if `model.expert_backend=megablocks` cannot run.
-
-    This backend requires the package grouped_gemm, in a build that reads the number of rows of each expert on the device.
-    """
-    sizes_K = torch.tensor([8])
-    product = grouped_gemm_product(sizes_K.cuda() if torch.cuda.is_available() else sizes_K)
-    if not torch.cuda.is_available():
-        return
-    x, w = (torch.zeros(shape, device="cuda", dtype=torch.bfloat16) for shape in ((8, 8), (1, 8, 8)))
-    try:
-        product(x, w)
-    except RuntimeError as error:
-        raise UserError(
-            "model.expert_backend=megablocks requires a build of grouped_gemm that reads the number of rows per expert on "
-            f"the GPU, but the installed one fails: {str(error).splitlines()[0]}. Install it with `{GROUPED_GEMM}`."
-        ) from error
 
 
 def _use_grouped_mm(x_RD: Tensor, hidden: int, lora: tuple[Tensor, Tensor] | None = None) -> bool:

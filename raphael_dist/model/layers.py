@@ -38,6 +38,7 @@ class BlockSpec:
         shared_hidden: hidden width of the Space-MoE's shared expert, which processes all tokens; 0: none.
         time_activation: activation of the time experts, "gelu" or "geglu".
         expert_backend: how the experts are computed (`model.expert_backend`).
+        megablocks_folder: where the product of the backend megablocks is (`model.megablocks_folder`).
         mask_threshold: alpha of Sec. 3.1: an image token is in a text token's region if its attention is at least alpha
             times the maximum.
         edge_channels: width of the module that predicts edges; 0: none.
@@ -55,6 +56,7 @@ class BlockSpec:
     time_experts: int
     time_activation: Activation
     expert_backend: ExpertBackend
+    megablocks_folder: str | None
     mask_threshold: float
     edge_channels: int
     token_size: int
@@ -136,6 +138,7 @@ class TransformerBlock(nn.Module):
         if spec.time_experts:
             self.time_moe = TimeMoE(spec.time_experts, dim, spec.hidden, spec.time_activation, seed=2 * spec.seed)
             self.time_moe.use_megablocks = spec.expert_backend == "megablocks"
+            self.time_moe.megablocks_folder = spec.megablocks_folder
         else:
             self.ff = FeedForward(dim, inner_dim=spec.hidden, activation_fn=spec.time_activation)
         self.space_moe = None

@@ -15,8 +15,8 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from raphael_dist.model.experts import require_grouped_gemm
 from raphael_dist.model.layers import BlockSpec, SpatialTransformer, UNetLevel
+from raphael_dist.model.megablocks import require_megablocks
 from raphael_dist.model.norms import GroupNorm
 from raphael_dist.model.residual_block import ResidualBlock, feature_map_format
 from raphael_dist.model.routing import (
@@ -80,7 +80,7 @@ class RaphaelUNet(nn.Module):
         self.seed = config.run.seed
         self.edge_channels = config.edge.channels if with_edges and config.edge.weight > 0 else 0
         if m.expert_backend == "megablocks":
-            require_grouped_gemm()
+            require_megablocks(m.megablocks_folder)
         # With ZeRO-3, and with diffusers' sequential offload, a module has its weights only during its own forward pass.
         self.gathers_weights = False
         # Expert parallelism replaces this function, because it also needs the counts of other ranks.
@@ -126,6 +126,7 @@ class RaphaelUNet(nn.Module):
             time_experts=m.time_experts,
             time_activation=m.time_activation,
             expert_backend=m.expert_backend,
+            megablocks_folder=m.megablocks_folder,
             mask_threshold=m.mask_threshold,
             edge_channels=self.edge_channels,
             token_size=2**level if m.image_positions else 0,

@@ -219,7 +219,8 @@ def _take_slice(layer: Any, whole: Experts, group: ExpertGroup) -> None:
     """Give `layer` this rank's experts of `whole`, with the attributes that DeepSpeed and `engine.fragments` read."""
     layer.num_experts, layer.group = whole.num_experts // group.size, group
     layer.dim, layer.hidden, layer.activation = whole.dim, whole.hidden, whole.activation
-    layer.use_megablocks, layer.lora_scale = whole.use_megablocks, whole.lora_scale
+    layer.use_megablocks, layer.megablocks_folder = whole.use_megablocks, whole.megablocks_folder
+    layer.lora_scale = whole.lora_scale
     first = group.index * layer.num_experts
     for name, stack in whole.named_parameters(recurse=False):  # including adapters
         p: Any = nn.Parameter(stack.detach()[first : first + layer.num_experts].clone(), stack.requires_grad)

@@ -5,6 +5,7 @@ Shape legend: B samples, N image tokens, R rows, K experts, D width, F hidden wi
 
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -146,6 +147,63 @@ def test_megablocks_backend_passes_rows_and_weights_in_the_right_form(monkeypatc
         expected = experts.apply_sorted(x, counts, bias)
         experts.use_megablocks = True
         torch.testing.assert_close(experts.apply_sorted(x, counts, bias), expected)
+
+
+MEGABLOCKS = {  # the layout of a kernel that the package `kernels` loads, with a product of our own
+    "__init__.py": "from . import gg_ops\n",
+    "gg_ops.py": """import torch
+
+def gmm(x, w, sizes, trans_b):
+    assert trans_b
+    return torch.cat([rows @ w[k].t() for k, rows in enumerate(x.split(sizes.tolist()))])
+""",
+    "metadata.json": '{"name": "megablocks", "id": "megablocks", "version": 1, "license": "x", "python-depends": [], '
+    '"backend": {"type": "cpu"}}',
+}
+
+
+def write_kernel(folder: Path) -> Path:
+    build = folder / "build" / "torch-cpu"
+    build.mkdir(parents=True)
+    for name, text in MEGABLOCKS.items():
+        (build / name).write_text(text)
+    return folder
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the folder of this test is for CPUs")
+def test_megablocks_from_a_local_folder_equals_the_loop(tmp_path):
+    pytest.importorskip("kernels", reason="needs the package kernels")
+    config = tiny_config(
+        model={"expert_backend": "megablocks", "megablocks_folder": str(write_kernel(tmp_path)), "time_experts": 2}
+    )
+    layers = [m for m in RaphaelUNet(config).modules() if isinstance(m, TimeMoE)]
+    assert all(layer.use_megablocks and layer.megablocks_folder == str(tmp_path) for layer in layers)
+    x, counts, gradients = torch.randn(7, layers[0].dim), torch.tensor([4, 3]), []
+    for layers[0].use_megablocks in (False, True):
+        layers[0].zero_grad()
+        out = layers[0].apply_sorted(x, counts)
+        out.square().sum().backward()
+        gradients.append([out, *(p.grad.clone() for p in layers[0].parameters())])
+    for actual, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_a_folder_without_the_kernel_is_refused_in_one_line(tmp_path, monkeypatch):
+    def get_local_kernel(folder: Path) -> None:
+        raise FileNotFoundError(f"Cannot find a build variant for this system in {folder}:\n\nmore lines")
+
+    model = {"expert_backend": "megablocks", "megablocks_folder": str(tmp_path)}
+    monkeypatch.setitem(sys.modules, "kernels", None)
+    with pytest.raises(UserError, match=r"requires the package kernels, which is not installed\. Run `pip install kernels"):
+        RaphaelUNet(tiny_config(model=model))
+    monkeypatch.setitem(sys.modules, "kernels", types.SimpleNamespace(get_local_kernel=get_local_kernel))
+    with pytest.raises(UserError, match=r"must hold a build of .* fails: Cannot find a build variant .*Download") as error:
+        RaphaelUNet(tiny_config(model=model))
+    assert len(str(error.value).splitlines()) == 1
+    with pytest.raises(
+        UserError, match=r"model.megablocks_folder=.* requires model.expert_backend=megablocks, but it is auto"
+    ):
+        tiny_config(model={**model, "expert_backend": "auto"})
 
 
 def test_flops_of_megablocks_product_are_counted(monkeypatch):
