@@ -307,3 +307,13 @@ def test_plan_says_that_nothing_ran_on_several_gpus():
         assert "on several GPUs: nothing yet" in run_so_far(choice, "gpu", 8)
     assert run_so_far(Choice(1, 1, 2, False, 6, "none", "auto"), "gpu", 1) == "one H200"
     assert "H200" not in run_so_far(Choice(1, 1, 2, True, 6, "none", "auto"), "gpu", 1)
+
+
+@pytest.mark.slow
+def test_kernels_halve_the_bytes_of_a_micro_step():
+    """The numbers of docs/performance.md, of two images without recomputation."""
+    pytest.importorskip("triton", reason="needs the package triton")
+    kernels = "group_norm,layer_norm,cross_attention,space_moe,time_moe"
+    plain, fused = (trace(load_config("raphael-3b", [f"train.kernels=[{names}]"]), 2, "none") for names in ("", kernels))
+    assert fused.total(fused.bytes) < 0.53 * plain.total(plain.bytes)
+    assert fused.launches < 0.86 * plain.launches
