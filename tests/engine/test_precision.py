@@ -9,6 +9,7 @@ Before it comes what comes before it in a run: the rehearsal, and a step of NaN 
 import json
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,12 @@ MORE: dict[str, dict[str, dict[str, Any]]] = {
     "kept": {"model": {"checkpoint_activations": "none"}},
     "recomputed": {"model": {"checkpoint_activations": "all"}},
     "dense": {"model": {"expert_backend": "dense"}},
+    # In Triton's interpreter without a GPU. SGD has no fused update.
+    "kernels": {"train": {"kernels": ["group_norm", "layer_norm", "cross_attention", "space_moe", "time_moe"]}},
+    "dense kernel": {"train": {"kernels": ["space_moe_dense"]}},
 }
+KERNELS = ("kernels", "dense kernel") if find_spec("triton") is not None else ()
+KERNEL_DTYPES = ("float32", "bfloat16") if torch.cuda.is_available() else ("float32",)  # the interpreter cuts bfloat16 off
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,7 @@ OTHERS = [
     *(Case("bfloat16", zero, 3, 2, 2, "odd") for zero in ("zero2", "zero2_contiguous", "zero2_offload")),
     *(Case("bfloat16", "zero2", 4, 2, 2, extra) for extra in ("kept", "recomputed", "dense")),
     *(Case("bfloat16", "zero3", 4, 2, 1, extra) for extra in ("kept", "recomputed", "dense")),
+    *(Case(dtype, "zero2", 1, 1, 1, extra) for dtype in KERNEL_DTYPES for extra in KERNELS),
 ]
 
 
