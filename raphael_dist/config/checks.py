@@ -5,7 +5,7 @@ Each function yields one error message per mistake, except `check_steps`, which 
 
 from collections.abc import Iterable, Iterator
 
-from raphael_dist.config.data_sections import Data, Image
+from raphael_dist.config.data_sections import Data, Image, Text
 from raphael_dist.config.model_sections import Control, Diffusion, Edge, Lora, Model, Parallel
 from raphael_dist.config.run_sections import EmaConfig, Optim, RunConfig, Sample, Train
 from raphael_dist.config.types import EXPERT_KINDS, Kernel

@@ -16,6 +16,7 @@ from raphael_dist.config.types import (
     NonEmpty,
     NonNegative,
     NonNegativeFloat,
+    PathText,
     Placement,
     Positive,
     PositiveFloat,
@@ -127,6 +128,11 @@ class Model(Section):
     formula as printed, which is slow. auto: dense on a GPU; on a CPU, grouped if an image token uses at most 80% of the
     experts on average, otherwise dense. megablocks: like dense, but on a GPU the Time-MoE layers (experts selected by the
     timestep) use the grouped matrix product of the package grouped_gemm.
+    """
+
+    megablocks_folder: Free[PathText | None] = None
+    """Local folder with a build of the kernel megablocks of kernels-community, which the package kernels loads. Its grouped
+    matrix product then replaces that of grouped_gemm for model.expert_backend=megablocks. null: grouped_gemm.
     """
 
     checkpoint_activations: Free[Literal["none", "blocks", "all"]] = "blocks"

@@ -156,10 +156,11 @@ class Train(Section):
 
     kernels: Free[tuple[Kernel, ...]] = ()
     """Parts of a step that run in Triton kernels of this project instead of torch's operations. Requires a GPU. The results
-    agree up to rounding. group_norm: GroupNorm with SiLU. layer_norm: the backward pass of LayerNorm. space_moe, time_moe:
-    experts of the Space-MoE or Time-MoE layers, each only on the tokens that are routed to it. adamw: AdamW, the moving
-    average (EMA) and the model's copy of the weights in one pass; requires ZeRO stage 1 or 2. No kernel has been tested on a
-    GPU yet.
+    agree up to rounding. group_norm: GroupNorm with SiLU. layer_norm: the backward pass of LayerNorm.
+    cross_attention: attention to the caption with the map that selects regions, for which no map of a single head is stored.
+    space_moe, time_moe: experts of the Space-MoE or Time-MoE layers, each only on the tokens that are routed to it.
+    space_moe_dense: each space expert on all tokens, in place of space_moe. adamw: AdamW, the moving average (EMA) and the
+    model's copy of the weights in one pass; requires ZeRO stage 1 or 2. No kernel has been tested on a GPU yet.
     """
 
     caption_dropout: Fraction = 0.1
