@@ -196,9 +196,10 @@ def _fits_shared_memory(num_bytes: int, workers: int) -> bool:
 
 
 def _is_encoded(builder: BatchBuilder) -> bool:
-    """Return whether worker processes can build batches: samples are already encoded, and no thread still encodes any.
+    """Return whether worker processes can build batches.
 
-    The workers are forks of this process, and a fork has none of its threads. Only the first 4 samples are checked.
+    This requires that samples are stored in encoded form, which is checked for the first 4 samples, and that no thread of
+    this process still fills the feature cache: the workers are forks, and a fork does not have its parent's threads.
     """
     stream, source = builder.stream, builder.stream.source
     if source.decodes_images or (isinstance(source, FeatureCache) and source.filling):

@@ -19,9 +19,8 @@ from raphael_dist.rng import Purpose, generator
 class BatchBuilder:
     """Builds the `Batch` of a micro-step (one forward and backward pass).
 
-    Methods get the slots of the micro-batch: a (position, weight) pair for each place in it. The position is the sample's
-    number in the endless order of training, from 0. The weight is 1 for a sample, and 0 for a place that only pads the
-    batch.
+    Its methods get `slots`, a (position, weight) pair for each place in the micro-batch. The position is the sample's number
+    in the endless order of training, from 0. The weight is 1 for a sample, and 0 for a place that only pads the batch.
 
     Attributes:
         phase: Position of the first sample of a training step, modulo `global_batch_size`. Timesteps are stratified over
@@ -45,9 +44,9 @@ class BatchBuilder:
             config: Configuration of the run.
             stream: Returns the sample at a position.
             encoder: Encodes images and captions that are not encoded yet.
-            num_blocks: Number of transformer blocks of the model.
-            global_batch_size: Number of consecutive positions over which timesteps are stratified: each draws from another
-                part of the range (default: `train.global_batch_size`).
+            num_blocks: Number of transformer blocks of the model. A batch contains noise for the gates of each block.
+            global_batch_size: Number of consecutive positions over which timesteps are stratified: each position draws from
+                a different part of the range of timesteps (default: `train.global_batch_size`).
             gate_noise: Whether to draw the noise that training adds to the gates' logits, if `model.gate_noise` is above 0.
             pin: Put the batch into pinned memory, from which it is copied to a GPU asynchronously.
         """
@@ -127,7 +126,10 @@ class BatchBuilder:
         return signed + torch.from_numpy(np.stack(noise).astype(np.float32)).to(signed.device)
 
     def _gate_noise(self, positions: Sequence[int], tokens: int) -> GateNoise:
-        """Return standard normal noise for the gates' logits. The trainer scales it to the deviation of the current step."""
+        """Return standard normal noise for the gates' logits. The trainer scales it to the strength of the current step.
+
+        `tokens`: number of tokens of a caption, each of which has a space gate.
+        """
         m = self.config.model
         time = self._normal(Purpose.TIME_GATE, positions, (self.num_blocks, m.time_experts))
         space = self._normal(Purpose.SPACE_GATE, positions, (self.num_blocks, tokens, m.space_experts))

@@ -47,7 +47,7 @@ def factor_errors(buckets: Sequence[tuple[int, int]], factor: int) -> list[str]:
 
 
 def fit(image: Image.Image, size_hw: tuple[int, int], flip: bool, resample: Image.Resampling) -> Image.Image:
-    """Resize `image`, with its aspect ratio kept, until it covers `size_hw`; crop its centre to this size, and return it.
+    """Return `image`, resized until it covers `size_hw` without changing its aspect ratio, and cropped to its centre.
 
     Args:
         image: An image of any mode and size.

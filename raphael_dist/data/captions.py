@@ -86,7 +86,8 @@ def read_captions(members: Mapping[str, bytes], choice: CaptionChoice) -> tuple[
 
     Args:
         members: Content of the sample's json and txt files, with the keys "json" and "txt". Either may be missing.
-        choice: Which of their texts are captions. The captions of a json field that is a list share its weight equally.
+        choice: Which texts in these files are captions, and their weights. The captions in a json field that is a list share
+            the weight of the field equally.
 
     Raises:
         ValueError: There is no caption, or one of the files cannot be read; the message is the reason.
@@ -109,7 +110,7 @@ def read_captions(members: Mapping[str, bytes], choice: CaptionChoice) -> tuple[
 
 
 def read_texts(members: Mapping[str, bytes]) -> tuple[dict[str, object], list[str]]:
-    """Return (fields of a sample's json, {} without one; cleaned captions of the sample, at least one).
+    """Return (fields of a sample's json, or {} if it has no json; cleaned captions of the sample, at least one).
 
     The captions are the json's list `captions`. Without it, the json's string `caption`. Without both, the txt.
 
@@ -136,8 +137,8 @@ def first_texts(fields: Mapping[str, object], names: Iterable[str]) -> tuple[lis
         names: Names of fields that may contain captions, in order of priority.
 
     Returns:
-        (captions, ""), or ([], reason) if no field has a caption. The reason is a text for a message: the type of the first
-        field of a wrong type, or "" if there is no such field.
+        (captions, ""), or ([], reason) if no field has a caption. The reason is a text for a message: it states the type of
+        the first field with a wrong type, and is "" if no field has a wrong type.
     """
     problems = []
     for name in names:
@@ -151,7 +152,7 @@ def first_texts(fields: Mapping[str, object], names: Iterable[str]) -> tuple[lis
 def texts_in(value: object) -> tuple[list[str], str]:
     """Return (captions in the value of a json field or table cell, ""), or ([], problem) if the value has a wrong type.
 
-    The value may be a string or a list of strings; null and empty strings are left out, so that the list may be empty. Other
+    The value may be a string or a list of strings. Null and empty strings are left out, so the captions may be []. Other
     types, such as a dict, are wrong. `problem` is a text for a message.
     """
     values = value if isinstance(value, list) else [value]

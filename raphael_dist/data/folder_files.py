@@ -12,17 +12,18 @@ _CAPTION_SUFFIXES = (".txt", ".json")
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Return the paths of the files in a folder and its subfolders, sorted. Links to folders are included, not followed.
+    """Return the paths of the files in a folder and its subfolders, sorted.
 
-    Raises UserError if a subfolder cannot be listed, unless its name is hidden.
+    A symbolic link to a folder is in the result, but the files in the linked folder are not. Raises UserError if a folder
+    cannot be listed, unless it is a hidden subfolder (`is_hidden`).
     """
 
     def stop(error: OSError) -> None:
         path = Path(error.filename)
         if path == folder or not is_hidden(str(path.relative_to(folder))):
             raise UserError(
-                f"{path} must be a folder that can be listed, but it cannot ({error.strerror}). Change its permissions, or "
-                f"move it out of {folder}."
+                f"{path} must be a folder that can be listed, but listing it failed ({error.strerror}). Change its "
+                f"permissions, or move it out of {folder}."
             ) from error
 
     paths = []
@@ -33,7 +34,13 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def count_unused_archives(folder: Path, files: Iterable[Path], shards: Iterable[str]) -> SkipCounts:
-    """Count the archives among the files of a folder (`files_below`) that are not among `shards`, the paths in use."""
+    """Count, by reason, the archives in a folder that are not used as shards.
+
+    Args:
+        folder: The folder.
+        files: Paths of all files in the folder and its subfolders.
+        shards: Paths of the archives that are used as shards.
+    """
     used, skipped = {Path(shard) for shard in shards}, SkipCounts()
     for path in files:
         if path in used or not path.name.lower().endswith(ARCHIVE_SUFFIXES):
@@ -49,7 +56,10 @@ def count_unused_archives(folder: Path, files: Iterable[Path], shards: Iterable[
 
 
 def count_texts_without_image(folder: Path, files: Sequence[Path]) -> SkipCounts:
-    """Count the .txt and .json among the files of a folder (`files_below`) that have no other file of the same name."""
+    """Count the .txt and .json files in a folder that have no image: no file of another type has the same name.
+
+    `files`: paths of all files in `folder` and its subfolders.
+    """
     skipped = SkipCounts()
     others = [path for path in files if path.suffix.lower() not in _CAPTION_SUFFIXES]
     named = {*others, *(path.with_suffix("") for path in others)}

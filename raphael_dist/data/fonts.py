@@ -18,7 +18,7 @@ _NOT_PLAIN = re.compile("bold|italic|oblique|mono|light|thin|condensed|display|s
 def drawable(text: str, size: int) -> tuple[str, Font]:
     """Return (`text` as one line, the font to draw it with).
 
-    The font is Pillow's default font if that has all characters, otherwise the installed font that lacks the fewest of them.
+    The font is Pillow's default font if that has all characters of the text, otherwise the font that lacks the fewest.
     A character that the font lacks is escaped in the line, for example as \\u65e5. `size`: height of the font in pixels.
     """
     text = " ".join(text.split())
@@ -54,7 +54,7 @@ def _load(path: Path | None, size: int) -> Font | None:
 
 @cache
 def _font_files() -> tuple[Path, ...]:
-    """Return upright sans serif fonts of regular weight: those of this machine and matplotlib's."""
+    """Return the paths of the upright sans-serif fonts of regular weight that are installed or come with matplotlib."""
     home = Path("~").expanduser()
     folders = [home / ".fonts", home / ".local/share/fonts", home / "Library/Fonts"]
     folders += map(Path, ("/usr/share/fonts", "/usr/local/share/fonts", "/System/Library/Fonts", "/Library/Fonts"))

@@ -1,6 +1,7 @@
-"""Reads images from outside the program. They become upright RGB with 8 bits per channel, transparent pixels white.
+"""Decodes image files, which are not trusted, to RGB images with 8 bits per channel.
 
-Images with too many pixels are rejected before they are decoded.
+Images are rotated as their EXIF data states, and transparent pixels become white (or another colour on request). An image
+with too many pixels is rejected before it is decoded.
 """
 
 import io
@@ -59,7 +60,8 @@ def decode_image(
         background: Colour for transparent pixels.
 
     Raises:
-        ValueError: The format is not allowed, the header is damaged, or it states too many pixels; nothing was decoded.
+        ValueError: The format or the image mode is not allowed, or the header is damaged or states too many pixels. In these
+            cases no pixel is decoded.
         Exception: Decoders raise exceptions of many types for damaged images.
     """
     image = _open(data, formats)
@@ -92,8 +94,8 @@ def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
 def read_image(path: Path, option: str, background: str = "white") -> Image.Image:
     """Read an image file as RGB, rotated as its EXIF data states. Raises UserError if it cannot be read.
 
-    `option`: name of the command line option that gave the path, for the message. `background`: colour for transparent
-    pixels.
+    `option`: name of the command line option that gave the path, for the error message. `background`: colour for
+    transparent pixels.
     """
     Image.init()
     try:
@@ -129,7 +131,7 @@ def image_ext(data: bytes) -> str:
 def reason_of(error: BaseException) -> str:
     """Return a short text with the cause of an exception, for a message.
 
-    It has no object addresses (0x7f...), so that equal errors give equal texts, which can be counted.
+    Object addresses (0x7f...) are left out, so that equal errors have equal texts and can be counted.
     """
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
@@ -138,7 +140,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def _open(data: bytes, formats: tuple[str, ...]) -> Image.Image:
-    """Open an image and read only its header. ValueError: the format is not in `formats`, or it is damaged."""
+    """Open an image and read only its header. ValueError: the format is not in `formats`, or the header is damaged."""
     try:
         if data.startswith(_JPEG):  # not by Image.open, which treats further images of an MPO as part of it
             return JpegImageFile(io.BytesIO(data))
@@ -168,7 +170,10 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Convert 16-bit grey to 8 bits by the high bytes, as Pillow does for 16-bit colours."""
+    """Convert a 16-bit grey image to 8 bits: keep the high byte of each pixel, as Pillow does for 16-bit colours.
+
+    If the image states a transparent grey level, the result has an alpha channel.
+    """
     values = np.asarray(image)
     grey = Image.fromarray((values >> 8).astype(np.uint8))
     clear = image.info.get("transparency")
@@ -178,7 +183,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Yield (kind, first byte, end) of the complete chunks of a PNG."""
+    """Yield (type, offset of the first byte, offset after the last byte) of each complete chunk in the bytes of a PNG."""
     start = len(_PNG)
     while start + 12 <= len(data):
         end = start + 12 + int.from_bytes(data[start : start + 4], "big")
@@ -189,7 +194,10 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _without_damaged_chunks(data: bytes) -> bytes:
-    """Remove chunks of a PNG that its pixels do not need and whose checksum is wrong: EXIF, texts, profiles."""
+    """Return the bytes of an image file. Of a PNG, leave out chunks with a wrong checksum that its pixels do not need.
+
+    Such chunks contain EXIF data, texts or colour profiles.
+    """
     if not data.startswith(_PNG):
         return data
     kept, kept_end = [], 0

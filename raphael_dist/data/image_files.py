@@ -16,9 +16,10 @@ _TEXT_SUFFIXES = {".txt", ".json", ".jsonl", ".csv", ".parquet", ".arrow"}  # ca
 
 
 def image_files(folder: Path, files: Sequence[Path]) -> tuple[list[Path], SkipCounts]:
-    """Return (paths of the images among the files of a folder (`files_below`); counts of the files that are not used).
+    """Return (paths of the images in a folder; counts of the files that are not used, by reason).
 
-    A symbolic link to a file is used; a symbolic link to a folder is not followed. Edge maps NAME.edge.png are not images.
+    `files`: all files in `folder` and its subfolders. A symbolic link to a file is used; a symbolic link to a folder is not
+    followed. An edge map NAME.edge.png is in neither result.
     """
     paths, skipped = [], SkipCounts()
     captioned = {path.with_suffix("") for path in files if path.suffix.lower() in (".txt", ".json")}
@@ -61,10 +62,13 @@ def _skip_reason(path: Path, captioned: Container[Path]) -> str:
 
 
 class CaptionFiles:
-    """The files with captions in a folder. The file of a.png is a.txt, a.TXT or a.png.txt."""
+    """Finds the caption file of an image: for a.png it is a.txt, a.TXT or a.png.txt (or the same names with json)."""
 
     def __init__(self, files: Iterable[Path], suffix: str) -> None:
-        """Select the `files` whose names end in `suffix` (".txt" or ".json"), in capital or small letters."""
+        """Select the caption files of a folder: those of `files` whose names end in `suffix` (".txt" or ".json").
+
+        Upper and lower case are not distinguished.
+        """
         self._by_stem = {path.with_suffix(""): path for path in files if path.suffix.lower() == suffix and path.is_file()}
 
     def of(self, image: Path) -> Path | None:

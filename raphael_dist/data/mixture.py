@@ -22,7 +22,7 @@ BLOCK = 1024
 class MixedOrder:
     """Maps any global position (number of a sample in the endless order of training) to a sample of one of several sources.
 
-    Consecutive positions belong to one source in groups of `run_length`. It has the interface of `SampleOrder`.
+    Each group of `run_length` consecutive positions belongs to one source. The class has the interface of `SampleOrder`.
     """
 
     def __init__(self, parts: Sequence[SampleOrder], weights: Sequence[float], seed: int) -> None:
@@ -31,8 +31,8 @@ class MixedOrder:
         Args:
             parts: For each source, the order of its samples. All must have the same index (table of the samples of all
                 sources) and the same view (which samples pass the filters).
-            weights: For each source, its weight: the fraction of samples that come from it is in proportion to the weight.
-            seed: Seed of the order of sources.
+            weights: For each source, its weight. The number of samples that come from a source is proportional to it.
+            seed: Seed of the random order of the sources.
 
         Raises:
             UserError: A weight is so small that, after rounding, no sample of its source would be used.
@@ -53,7 +53,7 @@ class MixedOrder:
 
     @property
     def samples_per_epoch(self) -> int:
-        """Number of samples of all sources together. So many positions count as one epoch of the mixture.
+        """Number of positions that count as one epoch of the mixture: the sum of the samples per epoch of all sources.
 
         The weights decide how often a source is used in an epoch: a source with a large weight may be repeated, and one
         with a small weight may not be used completely.
@@ -71,15 +71,15 @@ class MixedOrder:
         return hashlib.sha256(" ".join([self._parts[0].fingerprint, *weights, *first_shards]).encode()).hexdigest()
 
     def lookup(self, position: int) -> SamplePosition:
-        """Return the sample at a position: its number in the endless order of training. ValueError: it is negative."""
+        """Return the sample at a global position (see the class). Raises ValueError if the position is negative."""
         source, source_position = self._find(position)
         return self._parts[source].lookup(source_position)
 
     def windows_from(self, position: int, count: int) -> list[list[int]]:
-        """Return the next `count` windows of all sources, beginning with the current ones, as lists of shard numbers.
+        """Return `count` lists of shard numbers: the current windows of all sources, then the next window of each, ...
 
-        `position`: number of a sample in the endless order of training. A window is a group of shards (tar files) whose
-        samples are shuffled together. Each list joins one window of each source.
+        `position`: number of the current sample in the endless order of training. A window is a group of shards (tar files)
+        whose samples are shuffled together.
         """
         block = position // self.run_length // BLOCK
         firsts = [block * share * self.run_length for share in self.shares]
@@ -97,7 +97,10 @@ class MixedOrder:
         return source, (block * self.shares[source] + int(before[place])) * self.run_length + offset
 
     def _make_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return (number of the source, number of earlier runs of it in the block) of each run of a block, int64 [BLOCK]."""
+        """Return the source of each run of a block, and how many earlier runs in the block have the same source.
+
+        Both are arrays, int64 [BLOCK].
+        """
         sources = np.repeat(np.arange(len(self.shares)), self.shares)
         # `extra` differs from those of SampleOrder, which draws for the same purpose with lower numbers.
         sources = generator(self._seed, Purpose.ORDER, block, extra=1 << 63).permutation(sources)

@@ -34,8 +34,8 @@ def open_encoders(config: Config, device: torch.device) -> Encoders:
     """Return the encoders of a run without their weights. Collective: all ranks call it.
 
     Rank 0 reads the encoders' widths and hashes for all ranks. A rank loads weights when it first encodes a sample.
-    `device`: on which this rank's encoders run. Raises UserError on all ranks if files are missing or damaged, or if the
-    encoders do not fit the configuration.
+    `device`: the device on which this rank's encoders run. Raises UserError on all ranks if files are missing or damaged, or
+    if the encoders do not fit the configuration.
     """
     dtype, image_dtype = getattr(torch, config.train.dtype), getattr(torch, config.image.dtype)
 
@@ -58,10 +58,10 @@ def edge_encoder(config: Config, device: torch.device) -> EdgeEncoder | None:
 
 
 def load_encoders(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[TextEncoder, ImageEncoder]:
-    """Load the text encoder and the image encoder that a configuration names, with weights. For a single process.
+    """Load the text encoder and the image encoder that a configuration names, with weights. This is not collective.
 
-    `device`: on which they run. `dtype`: in which the text encoder computes; that of the image encoder is image.dtype.
-    Raises UserError if files of an encoder cannot be read, or if the encoders do not fit the configuration.
+    `device`: the device on which they run. `dtype`: the dtype in which the text encoder computes; the image encoder computes
+    in image.dtype. Raises UserError if files of an encoder cannot be read, or if the encoders do not fit the configuration.
     """
     text = TextEncoder.load(config.text.encoder, config.text.max_tokens, device, dtype, config.text.layer)
     image = ImageEncoder.load(config.image.vae, device, getattr(torch, config.image.dtype))
@@ -78,7 +78,7 @@ def check_encoders(config: Config, text: TextEncoder | TextFacts, image: ImageEn
         image: The image encoder, or the facts about it.
 
     Raises:
-        UserError: They do not fit; with a line for each mismatch.
+        UserError: The encoders do not fit the configuration. The error has a message for each mismatch.
     """
     lines = []
     if text.width != config.model.text_width:
@@ -139,7 +139,10 @@ def open_stream(config: Config, ranks: Ranks, encoders: Encoders, *, training: b
 
 
 def _fill(cache: FeatureCache, encoders: Encoders, config: Config, ranks: Ranks) -> None:
-    """Compute the missing files of the cache, each rank a part of them: now, or in a background thread. Collective."""
+    """Compute the missing files of the feature cache, now or (data.cache_fill=during) in a background thread.
+
+    Collective: all ranks call it, and each computes a part of the files.
+    """
     present = ranks.share(len(cache.index.shards))
     run_on_all_ranks("checking cached features", lambda report: cache.verify(present, report))
     missing = run_on_rank0("finding cached features", lambda _: cache.missing())

@@ -43,7 +43,8 @@ class _Epoch:
 
     Attributes:
         shards: int64 [S], shard numbers in this epoch's order.
-        counts: [W+1, B], for each of B buckets, its number of samples in all windows before each window.
+        counts: int64 [W+1, B], for each window and each of B buckets, the bucket's number of samples in all earlier windows.
+            The last row has the totals of the epoch.
         starts: [W+1], position in the epoch at which each window begins; the last number is the length of the epoch.
     """
 
@@ -115,17 +116,20 @@ class SampleOrder:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all samples and, with data.filters, a second one of those that pass. A resumed run needs equal hashes."""
+        """Hash of all samples; with data.filters, followed by a hash of the samples that pass the filters.
+
+        A run that resumes from a checkpoint must have the same fingerprint.
+        """
         return f"{self.index.fingerprint} {self.view.digest}" if self.view.dropped else self.index.fingerprint
 
     def lookup(self, position: int) -> SamplePosition:
-        """Return the sample at a position: its number in the endless order of training. ValueError: it is negative."""
+        """Return the sample at a global position (see the class). Raises ValueError if the position is negative."""
         epoch, window, offset = self._find(position)
         sample_id = int(self._window(epoch, window)[offset])
         return SamplePosition(epoch, sample_id, int(self.bucket_of[sample_id]))
 
     def windows_from(self, position: int, count: int) -> list[list[int]]:
-        """Return the next `count` windows, beginning with that of `position`, as lists of the numbers of their shards.
+        """Return the shard numbers of `count` consecutive windows, a list for each. The first window contains `position`.
 
         `position`: number of a sample in the endless order of training. A window is a group of shards (tar files) whose
         samples are shuffled together.
@@ -142,7 +146,7 @@ class SampleOrder:
         return windows
 
     def _find(self, position: int) -> tuple[int, int, int]:
-        """Return (epoch, window, offset in the window) of a position."""
+        """Return (number of the epoch, number of the window in it, offset in the window) of a global position."""
         if position < 0:
             raise ValueError(f"sample position {position} is negative")
         epoch, offset = divmod(position, self.samples_per_epoch)
@@ -182,7 +186,7 @@ class SampleOrder:
         return generator(self.seed, Purpose.ORDER, epoch, extra=2 + 2 * window).permutation(runs).reshape(-1)
 
     def _take(self, epoch: int, bucket: int, first: int, last: int) -> np.ndarray:
-        """Return entries `first` to `last` - 1 of the list of a bucket's sample ids in an epoch, window after window."""
+        """Return entries `first` to `last` - 1 of the list of all sample ids of a bucket in an epoch, ordered by window."""
         if first == last:
             return np.zeros(0, np.int64)
         counts = self._epoch(epoch).counts[:, bucket]

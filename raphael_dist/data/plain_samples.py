@@ -19,7 +19,8 @@ def read_samples(
 ) -> Iterator[DecodedSample]:
     """Decode and yield the samples of shards in the order in which they are stored.
 
-    Unusable samples are skipped. They are counted in a warning at the end, with the shards that cannot be read to their end.
+    Unusable samples are skipped. At the end, rank 0 logs how many samples were skipped, and how many shards cannot be read
+    to their end.
 
     Args:
         patterns: Paths, globs or URLs of the shards (tar files of samples).
@@ -40,7 +41,10 @@ def read_samples(
 
 
 def _warn(option: str, index: DatasetIndex, unreadable: Sequence[BadSample]) -> None:
-    """Log the number of damaged shards and of samples that cannot be used. `unreadable`: those not in `index.bad`."""
+    """Log the number of damaged shards and the number of samples that cannot be used.
+
+    `option`: where the user named the shards. `unreadable`: samples that could not be decoded; `index` lists the others.
+    """
     for shard, reason in itertools.islice(index.damaged.items(), 1):
         count = len(index.damaged)
         _log.warning(
@@ -53,7 +57,7 @@ def _warn(option: str, index: DatasetIndex, unreadable: Sequence[BadSample]) -> 
 
 
 def _good_samples(dataset: ImageDataset, unreadable: list[BadSample]) -> Iterator[DecodedSample]:
-    """Yield the samples that can be decoded, and append the others to `unreadable`."""
+    """Yield the samples of `dataset` that can be decoded, and append those that cannot to `unreadable`."""
     for sample_id in range(dataset.index.num_samples):
         try:
             yield dataset.load(sample_id, 0)

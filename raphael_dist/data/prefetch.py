@@ -14,8 +14,8 @@ class Prefetcher(Generic[K, V]):
 
     `depth`: largest number of results that are computed ahead. `workers`: number of threads.
 
-    If `fn` or `keys` raises an exception, the iteration first yields the results of the keys before, and then raises it. The
-    threads stop at the end of the iteration, when `close` is called, or at the end of a `with` block.
+    If `fn` or `keys` raises an exception, the iteration first yields the results of all earlier keys, and then raises the
+    exception. The threads stop at the end of the iteration, when `close` is called, or at the end of a `with` block.
     """
 
     def __init__(self, fn: Callable[[K], V], keys: Iterable[K], depth: int = 4, workers: int = 1) -> None:

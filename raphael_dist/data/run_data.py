@@ -26,7 +26,7 @@ class DataSource:
     Attributes:
         encoders: Text encoder, image encoder and edge detector.
         training: Stream of training samples: returns the sample at any position of the endless order of training.
-        held_out: Stream of validation samples; None if the run has none.
+        held_out: Stream of validation samples; None if data.val_shards is empty.
     """
 
     encoders: Encoders
@@ -86,7 +86,7 @@ class DataSource:
 
         Args:
             config: Configuration of the run.
-            num_blocks: Number of the model's transformer blocks.
+            num_blocks: Number of the model's transformer blocks. A batch contains noise for the gates of each block.
             device: Device of the model; batches for a GPU are put into pinned memory.
             stream: The stream that returns the samples: `training` (the default) or `held_out`.
             options: Further keyword arguments of `BatchBuilder`.
@@ -104,8 +104,8 @@ class DataSource:
 def open_source(config: Config, ranks: Ranks, device: torch.device) -> DataSource:
     """Open the encoders and the data that a configuration names.
 
-    Collective: all ranks call it, and divide the work of indexing and encoding the data. `device`: on which this rank's
-    encoders run. Raises UserError on all ranks if the encoders or the data cannot be used with the configuration.
+    Collective: all ranks call it, and divide the work of indexing and encoding the data. `device`: the device on which this
+    rank's encoders run. Raises UserError on all ranks if the encoders or the data cannot be used with the configuration.
     """
     encoders = open_encoders(config, device)
     training = open_stream(config, ranks, encoders, training=True)

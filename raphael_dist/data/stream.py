@@ -1,4 +1,4 @@
-"""Reads the sample at each global position. All its random choices (caption, flip, dropout) derive from the position."""
+"""Reads the sample at any global position. Random choices (caption, flip, dropout) depend only on seed and position."""
 
 import itertools
 import logging
@@ -35,22 +35,23 @@ _MIN_SAMPLES = 1000  # below which the share of bad samples is not significant
 
 @dataclass(frozen=True, eq=False)
 class StreamSample:
-    """One sample for training or validation. Its image and caption are each encoded (if they are stored so) or raw.
+    """One sample for training or validation.
 
-    `BatchEncoder` encodes the raw ones later. A shard is a tar file of samples.
+    The image and the caption are encoded if the shards or the cache store them in encoded form. Otherwise they are raw, and
+    `BatchEncoder` encodes them later. A shard is a tar file of samples.
 
     Attributes:
         position: Number of the sample in the endless order of training.
         sample_id: Number of the sample, counted over all shards.
         key: Name of the sample in its shard.
-        bucket: Number of its image size in the list of image sizes (image.buckets).
+        bucket: Number of the sample's image size in the list image.buckets.
         latents: Encoded image, float32 [C, h, w]. None: it is not encoded yet, and `image` is set.
         image: RGB image, uint8 [3, H, W]. None: `latents` is set.
-        noise: Standard normal noise, float32 [C, h, w], with which latents are drawn from the VAE's distribution.
-        caption: The caption as a string, if its tokens are not stored.
+        noise: Standard normal noise, float32 [C, h, w], for drawing latents from the VAE's distribution: mean + std * noise.
+        caption: The caption as a string; "" if it was dropped. It is not used if `text` is set.
         text: The encoded caption, if it is stored, else None: (tokens float32 [Y, D], mask bool [Y], index of the
             end-of-text token).
-        edge: Edge map at the latents' size, float32 [h, w] in 0..1, or None.
+        edge: Edge map at the latents' size, float32 [h, w] in 0..1; None if it is not stored or not used.
         flipped: Whether the image was mirrored left to right.
         dropped: Whether the caption was replaced by the empty one (caption dropout).
         seconds: Seconds spent, by kind of work, such as "reading" and "decoding".
@@ -77,8 +78,8 @@ class TrainStream:
     """Returns the sample at any global position (number of a sample in the endless order of training).
 
     Samples depend only on the data, the seed and the position. So any rank may read any position at any time. A sample that
-    cannot be used is replaced by the next usable sample of the same image size, in the order of ids, and after the last id
-    by the first.
+    cannot be used is replaced by the usable sample of the same image size that has the next higher id. After the highest
+    id, the search continues at the lowest.
 
     Attributes:
         replaced: Number of samples that were replaced so far.
@@ -110,8 +111,8 @@ class TrainStream:
             reader: Decodes in worker processes and prefetches shards; None: decode in this process.
 
         Raises:
-            UserError: More than `max_bad_fraction` of the samples are known to be unusable; all samples of an image size
-                are; or at least one is and `on_error` is "stop".
+            UserError: More than `max_bad_fraction` of all samples, or all samples of an image size, are known to be
+                unusable; or any sample is known to be unusable and `on_error` is "stop".
         """
         assert source.index.fingerprint == order.index.fingerprint, "order and features are of different shards"
         assert source.buckets == order.buckets, "order and features are of different buckets"
@@ -145,7 +146,7 @@ class TrainStream:
         return [self.sample(position) for position in positions]
 
     def _request(self, position: int) -> Request:
-        """Return (sample id, number of the image size, whether to mirror) that `sample` first loads for a position."""
+        """Return what `sample` first loads for a position: (sample id, number of the image size, whether to mirror)."""
         place = self.order.lookup(position)
         is_bad = self._is_bad(place.sample_id)
         sample_id = self._replacement(place.sample_id, place.bucket) if is_bad else place.sample_id
@@ -201,7 +202,10 @@ class TrainStream:
         return generator(self.seed, purpose, position)
 
     def _read(self, place: SamplePosition, position: int, flip: bool) -> tuple[int, SampleFeatures]:
-        """Return (sample id, features) of the sample at `place`, or of its replacement if it cannot be used."""
+        """Return (sample id, features) of the sample at `place`, or of its replacement if it cannot be used.
+
+        `position`: the global position of `place`, from which the choice of a caption is drawn. `flip`: mirror the image.
+        """
         sample_id = place.sample_id
         while True:
             if not self._is_bad(sample_id):
@@ -216,7 +220,10 @@ class TrainStream:
         return sample_id, features
 
     def _is_bad(self, sample_id: int) -> bool:
-        """Return whether a sample is known to be unusable. After 600 s it is tried again if its shard was unreadable."""
+        """Return whether a sample is known to be unusable.
+
+        A sample that is unusable since its shard could not be read counts as usable again after 600 s (RETRY_AFTER_S).
+        """
         if time.monotonic() >= self._bad_until.get(sample_id, math.inf):
             with self._lock:
                 self._bad_until.pop(sample_id, None)
@@ -283,8 +290,8 @@ def _check_bad_fraction(num_bad: int, bad: Iterable[BadSample], total: int, max_
 
     Args:
         num_bad: Number of unusable samples.
-        bad: Some of them, for the message.
-        total: Number of samples.
+        bad: Unusable samples, perhaps not all of them, as examples in the message.
+        total: Number of all samples, with the unusable ones.
         max_fraction: The limit.
 
     Raises:

@@ -173,7 +173,7 @@ TEXTS: dict[str, Callable[[Path, str], None]] = {
 
 
 def save_text(folder: Path, name: str, side: str = "right") -> Path:
-    """Write the text encoder `name` of TEXTS and its tokenizer, which pads on `side` ("left" or "right"); return `folder`."""
+    """Write the text encoder `name` of TEXTS and its tokenizer, which pads on `side` (left or right); return `folder`."""
     torch.manual_seed(1)
     TEXTS[name](folder, side)
     return folder

@@ -271,7 +271,7 @@ def http_files(
 def hf_dataset(
     folder: Path, repo: str = "me/pictures", faults: Faults | None = None, knows_ranges: bool = True
 ) -> Iterator[str]:
-    """Serve the files of `folder` as the Hugging Face data set `repo` to clients in this process; yield hf://datasets/REPO."""
+    """Serve the files of `folder` as the Hugging Face data set `repo` to clients in this process; yield its hf:// URL."""
     from huggingface_hub import HfFileSystem, constants
 
     before = constants.ENDPOINT, constants.HUGGINGFACE_CO_URL_TEMPLATE  # HF_ENDPOINT, as it was when they were imported
@@ -289,7 +289,7 @@ def hf_dataset(
 
 @contextmanager
 def gcs_bucket(folder: Path, bucket: str = "pictures", faults: Faults | None = None) -> Iterator[str]:
-    """Serve the files of `folder` as a Google Cloud Storage bucket to clients in this process; yield gs://BUCKET."""
+    """Serve the files of `folder` as a Google Cloud Storage bucket to clients in this process; yield its gs:// address."""
     before = dict(os.environ)
     os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # which asks over gRPC, with TLS, what kind of bucket it is
     from gcsfs import GCSFileSystem

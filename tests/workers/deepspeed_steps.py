@@ -1,8 +1,11 @@
-"""Rank process: trains the tiny model under a real DeepSpeed engine, which saves and loads by DeepSpeed's own functions.
+"""Rank process: trains the tiny model and writes checkpoints by DeepSpeed's own `save_checkpoint`, to test their conversion.
 
-Usage: deepspeed_steps.py OUT.pt JSON, where JSON holds {"sections", "deepspeed", "first", "steps", "load", "save", "run"}:
-steps [first, steps) are taken after DeepSpeed's `load_checkpoint` of the folder `load`; `save` gets its `save_checkpoint`;
-with "run" the trainer's own checkpoint is written to run.dir as well.
+Usage: deepspeed_steps.py OUT.pt JSON. Losses and tensors are written to OUT.pt.RANK. The file JSON has the keys
+    sections, deepspeed: changes of the tiny configuration, and DeepSpeed's configuration
+    first, steps: the first step, and the step before which training ends
+    load: optional: folder of a DeepSpeed checkpoint to continue from
+    save: optional: folder for DeepSpeed's checkpoint of the last step
+    run: optional: if true, also write a checkpoint of the trainer to run.dir
 """
 
 import json

@@ -1,6 +1,9 @@
-"""Rank process: the expert-parallel layers equal the plain layers on the data of all ranks put together, in float64.
+"""Rank process: checks that expert-parallel layers compute the same as layers with all experts on one rank, in float64.
 
-Usage: expert_layers.py, as 2 or 3 ranks. Asserts; prints one line per case with the bytes sent.
+The layers with all experts get the data of all ranks at once. Outputs, gradients and the number of sent bytes are asserted.
+Usage: start expert_layers.py as 2 or 3 ranks. It prints the bytes that were sent in each case.
+
+Shape legend: B samples per rank, N image tokens, Y text tokens, K experts, D width.
 """
 
 from collections.abc import Sequence
@@ -30,7 +33,7 @@ CASES = {
 
 
 def space_inputs(case: str, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return h [B, N, D], mask [B, N, Y] and weights [B, Y, K] of a rank."""
+    """Return random inputs of Space-MoE on `rank`: image tokens [B, N, D], regions [B, N, Y], routing weights [B, Y, K]."""
     experts, share = CASES[case]
     draw = torch.Generator().manual_seed(rank)
     h_BND = torch.randn(B, N, D, generator=draw, dtype=torch.float64)
@@ -51,7 +54,14 @@ def target_grad(shape: Sequence[int], rank: int) -> Tensor:
 
 
 def check_space(case: str, dispatch: str, backend: str, recompute: bool, group: ExpertGroup) -> int:
-    """Return the bytes that this rank sent."""
+    """Assert that `ParallelSpaceMoE` gives the outputs and gradients of `SpaceMoE`; return the bytes that this rank sent.
+
+    Args:
+        case: which experts and regions the inputs have (CASES).
+        dispatch, backend: how tokens are exchanged, and how experts are computed.
+        recompute: whether the forward pass runs under activation checkpointing.
+        group: the ranks over which experts are sharded.
+    """
     whole = SpaceMoE(K, D, HIDDEN, backend, seed=4).double()
     layer = ParallelSpaceMoE(whole, group, dispatch)
     per_rank = [space_inputs(case, r) for r in range(group.size)]
@@ -89,7 +99,10 @@ def check_space(case: str, dispatch: str, backend: str, recompute: bool, group: 
 
 
 def space_bytes(case: str, dispatch: str, group: ExpertGroup) -> int:
-    """Count by hand what one forward and backward pass sends: dispatch, combine, their gradients, counts and constants."""
+    """Compute from the routing how many bytes this rank must send in a forward and backward pass of `check_space`.
+
+    It sends tokens to experts, results back, the gradients of both, the numbers of tokens, and the experts' constants.
+    """
     others, here = group.size - 1, K // group.size
     rows = []
     for p in range(group.size):
@@ -136,7 +149,10 @@ def check_time(experts: int, chosen: Sequence[Sequence[int]], activation: str, g
 
 
 def check_saving(group: ExpertGroup) -> None:
-    """At full density a token travels once to each rank, not once to each expert: 6 experts of width 32 on 2 ranks."""
+    """Assert that a token is sent once to each rank, and not once to each expert there, if every expert needs every token.
+
+    The layer has 6 experts of width 32 on 2 ranks.
+    """
     width, experts_there = 32, K // 2
     layer = ParallelSpaceMoE(SpaceMoE(K, width, HIDDEN, "grouped", seed=4), group, "all_to_all")
     draw = torch.Generator().manual_seed(group.index)

@@ -1,8 +1,11 @@
-"""Rank: `raphael_dist/train.py` on the tiny model and synthetic batches, with faults on request (see tests/lib/forks.py).
+"""Rank: runs raphael_dist/train.py with the tiny model and synthetic batches, with faults on request (tests/lib/forks.py).
 
-spec: {"folder": run directory, "sections": configuration, "stage": ZeRO stage, "faults": {...}, "save_again": bool}. All but
-the data is the real thing: command line, trainer, engine, store. With "save_again", what was restored is saved as step 99.
-With "run_dir", that is the run directory, and the folder holds what belongs to the test.
+Only the data is replaced; command line, trainer, engine and checkpoints are real. The keys of the argument `spec` are
+    folder: files of the test; also the run directory, unless "run_dir" names another one
+    sections: changes of the tiny configuration
+    stage: ZeRO stage (default 1)
+    faults: faults by kind; see `Builder`, `inject` and `arm`
+    save_again: if true, save the restored state as step 99 instead of training
 """
 
 import json
@@ -37,7 +40,7 @@ COUNTED = ("open", "write", "fsync", "rename", "replace", "mkdir", "unlink", "rm
 
 
 class Builder:
-    """Synthetic batches; the samples at some positions are NaN or scaled."""
+    """Builds synthetic batches. Samples at the positions faults["nan"] are NaN, those at faults["spike"] are very large."""
 
     def __init__(self, config: Config, num_blocks: int, faults: dict[str, Any]) -> None:
         self._config, self._num_blocks, self._faults = config, num_blocks, faults
@@ -55,7 +58,7 @@ class Builder:
 
 
 class Synthetic(DataSource):
-    """Data without a data set."""
+    """The trainer's source of data, which builds synthetic batches and reads no files."""
 
     replaced = 0
 
@@ -80,7 +83,7 @@ class Synthetic(DataSource):
 def build(
     spec: dict[str, Any], config: Config, tree: dict[str, Any], ranks: Ranks, device: Any, stop: Any, **options: Any
 ) -> Run:
-    """Build a run with faults in it."""
+    """Replace `trainer.build`: build the run with synthetic data, and with the faults of `spec`."""
     torch.set_num_threads(1)
     faults = spec.get("faults", {})
     with counted_reads(Path(spec["folder"]) / f"read-{ranks.rank}.json"):
@@ -91,7 +94,10 @@ def build(
 
 @contextmanager
 def counted_reads(report: Path) -> Iterator[None]:
-    """Write how many elements this rank read of a checkpoint, and which files it summed up."""
+    """Return a context manager that counts what this rank reads of checkpoints, and writes it to the JSON file `report`.
+
+    The file has the number of elements that were read, and the names of files that were opened and of those hashed.
+    """
     elements, hashed, opened = [0], [], set()
     read, sha256, open_file = CheckpointReader.read, files.sha256, CheckpointReader._stored
 
@@ -114,7 +120,11 @@ def counted_reads(report: Path) -> Iterator[None]:
 
 
 def inject(run: Run, faults: dict[str, Any], rank: int) -> None:
-    """Arrange for this rank's faults; those of the file system come to life when the save of `step` begins."""
+    """Make the faults of this rank happen later in the run.
+
+    `faults`: "inf_grad" makes gradients infinite in some steps, "gate_noise" writes the noise of the gates to a file, and
+    "chunk" sets the size of written pieces. A fault of "saving" starts when its step is saved (`arm`).
+    """
     tensorfile.CHUNK = faults.get("chunk", 4 * tensorfile.CHUNK) // 4
     if rank in faults.get("inf_grad", {}).get("ranks", []):
         spec = faults["inf_grad"]
@@ -147,7 +157,7 @@ def _note(log: str, step: int, noise: GateNoise) -> None:
 
 
 def arm(fault: dict[str, Any], run: Run) -> None:
-    """Let the file system, or the process, fail from now on."""
+    """Start a fault of "saving" on this rank: NaN in a weight, a limit of file size, slow fsync, or death of the process."""
     if "nan_weight" in fault:
         run.engine.fragments.masters()[0][0] = float("nan")
     if "file_size" in fault:
@@ -162,12 +172,15 @@ def arm(fault: dict[str, Any], run: Run) -> None:
 
 
 def disarm() -> None:
-    """Let the file system grow again."""
+    """Remove the limit of file size that `arm` has set."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
 def count_calls(log: str, kill_at: int | None, folder: Path = Path("/")) -> None:
-    """Append the calls that change the file system below `folder` to `log`, by name and path; die at call `kill_at`."""
+    """From now on, write the name and path of each call that changes the file system below `folder` to the file `log`.
+
+    `kill_at`: the process is killed by SIGKILL in the call with this number, from 0. None: it is not killed.
+    """
     lock, calls = threading.Lock(), [0]
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     write, folder = os.write, folder.resolve()
@@ -191,7 +204,11 @@ def count_calls(log: str, kill_at: int | None, folder: Path = Path("/")) -> None
 
 
 def _path_of(target: Any, dir_fd: int | None) -> Path:
-    """Return the path that a call of `os` works on, given by name or as an open file."""
+    """Return the path that a call of `os` refers to.
+
+    `target`: the first argument of the call: a path or a file descriptor. `dir_fd`: descriptor of the folder to which a
+    relative path refers; None: the current folder.
+    """
     if isinstance(target, int):
         return Path(f"/proc/self/fd/{target}").readlink()
     parent = Path.cwd() if dir_fd is None else Path(f"/proc/self/fd/{dir_fd}").readlink()
@@ -199,7 +216,10 @@ def _path_of(target: Any, dir_fd: int | None) -> Path:
 
 
 def save_again(run: Run) -> bool:
-    """Save what was restored as step 99, without a step in between, with the optimizer's number of updates."""
+    """Replace `trainer.train`: save the restored state unchanged as step 99, so that a test can compare it.
+
+    The number of updates in the checkpoint is that of the restored optimizer state. Returns True, as after a complete run.
+    """
     state = next(iter(run.engine.fragments._optimizer.state.values()))
     with run.store:
         run.store.save(recovery.progress_record(run)._replace(step=99, updates=int(state["step"])))
@@ -207,7 +227,7 @@ def save_again(run: Run) -> bool:
 
 
 def main(spec: dict[str, Any]) -> int:
-    """Return the exit code of the command line."""
+    """Train as the command line does, with the configuration and faults of `spec`; return the exit code."""
     folder = Path(spec["folder"])
     names = TREE.keys() | spec.get("sections", {}).keys() | {"run", "data"}
     base = {"run": {"dir": spec.get("run_dir", str(folder))}, "data": {"shards": ["synthetic"]}}

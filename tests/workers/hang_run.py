@@ -1,7 +1,11 @@
-"""Rank process: `hang_run.py HOW RANK ARGUMENT ...` trains like train.py, but rank RANK hangs at its 12th micro-batch.
+"""Rank process: `hang_run.py HOW RANK ARGUMENT ...` trains like train.py, but rank RANK fails at its 12th micro-batch.
 
-HOW: "stop" (SIGSTOP to itself), "data" (its data loader sleeps), "lock" (C code keeps Python's lock), "slow" (its forward
-pass takes longer), "raise" (a bug).
+HOW is one of:
+- stop: the rank stops itself by SIGSTOP
+- data: its data loader sleeps
+- lock: C code sleeps and keeps the global interpreter lock
+- slow: each forward pass takes 0.5 seconds longer
+- raise: the forward pass raises an error
 """
 
 import ctypes

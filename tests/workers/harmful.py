@@ -1,4 +1,7 @@
-"""A data set whose samples harm the worker that decodes them. Of its own, since workers import it."""
+"""A data set whose samples kill or block the worker process that decodes them.
+
+It has its own module, because worker processes import it.
+"""
 
 import multiprocessing
 import os
@@ -8,7 +11,10 @@ from raphael_dist.data.shards.decode_sample import DecodedSample, ImageDataset
 
 
 class Harmful(ImageDataset):
-    """Its samples 1 and up do to the worker that decodes them what a fault would do."""
+    """A data set that causes the fault `faults[i]` in the worker process that decodes sample i. Sample 0 causes none.
+
+    The faults are: killed by SIGKILL, crashed by SIGSEGV, an endless loop, and not enough memory.
+    """
 
     faults = ("", "kill", "crash", "endless", "memory")
 

@@ -1,8 +1,10 @@
-"""Rank: trains by the command line, but one rank is stopped on the way into the run.
+"""Rank: trains as the command line does, but one rank stops itself by SIGSTOP during the start of the run.
 
-spec: rank: which one; at: "never" (before it meets the others), "met", "claiming" (before it waits
-for rank 0 to lock the run directory), "logging" (once the log folder is there);
-arguments: of the command line.
+The keys of the argument `spec` are
+    rank: the rank that stops
+    at: when it stops: "never": before it contacts other ranks; "met": after all ranks have contacted each other; "claiming":
+        before it waits for rank 0 to lock the run directory; "logging": after it has started logging
+    arguments: command line of train.py
 """
 
 import os
@@ -18,7 +20,7 @@ from raphael_dist.training import run_dir, startup
 
 
 def stop_after(owner: Any, name: str) -> None:
-    """Stop this process once a function has returned."""
+    """Stop this process by SIGSTOP after the next call of the function `name` of the module or class `owner`."""
     real: Callable[..., Any] = getattr(owner, name)
 
     def stopping(*args: Any) -> Any:
@@ -30,7 +32,7 @@ def stop_after(owner: Any, name: str) -> None:
 
 
 def main(spec: dict[str, Any]) -> int:
-    """Return the exit code of the command line."""
+    """Train with spec["arguments"], and stop if this is the rank to stop; return the exit code."""
     torch.set_num_threads(1)
     if int(os.environ["RANK"]) == spec["rank"]:
         if spec["at"] == "never":

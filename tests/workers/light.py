@@ -1,6 +1,6 @@
-"""Rank: parts of a start and of validation by themselves (see tests/lib/forks.py); writes what it saw to seen-N.json.
+"""Rank: runs one part of the start or of validation alone, without training (see tests/lib/forks.py).
 
-spec: {"folder", "case", ...} with the keys that the case reads.
+spec["case"] is a key of CASES. Its function gets `spec`, and its result is written to seen-RANK.json in spec["folder"].
 """
 
 import json
@@ -28,7 +28,12 @@ from tests.lib.synthetic import SIZE, TEXT_WIDTH, TOKENS, TREE
 
 
 def groups_case(spec: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
-    """Join the groups of each size; return the sums of rank numbers in them, as DeepSpeed's registry finds them."""
+    """Create expert-parallel groups of each size in spec["sizes"], and check that DeepSpeed finds the same groups.
+
+    Returns:
+        By size: "sums": the sums of the rank numbers in DeepSpeed's expert-parallel and expert-data-parallel group,
+        "index": this rank's index in the group, "same": whether a second call returns the same process group.
+    """
     from deepspeed.utils import groups
 
     actual = {}
@@ -48,7 +53,11 @@ def groups_case(spec: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
 
 
 def encoders_case(spec: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
-    """Open the data twice, then get ready to sample; return how often this rank had loaded the text encoder each time."""
+    """Count how often this rank loads the text encoder while it opens the data twice and then prepares to sample.
+
+    Returns:
+        "loads": number of loads after each of these three, and the width and fingerprint of the text encoder.
+    """
     loads, load = [0], encoders.text_model
 
     def counting(*args: Any) -> Any:
@@ -67,7 +76,10 @@ def encoders_case(spec: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
 
 
 class Letters:
-    """Stands for a text encoder: tokens drawn from the caption's letters. `checked`: calls of `warn_truncated`."""
+    """Replaces a text encoder: tokens are random numbers seeded by the caption.
+
+    `checked`: the arguments of all calls of `warn_truncated`.
+    """
 
     def __init__(self) -> None:
         self.checked: list[tuple[str, list[str]]] = []
@@ -83,7 +95,7 @@ class Letters:
 
 
 def config_of_prompts(prompts: list[str], space_ep: int) -> Config:
-    """Return the tiny model's configuration with these prompts."""
+    """Return the tiny model's configuration with these prompts, and with space experts sharded over `space_ep` ranks."""
     arguments = {
         "image": {"vae": "none", "buckets": [[SIZE, SIZE]]},
         "model": {**TREE["model"], "latent_channels": 3},
@@ -94,7 +106,10 @@ def config_of_prompts(prompts: list[str], space_ep: int) -> Config:
 
 
 def tiny_unet(config: Config) -> RaphaelUNet:
-    """Return a model whose images depend on the caption: the last layer starts from zero otherwise."""
+    """Return a model whose images depend on the caption.
+
+    Parameters that are usually initialised to zero get random values, because the last layer would otherwise return zeros.
+    """
     torch.manual_seed(0)
     model = RaphaelUNet(config)
     for p in model.parameters():
@@ -104,7 +119,12 @@ def tiny_unet(config: Config) -> RaphaelUNet:
 
 
 def prompts_case(spec: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
-    """Sample prompts on all ranks; return the images rank 0 has, what this rank drew, and what it checked for length."""
+    """Sample images for spec["prompts"] on all ranks, as validation does.
+
+    Returns:
+        "drawn": numbers of the prompts that this rank sampled. "images": all images, on rank 0. "checked": the texts for
+        which this rank checked whether the text encoder truncates them.
+    """
     config, drawn, draw = config_of_prompts(spec["prompts"], spec["space_ep"]), [], Sampler.draw
 
     def counting(self: Sampler, requests: list[Request], *args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,13 @@
-"""Rank: one piece of long work, with a fault on request (see tests/lib/forks.py); writes what came of it to result-N.txt.
+"""Rank: calls `long_work.run_on_all_ranks` with work that is slow, stops or fails on one rank (see tests/lib/forks.py).
 
-spec: {"folder", "case", "at": the rank that is special, "collective_s", "silence_s"}. A rank that raises HungError exits
-with EXIT_HUNG.
+Each rank writes seconds and result of the call to result-RANK.txt. The keys of the argument `spec` are
+    folder: for the files
+    case: "long": one rank works for 6 s; "stops": one rank stops itself; "fails": one rank raises an error
+    at: number of that rank
+    collective_s: time-out of collectives in seconds
+    silence_s: seconds without progress after which a rank counts as hung
+    share: if true, send the result of rank 0 to all ranks
+The exit code is 2 after UserError and EXIT_HUNG after HungError.
 """
 
 import os
@@ -20,7 +26,10 @@ from raphael_dist.runtime.ranks import discover, initialise
 
 
 def work_of(case: str, here: bool, folder: Path, rank: int) -> Any:
-    """Return the work of a rank; `here`: it is the special one."""
+    """Return the function that `rank` runs in this case.
+
+    `here`: whether this is the rank that is slow, stops or fails. `folder`: for files that show which ranks have started.
+    """
 
     def long(report: Reporter) -> str:
         for i in range(30 if here else 0):

@@ -1,4 +1,7 @@
-"""Rank process: on rank 1 most parameters get no gradient; prints what the debug mode says."""
+"""Rank process: most parameters of rank 1 get no gradient, with train.check_gradients=true.
+
+Prints the error that this setting makes `Engine.backward` raise.
+"""
 
 from raphael_dist.engine.engine import Engine
 from raphael_dist.model.diffusion import NoiseSchedule

@@ -1,4 +1,10 @@
-"""Rank on a node (tests/lib/netns.py) that counts the bytes of steps. spec: "config", "cases", "out", "nodes", "master"."""
+"""Rank on a simulated node (tests/lib/netns.py): counts the bytes that are sent in training steps.
+
+The keys of the argument `spec` are
+    config, cases, out: preset or file, measurements, and output file, as for `benchmarks.network.measure`
+    nodes: namespace of each rank's node
+    master: address of the first node
+"""
 
 import os
 import sys

@@ -1,7 +1,8 @@
-"""Rank process: takes two steps under several DeepSpeed configurations and writes what each kind of tensor holds, in bytes.
+"""Rank process: measures the memory of weights, gradients, moments and average in several configurations.
 
-Usage: plan_states.py OUT SPECS, with SPECS a JSON list of {"stage", "sections"}. Into OUT.<rank>.json goes a list of
-{kind: bytes}, counted in the engine's own tensors.
+Tests compare it with the planner. For each configuration two steps are taken, and the engine's tensors are counted.
+Usage: plan_states.py OUT SPECS. SPECS is a JSON list of {"stage": ZeRO stage, "sections": changes of the tiny config}. For
+each of them, {kind of tensor: bytes} is written to OUT.RANK.json.
 """
 
 import json
@@ -23,7 +24,7 @@ from tests.lib.synthetic import synthetic_batch, tiny_config
 
 
 def held(tensors: list) -> int:
-    """Return the bytes of tensors, each storage once, with all that its buffer holds."""
+    """Return the total size of the storages of `tensors` in bytes. A storage that several tensors share counts once."""
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 

@@ -1,4 +1,4 @@
-"""Rank: runs tools/check_cluster.py, and pauses before the all-reduce until a file `go` is in the folder of reports."""
+"""Rank: runs tools/check_cluster.py, but waits before its all-reduce until the file `go` is in the folder of reports."""
 
 import sys
 import time
@@ -13,7 +13,7 @@ _all_reduce = Probe._all_reduce
 
 
 def pause(probe: Probe) -> float:
-    """Wait for the file, and go on."""
+    """Replace `Probe._all_reduce`: write paused-RANK into the folder of reports, wait for the file `go`, and call it."""
     folder = probe.path.parent
     (folder / f"paused-{probe.ranks.rank}").touch()
     while not (folder / "go").exists():

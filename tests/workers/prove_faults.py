@@ -1,8 +1,13 @@
-"""Rank of `prove` with one fault planted in it (see tests/lib/forks.py).
+"""Rank: runs the command `prove`, which checks a cluster, with one deliberate fault (see tests/lib/forks.py).
 
-spec: {"folder": ..., "fault": name in FAULTS or "", "checks": names of the checks, "cases": [[dtype, stage, ep], ...],
-"limit_s": of each check, "arguments": [...]}. Ranks are nodes n1, n2, ... of one rank each. Faults are planted by replacing
-functions in the agent, from which the checks' processes are forked.
+Each rank pretends to be a node of its own: n1, n2, ... A fault replaces functions in the agent process of the rank. The
+agent forks the processes of the checks, so they have the fault, too. The keys of the argument `spec` are
+    folder: the results are written to its subfolder `proof`
+    fault: name in FAULTS; empty: none
+    checks: names of the checks to run
+    cases: [dtype, ZeRO stage, expert parallelism] of each training to check
+    limit_s: time limit of each check in seconds
+    arguments: further arguments of `prove`
 """
 
 import os
@@ -28,7 +33,7 @@ EXPERT = "w1"
 
 
 def after_init(change: Callable[[Engine], None]) -> None:
-    """Change every engine once it is built."""
+    """Call `change` with every `Engine` that is created from now on."""
     original = Engine.__init__
 
     @wraps(original)
@@ -40,7 +45,7 @@ def after_init(change: Callable[[Engine], None]) -> None:
 
 
 def scaled_expert(engine: Engine) -> None:
-    """Scale the gradient of a layer's busiest expert by 2."""
+    """Double the gradient of one expert: the one with the largest gradient in the first layer with stacked experts."""
 
     def double(gradient: torch.Tensor) -> torch.Tensor:
         gradient = gradient.clone()
@@ -171,7 +176,7 @@ FAULTS: dict[str, tuple[tuple[int, ...] | None, Callable[[], None]]] = {
 
 
 def main(spec: dict[str, Any]) -> int:
-    """Return the exit code of the command line."""
+    """Run `prove` with the fault and the checks of `spec`; return its exit code."""
     rank = int(os.environ["RANK"])
     os.environ.update(SLURMD_NODENAME=f"n{rank + 1}", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
     prove.START_METHOD, prove.GRACE_S = "fork", 10.0

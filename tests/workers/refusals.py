@@ -1,6 +1,7 @@
-"""One rank: tries to build runs with a mistake each and writes the message that each is refused with.
+"""Rank process: tries to build runs whose configuration has a mistake, and writes the error messages.
 
-Usage: refusals.py OUT.json CASES.json, cases {name: overrides}; a case that is accepted gives null.
+Usage: refusals.py OUT.json CASES.json. CASES.json has {name: overrides}. OUT.json gets {name: error message}, with null if
+there was no error.
 """
 
 import json

@@ -1,7 +1,8 @@
-"""Rank process: the rehearsal before training keeps in memory all that a step keeps, and changes nothing.
+"""Rank process: checks the rehearsal (`warmup_step`), which the trainer runs before the first step to fail early.
 
-Compared are the bytes of live tensors where each micro-step's backward pass begins, and where the gradients of a whole step
-are dropped (rehearsal) or applied (step).
+The rehearsal must need as much memory as a step, and must not change weights and optimizer state. Bytes of live tensors are
+compared at two moments: when a backward pass begins, and when the gradients are complete. The rehearsal then discards them;
+a step applies them.
 """
 
 import gc
@@ -37,7 +38,11 @@ def tensor_bytes() -> int:
 
 
 def watch_bytes(engine: Engine) -> dict[str, int]:
-    """Return a dict that will hold the most bytes at later calls of `backward`, and at `discard_gradients` or `update`."""
+    """Record the bytes of live tensors in later calls of the engine; return the dict in which they are recorded.
+
+    "backward": largest number when a backward pass begins, without the first one, which has no earlier gradients. "end":
+    number when gradients are discarded or applied.
+    """
     held: dict[str, int] = {}
 
     def noted(moment: str, real: Any) -> Any:

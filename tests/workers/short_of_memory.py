@@ -1,7 +1,10 @@
-"""Rank: saves a checkpoint by the command line's loop, while one rank has no memory for it.
+"""Rank: trains as the command line does, but one rank has not enough memory to save a checkpoint.
 
-spec: rank: which one; where: "prepare" or "take" of the snapshot, "begin" of the save, or "kill", as the system does it;
-arguments: of the command line.
+The keys of the argument `spec` are
+    rank: the rank without memory
+    where: what raises MemoryError: "prepare" or "take": that method of `Snapshot`; "begin": the begin of the save. "kill":
+        the rank is killed when the save begins, as the system kills a process if memory is exhausted
+    arguments: command line of train.py
 """
 
 import os
@@ -16,7 +19,7 @@ from raphael_dist.checkpoint.snapshot import Snapshot
 
 
 def main(spec: dict[str, Any]) -> int:
-    """Return the exit code of the command line."""
+    """Train with spec["arguments"], with the fault on the rank spec["rank"]; return the exit code."""
     torch.set_num_threads(1)
 
     def fail(*_: Any) -> Any:

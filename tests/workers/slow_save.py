@@ -1,6 +1,10 @@
-"""Rank: saves a checkpoint, which takes one rank longer than a collective may wait (see tests/lib/forks.py).
+"""Rank: saves a checkpoint, while one rank writes longer than the time-out of collectives (see tests/lib/forks.py).
 
-spec: {"folder": run directory, "at": the slow rank, "collective_s", "seconds": how long it takes}.
+The keys of the argument `spec` are
+    folder: the run directory
+    at: the slow rank
+    seconds: how much longer it writes
+    collective_s: time-out of collectives in seconds
 """
 
 import time

@@ -1,4 +1,4 @@
-"""Rank process: `python -m tests.workers.spec FILE` runs the worker tortured.py with the spec in a file, without a fork."""
+"""Rank process: `python -m tests.workers.spec FILE` runs the worker tortured.py in a new process. FILE: its spec as JSON."""
 
 import json
 import sys

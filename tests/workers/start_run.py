@@ -1,4 +1,7 @@
-"""Rank process: `start_run.py RANK ARGUMENT ...` trains like train.py, but rank RANK stops itself before the first step."""
+"""Rank process: `start_run.py RANK ARGUMENT ...` trains like train.py, but rank RANK stops itself.
+
+It stops by SIGSTOP before the first step.
+"""
 
 import os
 import signal

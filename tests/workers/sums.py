@@ -1,4 +1,9 @@
-"""Rank: compares `reduce_scatter` and `all_gather` with torch's collectives. spec: "nodes" (of each rank), "two_stages"."""
+"""Rank: compares `reduce_scatter` and `all_gather` of the package with torch's collectives.
+
+The keys of the argument `spec` are
+    nodes: number of each rank's node
+    two_stages: whether sums are computed within each node first and then between nodes; allows a larger rounding error
+"""
 
 import os
 from typing import Any
@@ -55,7 +60,7 @@ def _compare(dtype: torch.dtype, nodes: list[int], two_stages: bool) -> None:
 
 
 def _in_flight() -> None:
-    """Start sums and gathers of different sizes one after another, and wait for them in another order."""
+    """Start sums and gathers of different sizes without waiting, wait for them in another order, and check the results."""
     world, me = dist.get_world_size(), dist.get_rank()
     works, outs, exact = [], [], []
     for number in range(12):

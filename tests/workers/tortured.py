@@ -1,15 +1,16 @@
-"""Rank: the command line in surroundings that fail (see tests/torture/).
+"""Rank: trains as the command line does, with faults of its environment (see tests/torture/).
 
-spec: as for forked_train.py, or {"arguments": [...]} for the command line on a real data set. "around" says what is wrong,
-by rank: {"0": {...}, "1": {...}} of
-    calls: [log, how, n] - the n-th call that changes the file system kills the rank ("kill") or fails with an errno
-    clock: seconds - from the 30th look on, time.time() is so far off
-    memory: bytes - RLIMIT_AS, beyond what the process has
-    never: true - it stops before it meets the others
-    shm: bytes - /dev/shm is so small
-    node: [namespace, host name] - the node on which it runs (tests/lib/netns.py)
-    umask, uid: numbers; env: {name: value}; chdir: folder
-    ema: step - the average holds a NaN from the save of that step on
+The argument `spec` is that of forked_train.py, or {"arguments": command line of train.py} to train on a real data set. In
+both cases spec["around"] has the faults by rank: {"0": {...}, "1": {...}}, with the keys
+    calls: [log, how, n]: the call number n (from 0) that changes the file system kills the rank (how = "kill") or fails with
+        the errno `how`. With "kill", earlier calls are written to the file `log`.
+    clock: seconds: time.time() is wrong by this from its 31st call on
+    memory: bytes: limit of memory (RLIMIT_AS), in addition to what the process has when it starts
+    never: true: the rank stops itself before it contacts other ranks
+    shm: bytes: size of /dev/shm
+    node: [namespace, host name]: the simulated node on which the rank runs (tests/lib/netns.py)
+    umask, uid, env, chdir: umask, user, environment variables and folder of the process
+    ema: step: the average of the weights has a NaN when this step is saved
 """
 
 import ctypes
@@ -34,7 +35,10 @@ _READ_SEARCH = 2  # CAP_DAC_READ_SEARCH
 
 
 def become_user(uid: int) -> None:
-    """Become another user who may still read every file: root's Python may lie where only root can read."""
+    """Make this process run as the user `uid`, who may read all files but not write them.
+
+    The right to read is needed, because Python may be installed in a folder that only root can read.
+    """
     libc, word = ctypes.CDLL(None, use_errno=True), ctypes.c_uint32
     _checked(libc.prctl(_KEEP_CAPABILITIES, 1, 0, 0, 0))
     os.setuid(uid)
@@ -45,7 +49,10 @@ def become_user(uid: int) -> None:
 
 
 def fail_call(log: str, how: str | int, at: int) -> None:
-    """Let a call that changes the file system kill this process, or fail; reads that come later are left alone."""
+    """Make the call number `at` (from 0) that changes the file system kill this process, or fail.
+
+    `how`: "kill", or the errno of the error. `log`: file to which calls are written; only for "kill".
+    """
     lock, calls = threading.Lock(), [0]
     if how == "kill":
         forked_train.count_calls(log, at)
@@ -69,7 +76,7 @@ def fail_call(log: str, how: str | int, at: int) -> None:
 
 
 def jump(seconds: float) -> None:
-    """Let the clock of the wall jump."""
+    """Make time.time() return a value that is wrong by `seconds` from its 31st call on."""
     real, looks = time.time, [0]
 
     def jumping() -> float:
@@ -80,7 +87,7 @@ def jump(seconds: float) -> None:
 
 
 def poison_average(step: int) -> None:
-    """Let the average of the weights hold a NaN when this step is saved."""
+    """Put a NaN into the moving average of the weights just before `step` is saved."""
     real = forked_train.build
 
     def build(*args: Any, **more: Any) -> Any:
@@ -99,7 +106,7 @@ def poison_average(step: int) -> None:
 
 
 def shrink_shared_memory(size: int) -> None:
-    """Mount a /dev/shm of so many bytes, for this process alone."""
+    """Mount a file system of `size` bytes as /dev/shm. Only this process and its children see it."""
     libc = ctypes.CDLL(None, use_errno=True)
     flags = {"namespace": 0x20000, "private": 0x44000}  # CLONE_NEWNS; MS_PRIVATE | MS_REC
     calls = (
@@ -115,7 +122,7 @@ def _checked(*calls: int) -> None:
 
 
 def surround(around: dict[str, Any]) -> None:
-    """Put this process into its surroundings."""
+    """Cause the faults `around` of this rank in this process, except \"ema\". The text of the module lists them."""
     os.environ.update(around.get("env", {}))
     if "node" in around:
         space, name = around["node"]
@@ -142,7 +149,7 @@ def surround(around: dict[str, Any]) -> None:
 
 
 def main(spec: dict[str, Any]) -> int:
-    """Return the exit code of the command line."""
+    """Train with the faults of `spec` for this rank; return the exit code."""
     around = spec.get("around", {}).get(os.environ["RANK"], {})
     surround(around)
     if "arguments" in spec:

@@ -1,9 +1,13 @@
-"""Rank process: trains some steps of the tiny model on synthetic batches and writes what it ended with.
+"""Rank process: trains the tiny model for some steps on synthetic batches; writes losses, norms and the final tensors.
 
-Usage: train_steps.py OUT.pt JSON, where JSON holds {"sections", "deepspeed", "steps", "last_experts_until", "checkpoint",
-"spoiled", "ema"}, or a list of such to be run one after the other, into OUT.pt.0 and so on. With a checkpoint it resumes
-from run.dir, takes the steps that are missing and saves. "spoiled": before the first step the rehearsal runs, as in every
-run, and then a step of other samples whose gradients are NaN, and dropped. "ema": the moving average is kept, too.
+Usage: train_steps.py OUT.pt JSON. The results of a rank are written to OUT.pt.RANK. The file JSON has the keys
+    sections, deepspeed: changes of the tiny configuration, and DeepSpeed's configuration
+    steps: the step before which training ends
+    last_experts_until: as in `synthetic_batch`
+    checkpoint: if true, continue from the newest checkpoint in run.dir, and save at the end
+    spoiled: if true, first run a rehearsal and a step with NaN gradients that are discarded. Neither may change results.
+    ema: if true, also compute the moving average of the weights
+JSON may also be a list of such objects, which are run in turn. The results of number i are written to OUT.pt.i.RANK.
 """
 
 import json
@@ -28,7 +32,10 @@ from tests.lib.synthetic import adapted_model, synthetic_batch, tiny_config
 
 
 def state(fragments: Fragments, ema: Ema | None = None) -> list[tuple]:
-    """Return (name, shape, start, values by kind) of everything this rank owns."""
+    """Return copies of the parts of tensors that this rank owns: fp32 weights, moments and, with `ema`, their average.
+
+    Each part is (parameter name, shape of the parameter, index of the first element, {kind: elements}).
+    """
     actual = []
     for i, f in enumerate(fragments):
         moments = {kind: fragments.moment(f, kind) for kind in MOMENTS}

@@ -1,7 +1,7 @@
-"""Rank process: counts the weights that ZeRO-3 gathers in a step, as a multiple of the model's.
+"""Rank process: counts how often ZeRO-3 gathers the weights of the whole model in a step.
 
-Usage: zero3_gathers.py OUT.json SPECS, with SPECS a JSON list of {"sections", "distance"}: the reuse distance, as a multiple
-of the model's elements.
+Usage: zero3_gathers.py OUT.json SPECS. SPECS is a JSON list of {"sections": changes of the tiny configuration, "distance":
+DeepSpeed's stage3_max_reuse_distance, divided by the number of parameters}. OUT.json gets a number for each of them.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Finds the files of the frozen encoders (text encoder and VAE), hashes them, and converts errors about them.
+"""Finds and hashes the files of the frozen encoders (text encoder and VAE), and converts errors in reading them.
 
 In this module, `spec` is the value of text.encoder or image.vae.
 """
@@ -27,9 +27,10 @@ _PROBES, _PROBE_BYTES = 16, 1 << 18
 
 @contextmanager
 def reported(field: str, spec: str) -> Iterator[None]:
-    """Return a context manager that converts errors of transformers and diffusers inside it into a UserError.
+    """Return a context manager that converts an exception in its block, such as one of transformers, to a UserError.
 
-    Its message begins with `field=spec`. `field`: name of a setting, such as "text.encoder". `spec`: value of the setting.
+    The message of this error begins with `field=spec`. `field`: name of a setting, such as "text.encoder". `spec`: value of
+    the setting.
     """
     try:
         yield
@@ -56,7 +57,7 @@ def offline() -> dict[str, Any]:
 
 
 def text_folders(spec: str) -> tuple[Path, Path]:
-    """Return (folder of the text encoder, folder of its tokenizer). UserError: there is no such folder.
+    """Return (folder of the text encoder, folder of its tokenizer). UserError: `spec` names no existing folder.
 
     `spec`: value of the setting text.encoder: "minilm", the folder of a text encoder, or that of a diffusers pipeline.
     """
@@ -89,8 +90,8 @@ def packaged_folder(name: str) -> Path:
 def packaged_text_model(name: str) -> tuple[Model, Tokenizer]:
     """Return (model, tokenizer) of a text encoder that needs no folder. The weights are float32.
 
-    `name`: "minilm", whose weights come with a Python package, or "characters", which has none. Raises UserError if the name
-    is unknown or the package is not installed.
+    `name`: "minilm", whose weights come with a Python package, or "characters", which has no weights. Raises UserError if
+    the name is unknown or the package is not installed.
     """
     if name == CHARACTERS:
         return CharacterModel(), CharacterTokenizer()
@@ -104,7 +105,7 @@ def packaged_text_model(name: str) -> tuple[Model, Tokenizer]:
 
 
 def vae_folder(spec: str) -> Path:
-    """Return the folder of the autoencoder (VAE). UserError: there is no such folder.
+    """Return the folder of the autoencoder (VAE). UserError: `spec` names no existing folder.
 
     `spec`: value of the setting image.vae: the folder of an autoencoder, or of a diffusers pipeline that contains one.
     """
@@ -135,7 +136,7 @@ def fingerprint(folders: Sequence[Path], settings: tuple[str | int, ...] = ()) -
 
     Args:
         folders: The folders with the files. Their paths have no effect on the hash.
-        settings: Values on which the model's outputs depend, too, such as its dtype.
+        settings: Further values on which the model's outputs depend, such as its dtype.
     """
     digest = hashlib.sha256(repr(settings).encode())
     for folder in dict.fromkeys(folders):
@@ -153,7 +154,10 @@ def fingerprint(folders: Sequence[Path], settings: tuple[str | int, ...] = ()) -
 
 
 def _without_origin(path: Path) -> bytes:
-    """Return the file's bytes. Of a JSON config, leave out the fields that name its path and the version of transformers."""
+    """Return the bytes of a file. If it is a JSON object, leave out the model's path and the version of transformers.
+
+    The hash of the model must not depend on these two fields.
+    """
     data = path.read_bytes()
     try:
         config = parse_json(data.decode())

@@ -63,7 +63,7 @@ def empty_text_model(spec: str, layer: TextLayer) -> Model:
 
     Args:
         spec: Value of the setting text.encoder: a name such as "minilm", or a folder.
-        layer: "last", or "penultimate" to leave out its last layer.
+        layer: "last", or "penultimate" to leave out the model's last layer.
 
     Raises:
         UserError: Files are missing or damaged, or lack weights, or the model is not a text encoder.
@@ -108,7 +108,10 @@ def _load_without_data(kind: Any, config: Any, paths: Iterable[Path]) -> tuple[M
 
 @contextmanager
 def _one_loading_thread() -> Iterator[None]:
-    """Make transformers load weights in the calling thread: FakeTensorMode does not reach other threads."""
+    """Return a context manager in which transformers loads weights in the calling thread.
+
+    By default it starts other threads, in which FakeTensorMode has no effect.
+    """
     name = "HF_DEACTIVATE_ASYNC_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"
@@ -138,8 +141,8 @@ def text_model(spec: str, dtype: torch.dtype | str, layer: TextLayer = "last") -
 
     Args:
         spec: Value of the setting text.encoder: a name such as "minilm", or a folder.
-        dtype: Dtype of the weights; "auto": that in the files.
-        layer: "last", or "penultimate" to leave out its last layer.
+        dtype: Dtype of the weights; "auto": the dtype in the files.
+        layer: "last", or "penultimate" to leave out the model's last layer.
     """
     if spec == CHARACTERS:
         if layer != "last":
@@ -159,7 +162,8 @@ def text_model(spec: str, dtype: torch.dtype | str, layer: TextLayer = "last") -
 def _without_pooler(model: Model, info: Mapping[str, Iterable[Any]]) -> Mapping[str, Iterable[Any]]:
     """Remove a BERT model's pooler, which is never used, if the files lack it; return `info` without the pooler's weights.
 
-    Files of masked language models usually lack it. `info`: loading info of `from_pretrained`, with "missing_keys".
+    The files of a masked language model usually have no pooler. `info`: loading info of `from_pretrained`, whose
+    "missing_keys" are the weights that the files lack.
     """
     missing = set(info["missing_keys"])
     pooler = {name for name in missing if name.startswith("pooler.")}
@@ -169,15 +173,20 @@ def _without_pooler(model: Model, info: Mapping[str, Iterable[Any]]) -> Mapping[
 
 
 def _without_last_layer(model: Model, spec: str) -> Model:
-    """Remove a text model's last layer. Then the model returns the penultimate layer's output, after any final norm."""
+    """Remove the last layer of `model`; return the model, which then outputs the penultimate layer's result.
+
+    A final norm is still applied to this result, if the model has one.
+
+    `spec`: value of the setting text.encoder, for messages. UserError: the model has no stack of at least two layers.
+    """
     count = model.config.num_hidden_layers
     lists = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count}
     # Only the outermost list: a layer of T5 has a list too, and a model of two layers has lists of two in each.
     stacks = [m for name, m in lists.items() if not any(name.startswith(f"{outer}.") for outer in lists)]
     if count < 2 or len(stacks) != 1:
         raise UserError(
-            f"text.layer=penultimate requires an encoder with at least two transformer layers, but text.encoder={spec} has "
-            "fewer. Use text.layer=last."
+            "text.layer=penultimate requires an encoder with at least two transformer layers in one stack, but "
+            f"text.encoder={spec} has no such stack. Use text.layer=last."
         )
     del stacks[0][-1]
     model.config.num_hidden_layers = count - 1
@@ -233,7 +242,7 @@ def save_text_model(spec: str, layer: TextLayer, folder: Path) -> None:
     """Copy a text encoder into `folder`, in the format of transformers (`save_pretrained`). UserError: it cannot be loaded.
 
     `spec`: value of the setting text.encoder: a name such as "minilm", or a folder. `layer`: "last", or "penultimate" to
-    leave out its last layer.
+    leave out the model's last layer.
     """
     text_model(spec, "auto", layer).save_pretrained(folder)
     apply_umask(folder)
@@ -321,7 +330,10 @@ def save_autoencoder(spec: str, folder: Path) -> None:
 
 @contextmanager
 def _quiet(library: str) -> Iterator[None]:
-    """Suppress warnings of diffusers or transformers about unused weights in a folder, such as a decoder's."""
+    """Return a context manager in which a library logs errors only, so not that a folder has weights that are not used.
+
+    It also turns off the library's progress bars. `library`: "diffusers" or "transformers".
+    """
     logging = importlib.import_module(f"{library}.utils.logging")
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
@@ -333,9 +345,9 @@ def _quiet(library: str) -> Iterator[None]:
 
 
 def _check_loaded(info: Mapping[str, Iterable[Any]], folder: Path) -> None:
-    """Raise ValueError if the weight files lack weights of the model, which would be random then, or have other shapes.
+    """Raise ValueError if the weight files lack weights of the model, or have weights with other shapes than the model's.
 
-    `info`: loading info of `from_pretrained` (output_loading_info=True).
+    Such weights would be random. `info`: loading info of `from_pretrained`. `folder`: folder of the files, for messages.
     """
     for name in sorted(info["missing_keys"]):
         raise ValueError(f"the weight {name} is missing in the files of {folder}")

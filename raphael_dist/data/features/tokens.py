@@ -43,9 +43,9 @@ def tokenize(tokenizer: Tokenizer, captions: Sequence[str], max_tokens: int, pad
 
 
 def _special_in_text(tokenizer: Tokenizer, ids_BY: Tensor, mask_BY: Tensor) -> Tensor:
-    """Return, bool [B, Y], which tokens are special tokens that stem from a caption's text. The unknown token is excluded.
+    """Return bool [B, Y]: true at special tokens that are written in a caption's text. The unknown token is excluded.
 
-    `ids_BY`: token numbers. `mask_BY`: 1 at special tokens that the tokenizer has added itself.
+    `ids_BY`: token ids. `mask_BY`: 1 at special tokens that the tokenizer has added itself.
     """
     # Some tokenizers pad with an ordinary character ("!" in Stable Diffusion 2).
     known = {i for token, i in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True) if len(token) > 1}
@@ -55,9 +55,10 @@ def _special_in_text(tokenizer: Tokenizer, ids_BY: Tensor, mask_BY: Tensor) -> T
 
 
 def _break_up(text: str, spans: Sequence[tuple[int, int]]) -> str:
-    """Insert a space after the first character of each span, which breaks up a special token in the text.
+    """Return `text` with a space after the first character of each span, so that it contains no special tokens there.
 
-    A span of one character is replaced by a space. `spans`: (first, end) of each.
+    A span of one character is replaced by a space. `spans`: (index of the first character, index after the last one) of
+    each special token in the text.
     """
     for first, end in sorted(spans, reverse=True):
         text = text[: first + (end - first > 1)] + " " + text[first + 1 :]
@@ -76,7 +77,7 @@ def _count_truncated(tokenizer: Tokenizer, texts: Sequence[str], batch: TokenBat
 
 
 class TruncationCounter:
-    """Counts texts, and those of them that are truncated to `max_tokens` tokens; logs both numbers as a warning."""
+    """Counts tokenized texts, and how many of them were truncated to `max_tokens` tokens; logs both numbers as a warning."""
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens, self.truncated, self.total = max_tokens, 0, 0
@@ -88,9 +89,10 @@ class TruncationCounter:
         self.total += total
 
     def warn(self, what: str = "captions", truncated: int | None = None, total: int | None = None) -> None:
-        """Log how many texts were truncated, at most once for each kind of text `what`, and only if there are any.
+        """Log how many texts were truncated, if any were. There is at most one warning for each kind of texts.
 
-        `truncated`, `total`: numbers of truncated texts and of all texts. None: the numbers counted by `add`.
+        `what`: kind of the texts, such as "captions". `truncated`, `total`: numbers of truncated texts and of all texts.
+        None: the numbers counted by `add`.
         """
         truncated = self.truncated if truncated is None else truncated
         total = self.total if total is None else total

@@ -14,7 +14,7 @@ _PIECE_BYTES = 64 << 10
 
 
 class IgnoredRangeError(HttpError):
-    """The server sent other bytes than those of the requested range. Another request would not change this."""
+    """The server ignores the requested range and sends other bytes. Repeating the request would not help."""
 
     def __init__(self) -> None:
         super().__init__("the server ignores byte ranges, without which a large file cannot be read")
@@ -28,8 +28,8 @@ def read_range(fs: Any, path: str, start: int, end: int, timeout_s: float) -> by
         path: Path of the file in this file system.
         start: First byte of the range.
         end: End of the range, exclusive.
-        timeout_s: Time limit in seconds of the answer, and of each MiB on average. For the Hugging Face hub it limits each
-            wait for data instead.
+        timeout_s: Time limit in seconds for the server's answer, and the same again for each MiB of data. For the Hugging
+            Face hub, it limits each wait for data instead.
 
     Raises:
         IgnoredRangeError: The server ignores the range. For services other than S3 and the hub, this is known only after

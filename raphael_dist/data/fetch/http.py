@@ -119,7 +119,10 @@ class HttpFile:
         return data
 
     async def _check_start(self, start: int, size: int) -> None:
-        """Check the headers of the response, and skip the bytes before `start`. `size`: expected size of the file."""
+        """Check the headers of the response. If the server ignores ranges, skip the bytes of the body before `start`.
+
+        `size`: expected size of the file in bytes.
+        """
         response = self._body
         _check(response)
         packed = response.headers.get("Content-Encoding", "identity")

@@ -12,7 +12,11 @@ _ANY_FOLDERS = "**"
 
 
 def split_pattern(path: str) -> tuple[str, list[str]]:
-    """Split a path with wildcards into (the folder in front of the first part with a wildcard, that part and the others)."""
+    """Split a path at the first part (name between slashes) with a wildcard.
+
+    Returns:
+        (the path before this part, which names a folder; the list of this part and all parts after it).
+    """
     parts = path.split("/")
     first = next((n for n, part in enumerate(parts) if _WILDCARDS.intersection(part)), len(parts))
     return "/".join(parts[:first]), parts[first:]
@@ -21,7 +25,7 @@ def split_pattern(path: str) -> tuple[str, list[str]]:
 def find_files(
     list_folder: Callable[[str], Sequence[Mapping[str, Any]]], folder: str, parts: Sequence[str]
 ) -> Iterator[tuple[str, str]]:
-    """Yield (path, path relative to `folder`) of the files below a folder that match a pattern. A file may come twice.
+    """Yield (path, path relative to `folder`) of each file below a folder that matches a pattern, perhaps more than once.
 
     Args:
         list_folder: Returns the entries of a folder, as `ls` of fsspec does.
@@ -41,7 +45,11 @@ def find_files(
 
 
 def _parts_below(name: str, parts: Sequence[str]) -> list[Sequence[str]]:
-    """Return what an entry with this name leaves of a pattern: [] if it does not match, [[]] for the whole pattern."""
+    """Return how a pattern continues below a folder entry: lists of those of its `parts` that are still to be matched.
+
+    There may be several, since ** matches any number of folders. The result is [] if the entry does not match the pattern.
+    An empty list in the result means that the entry matches the whole pattern. `name`: name of the entry.
+    """
     if parts[0] == _ANY_FOLDERS:
         # As the last part, ** matches files of all depths.
         return [parts, *_parts_below(name, parts[1:] or ["*"])]

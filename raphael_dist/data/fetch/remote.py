@@ -128,7 +128,7 @@ def pieces(url: str, size: int, retry: RetryPolicy, until: int | None = None) ->
 def matches(pattern: str, retry: RetryPolicy) -> list[tuple[str, str]]:
     """Find the remote files that match `pattern`, a URL with wildcards (*, ?, [...]), sorted.
 
-    Returns (URL, the part of its path from the first part with a wildcard on) of each. `retry`: how failed requests are
+    Returns (URL, path relative to the folder before the first wildcard) of each file. `retry`: how failed requests are
     repeated. Raises RemoteError if one of the folders cannot be listed.
     """
     fs, path, options = _with_retries(pattern, retry, partial(_resolve, pattern, retry.timeout_s))
@@ -140,13 +140,13 @@ def matches(pattern: str, retry: RetryPolicy) -> list[tuple[str, str]]:
 
 
 def _resolve(url: str, timeout_s: float) -> tuple[fsspec.AbstractFileSystem, str, dict[str, float]]:
-    """Return (file system of fsspec for a URL, path of the file in it, options for its methods)."""
+    """Return (fsspec's file system for a URL, path of the file in this file system, keyword arguments for its methods)."""
     fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
     return fs, path, {"timeout": timeout_s} if fs.async_impl else {}
 
 
 def _entries(fs: fsspec.AbstractFileSystem, folder: str, options: dict[str, float]) -> list[dict[str, object]]:
-    """Return the entries of a folder; [] if it does not exist."""
+    """Return the entries of a folder; [] if it does not exist. `options`: keyword arguments from `_resolve`."""
     try:
         return list(fs.ls(folder, detail=True, **options))
     except FileNotFoundError:
@@ -183,7 +183,7 @@ def _open(url: str, retry: RetryPolicy) -> HttpFile | _LibraryFile:
 
 
 def _with_retries(url: str, retry: RetryPolicy, request: Callable[[], T]) -> T:
-    """Call `request` until it succeeds, and return its result.
+    """Call `request` until it succeeds, and return its result. `url`: the file that is read, for messages.
 
     Raises RemoteError if all attempts fail, or at once if a further attempt cannot succeed, such as for a missing file.
     """

@@ -110,9 +110,9 @@ class ShardStore:
     def fetch_new(self, name: str, stamp: Stamp) -> tuple[Stamp, Path]:
         """Fetch a shard that is not indexed yet; return (its stamp, local path of its uncompressed tar).
 
-        `name`: path or URL. `stamp`: its present version (result of `stamp`). If the server states nothing that changes with
-        the file (`stamp.mark` is ""), the shard is always downloaded, and the returned stamp has the SHA-256 of the
-        uncompressed tar as its mark. Raises the same errors as `fetch`.
+        `name`: path or URL of the shard. `stamp`: present version of its file, from the method `stamp`. If the server states
+        nothing that changes with the file (`stamp.mark` is ""), the shard is always downloaded, and the returned stamp has
+        the SHA-256 of the uncompressed tar as its mark. Raises the same errors as `fetch`.
         """
         if stamp.mark:
             return stamp, self.fetch(name, stamp)
@@ -129,8 +129,9 @@ class ShardStore:
     def path(self, name: str, stamp: Stamp) -> Path:
         """Return the path on this machine at which `fetch` stores a shard's uncompressed tar. The file may not exist yet.
 
-        For a local tar it is the path of the tar itself. `name`: path or URL of the shard. `stamp`: the version of its file.
-        Raises UserError if a download or an unpacked .tar.gz requires a folder that this store does not have.
+        For a local tar it is the path of the tar itself. `name`: path or URL of the shard. `stamp`: the version of its file,
+        on which the path of a copy depends. Raises UserError if this store has no folder for downloads (remote shard) or
+        for unpacked files (local .tar.gz).
         """
         plain = plain_name(name)
         if remote.is_remote(name):
@@ -158,7 +159,7 @@ class ShardStore:
 
         Args:
             name: Path or URL of the shard.
-            stamp: The version of its file that is expected.
+            stamp: Expected version of the shard's file.
 
         Raises:
             ShardError: The shard cannot be read, does not match `stamp` any more, or cannot be written (disk full, ...).
@@ -199,8 +200,8 @@ class ShardStore:
     def open(self, name: str, stamp: Stamp) -> int:
         """Open a shard's uncompressed tar, fetching it if necessary, and return the file descriptor. The caller closes it.
 
-        `name`: path or URL of the shard. `stamp`: the version of its file that is expected. Raises the same errors as
-        `fetch`, and ShardError if a local shard does not match `stamp` any more.
+        `name`: path or URL of the shard. `stamp`: expected version of its file. Raises the same errors as `fetch`, and
+        ShardError if a local shard does not match `stamp` any more.
         """
         path = self.fetch(name, stamp)
         for is_last in (False, True):
@@ -262,7 +263,7 @@ class ShardStore:
             write_crc(path, temporary)
 
     def _evict(self, num_bytes: int) -> None:
-        """Delete the least recently used downloaded files until `num_bytes` more bytes fit below the limit."""
+        """Delete the least recently used downloaded files until there is room for `num_bytes` more within `max_bytes`."""
         assert self.fetched is not None
         with _locked(self.fetched / "room"):
             files, now = [], time.time()

@@ -37,8 +37,8 @@ class ShardPrefetcher:
 
         Args:
             order: The order in which samples will be read.
-            first: Number of the shard with which to begin in each window (group of shards that are read together). Pass the
-                local rank: the ranks of a node share the fetched shards, so each should begin with another shard.
+            first: Index of the shard that is fetched first in each window (group of shards that are read together). Pass the
+                local rank: the ranks of a node share the fetched shards, so each should begin with a different shard.
         """
         self._order, self._index, self._first = order, order.index, first
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="shards")
@@ -84,9 +84,10 @@ class ShardPrefetcher:
         return num_bytes <= _SHARE_OF_CACHE * self._index.store.max_bytes and _fits(self._index, shards.difference(fetched))
 
     def _prefetch(self, number: int, earlier: Sequence[Future[None]]) -> None:
-        """Fetch a shard, after those of the window before it: on a slow link it would delay what the next steps wait for.
+        """Fetch a shard when all shards of the previous window have been fetched, so that it does not slow these down.
 
-        `earlier`: the fetches of these shards. They were submitted before, so they never wait for a thread of this one.
+        `number`: number of the shard. `earlier`: the fetches of the previous window. They were submitted to the pool first,
+        so they never wait for the thread that this call occupies.
         """
         wait(earlier)
         shard = self._index.shards[number]
@@ -108,5 +109,8 @@ def _rotated(shards: Sequence[int], first: int) -> list[int]:
 
 
 def _fits(index: DatasetIndex, shards: Collection[int]) -> bool:
-    """Return whether the given shards fit into half of the free memory. Otherwise reading ahead would evict pages in use."""
+    """Return whether the shards with these numbers fit into half of the free memory.
+
+    Otherwise, reading them ahead would evict pages in use from the page cache.
+    """
     return int(index.num_bytes[list(shards)].sum()) < _SHARE_OF_MEMORY * psutil.virtual_memory().available
