@@ -62,8 +62,8 @@ the key, e.g. `run.allow_change=[optim.lr]`. |
 
 Some keys that may change have a further condition:
 
-- The paths of shards and encoders may change, but their contents must be the same as before. For other contents,
-  `run.allow_change` must name `data.shards` (also for captions), `text.encoder` or `image.vae`.
+- Shards and encoders may lie in other folders, but the names of the shards and all contents must be the same as before.
+  Otherwise `run.allow_change` must name `data.shards` (also for captions), `text.encoder` or `image.vae`.
 - The weights of a frozen base model (LoRA, ControlNet) must be the same, or `run.allow_change` must name `run.init_from`.
 - `train.max_steps` may change only with `run.allow_change` if the learning rate depends on it: with every
   `optim.lr_schedule` but `constant` and `inverse_sqrt`.

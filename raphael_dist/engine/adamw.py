@@ -1,7 +1,7 @@
 """A Triton kernel that updates this rank's fp32 weights by AdamW, their moving average, and the model's copy of them.
 
-DeepSpeed's update takes several passes: it converts the gradients to float32, runs AdamW, and copies the weights to the
-model; clipping comes before, the moving average after. Here each number is read and written once, and there is no float32
+Without this kernel an update takes several passes over the weights: clip the gradients, convert them to float32, run AdamW,
+copy the weights to the model, update the moving average. The kernel reads and writes each number once, and needs no float32
 copy of the gradients. Weight decay is a separate pass in `engine.Engine`, since only some parameters decay.
 
 The kernel reads everything that changes between steps, such as the learning rate, from device memory. So a CUDA graph can
@@ -89,6 +89,11 @@ class FusedUpdate:
 
     For each step call `prepare`, and then `launch`. (`engine.zero.Zero12Contiguous.replace_step` makes DeepSpeed's step call
     `launch`.)
+
+    Args:
+        fragments: this rank's part of the weights, with the optimizer's state.
+        optim: the section `optim`, with the constants of AdamW.
+        device: this rank's device.
     """
 
     def __init__(self, fragments: Fragments, optim: Optim, device: torch.device) -> None:
@@ -114,7 +119,8 @@ class FusedUpdate:
     def launch(self, parts: Sequence[FlatPart]) -> None:
         """Run one step of AdamW on this rank's parts of the weights, in place, with the values that `prepare` copied.
 
-        `parts`: weights, gradients and the model's copy of the weights. Nothing is copied from the host.
+        `parts`: for each flat tensor, this rank's part of the weights, of the gradients, and of the weights that the model
+        computes with. Nothing is copied from the host.
         """
         if self._fragments.moment_addresses() == []:
             self._fragments.create_moments(0)

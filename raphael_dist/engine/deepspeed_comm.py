@@ -22,7 +22,8 @@ _BROADCAST_BYTES = 1 << 28  # of one call
 def import_deepspeed() -> DeepSpeedObject:
     """Import and return the package `deepspeed`, with its shared-memory all-reduce turned off.
 
-    That all-reduce is for CPUs. It would be compiled on first use, which takes about a minute, and gloo does not need it.
+    That all-reduce is for CPUs. DeepSpeed would compile it on first use, which takes about a minute. Training uses gloo's
+    all-reduce instead.
     """
     import deepspeed
 
@@ -41,8 +42,8 @@ def deepspeed_comm() -> DeepSpeedObject:
 def count_collectives(traffic: Traffic) -> "CountedBackend":
     """Make DeepSpeed's collectives add the bytes that this rank sends to the counter `traffic`, from now on.
 
-    Reductions count as `traffic.gradients`, gathers as `traffic.weights`. Returns the object that counts: a wrapper that
-    replaces DeepSpeed's communication backend.
+    The bytes of reductions are added to `traffic.gradients`, those of gathers to `traffic.weights`. Returns the wrapper that
+    does this; it has replaced DeepSpeed's communication backend.
     """
     comm = deepspeed_comm()
     comm.init_distributed(dist_init_required=False, verbose=False)
@@ -54,7 +55,7 @@ def count_collectives(traffic: Traffic) -> "CountedBackend":
 def broadcast_weights(model: nn.Module, groups: Mapping[str, dist.ProcessGroup]) -> None:
     """Copy every parameter of `model` from the first rank that has it to the other ranks that have it. Collective.
 
-    It takes a few large broadcasts instead of one per parameter.
+    This takes a few large broadcasts instead of one per parameter.
 
     `groups`: for sharded experts, the process groups of ranks that have the same experts. The keys are the values of the
     parameters' attribute `group_name`. Parameters without this attribute are on all ranks.

@@ -85,8 +85,8 @@ def zero_stage(tree: Tree) -> int:
 def sums_in_float32(dtype: Dtype, accumulation: int) -> bool:
     """Return whether the gradients of a step's micro-steps are added up in float32 instead of in `dtype`.
 
-    This is so for bfloat16 if an optimizer step has several micro-steps (`accumulation` is their number). In a bfloat16 sum
-    the gradients of later micro-steps would mostly be rounded away.
+    True for bfloat16 if an optimizer step has several micro-steps (`accumulation` is the number of micro-steps). In a
+    bfloat16 sum the gradients of later micro-steps would mostly be rounded away.
     """
     return dtype == "bfloat16" and accumulation > 1
 
@@ -96,8 +96,8 @@ def uses_contiguous_gradients(
 ) -> bool:
     """Return whether gradients lie in flat buffers that are reduced without copies (`engine.zero.Zero12Contiguous`).
 
-    This is so without `offload` with ZeRO-1, and with ZeRO-2 if `overlap` is true or `elements` is at most twice `bucket`.
-    (The buffers stay on the device. ZeRO-2 is meant to save memory; its own reduction needs one bucket and a copy of it.)
+    False with `offload`, because the buffers stay on the device. Otherwise True for ZeRO-1; for ZeRO-2 if `overlap` is True
+    or `elements` is at most twice `bucket` (DeepSpeed's reduction needs less memory for larger models: two buckets).
 
     Args:
         stage: ZeRO stage.
@@ -112,8 +112,8 @@ def uses_contiguous_gradients(
 def offload_device(tree: Tree, name: str = "offload_optimizer") -> str | None:
     """Return the device to which a DeepSpeed JSON offloads the optimizer state (or weights), e.g. "cpu"; None: no offload.
 
-    `tree`: the JSON. `name`: the key of its section zero_optimization to look at: "offload_optimizer", or "offload_param"
-    for the weights.
+    `tree`: the JSON as a dict. `name`: the key in its section zero_optimization, "offload_optimizer" or, for the weights,
+    "offload_param".
     """
     section = tree.get("zero_optimization", {}).get(name)
     device = section.get("device") if isinstance(section, dict) else None
@@ -200,9 +200,9 @@ def _check(config: Config, merged: Tree, accumulation: int, world_size: int) -> 
 def fit_to_ranks(config: Config, world_size: int) -> Config:
     """Return a copy of the configuration with micro-batch and expert-parallel sizes that suit the number of ranks.
 
-    If one micro-step is enough for the global batch, train.micro_batch_size is lowered to the smallest value for which this
-    is still so (except in runs with train.stages). With parallel.elastic=true, parallel.space_ep and parallel.time_ep become
-    the largest possible values up to the configured ones.
+    If one micro-step is enough for the global batch, train.micro_batch_size is lowered to the smallest value with which one
+    micro-step is still enough (except in runs with train.stages). With parallel.elastic=true, parallel.space_ep and
+    parallel.time_ep become the largest values that `world_size` ranks allow, up to the configured values.
 
     Raises UserError if there are more ranks than samples in a global batch.
     """
@@ -221,7 +221,7 @@ def fit_to_ranks(config: Config, world_size: int) -> Config:
 
 
 def _allowed_sizes(config: Config, kind: ExpertKind, world_size: int) -> list[int]:
-    """Return the numbers of ranks over which the experts of a kind can be sharded, ascending."""
+    """Return all numbers of ranks over which the experts of a kind can be sharded on `world_size` ranks, ascending."""
     experts = config.model.num_experts(kind)
     return [n for n in range(1, max(1, experts) + 1) if experts % n == 0 and world_size % n == 0]
 
@@ -266,7 +266,7 @@ def check_expert_parallel(config: Config, tree: Tree, world_size: int) -> None:
 
 
 def _check_contiguous(error: RequirementError, config: Config, tree: Tree, accumulation: int) -> None:
-    """If the gradients of a step cannot lie in flat buffers, raise UserError. `error` creates it from the reason."""
+    """Raise the UserError that `error` creates if the settings do not allow gradients in flat buffers."""
     stage, offload = zero_stage(tree), offload_device(tree)
     remedy = "Use ds_configs/zero2.json"
     if stage not in (1, 2):
@@ -335,7 +335,7 @@ def _section(merged: Tree, *names: str) -> Tree:
 
 
 def _set_owned(merged: Tree, dotted: str, value: bool | float, owner: str) -> None:
-    """Set the key `dotted` of `merged` to `value`, which the field `owner` determines. UserError if the key differs."""
+    """Set `merged`'s key `dotted` to `value`, the value of the field `owner`. Raise UserError if it has another value."""
     *sections, key = dotted.split(".")
     node = _section(merged, *sections)
     if node.get(key, value) != value:

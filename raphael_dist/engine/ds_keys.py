@@ -96,7 +96,7 @@ _BECAUSE = {
 
 
 def without_unset(tree: Tree) -> Tree:
-    """Return a copy of a DeepSpeed JSON without comments (keys that start with _) and keys with the value "auto" or null."""
+    """Return a copy of a DeepSpeed JSON without comments (keys that start with _) and without keys set to "auto" or null."""
     plain = {key: without_unset(value) if isinstance(value, dict) else value for key, value in tree.items()}
     return {key: value for key, value in plain.items() if not key.startswith("_") and value not in ("auto", None)}
 

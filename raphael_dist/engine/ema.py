@@ -22,8 +22,8 @@ class Ema:
 
     Attributes:
         values: the average of each fragment (this rank's part of a parameter), float32 [numel].
-        flat: with `flat=True`, for each tensor that the optimizer updates (by its id), the tensor of the same shape that
-            holds the average; `values` are views of these tensors. Else empty.
+        flat: if the average was created with `flat=True`: a dict from the id of each tensor that the optimizer updates to a
+            tensor of the same shape with its average. `values` are then views of these tensors. Otherwise empty.
     """
 
     def __init__(self, fragments: Fragments, config: EmaConfig, flat: bool = False) -> None:
@@ -32,7 +32,8 @@ class Ema:
         Args:
             fragments: this rank's part of the weights.
             config: the section `ema`.
-            flat: store the average in tensors shaped like those that the optimizer updates, as `adamw.FusedUpdate` requires.
+            flat: whether to store the average in tensors shaped like those that the optimizer updates, which
+                `adamw.FusedUpdate` requires.
         """
         self.flat: dict[int, Tensor] = {}
         if flat:
@@ -50,21 +51,21 @@ class Ema:
     def decay(self, step: int) -> float:
         """Return the factor (0..1) on the old average in the update after optimizer step `step` (counted from 1).
 
-        It rises from about 0.2 to `ema.decay`. Without `ema.warmup` it is `ema.decay` from the start.
+        With `ema.warmup` the factor rises from about 0.2 to `ema.decay`. Otherwise it is `ema.decay` in every step.
         """
         target, step = self._config.decay, step - self._config.start_step
         return min(target, (1 + step) / (10 + step)) if self._config.warmup else target
 
     def share(self, step: int) -> float:
-        """Return the factor on the new weights in the average's update after optimizer step `step` (counted from 1).
+        """Return the factor (0..1) on the new weights in the update after optimizer step `step` (counted from 1).
 
-        It is 1 - `decay(step)`, but 1 up to step `ema.start_step`.
+        The factor is 1 up to step `ema.start_step`, so the average equals the weights; afterwards it is 1 - `decay(step)`.
         """
         return 1.0 if step <= self._config.start_step else 1 - self.decay(step)
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Add the current weights, those after optimizer step `step` (counted from 1), to the moving average."""
+        """Update the moving average with the current weights, those after optimizer step `step` (counted from 1)."""
         share = self.share(step)
         if self.values and share == 1:
             self.restart()
@@ -75,7 +76,7 @@ class Ema:
     def in_model(self) -> Iterator[None]:
         """Return a context manager inside which the model has the averaged weights. Collective.
 
-        At its end the training weights are restored exactly.
+        At the end of the context the training weights are restored exactly.
         """
         self._swap()
         try:

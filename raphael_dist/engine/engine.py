@@ -180,7 +180,7 @@ class Engine:
     def _check_gradients(self) -> None:
         """Raise RuntimeError if a trained parameter got no gradient on this rank in this micro-step.
 
-        If one is missing, ZeRO-1 and 2 can add up gradients of different parameters when they reduce over ranks.
+        If a gradient is missing, ZeRO-1 and 2 can add up gradients of different parameters when they reduce over ranks.
         """
         assert self._touched is not None
         missing = [name for name in self.fragments.shapes if name not in self._touched]
@@ -195,16 +195,16 @@ class Engine:
     def grad_square(self) -> Tensor:
         """Return this rank's contribution to the squared norm of a step's gradients, float64 [], on this rank's device.
 
-        The sum over all ranks is the square of the global norm before clipping. It is not finite if any gradient is not
-        finite.
+        The sum of the results of all ranks is the square of the global norm before clipping. This sum is not finite if any
+        gradient is not finite.
         """
         return square_sum(self._zero.gradients()).to(self.device) / self._zero.copies
 
     def step(self, lr: float, ema: Ema | None = None, step: int = 1) -> bool:
         """Finish an optimizer step: compute the gradient norm over all ranks, then call `update`. Collective.
 
-        Call it after the last `backward` of a step. The arguments are those of `update`. It is for benchmarks and tests; the
-        trainer calls `grad_square` and `update`, to send the norm and other values in one all-reduce.
+        Call this method after the last `backward` of a step. The arguments are those of `update`. Benchmarks and tests use
+        it; the trainer calls `grad_square` and `update`, to send the norm and other values in one all-reduce.
 
         Returns:
             False on all ranks if a gradient on any rank is not finite. Weights and moments are then unchanged.
@@ -218,9 +218,9 @@ class Engine:
 
     @torch.no_grad()
     def update(self, lr: float, norm: float, ema: Ema | None = None, step: int = 1) -> None:
-        """Finish a step: clip the gradients, update the weights, and add them to the moving average. Collective.
+        """Finish a step: clip the gradients, update the weights, and update their moving average. Collective.
 
-        Call it after the last `backward` of a step.
+        Call this method after the last `backward` of a step.
 
         Args:
             lr: learning rate.
@@ -246,7 +246,7 @@ class Engine:
     def discard_gradients(self) -> None:
         """End the current step without an update: drop its gradients, and leave weights and moments unchanged.
 
-        Call it on all ranks or on none. `grad_norm` becomes infinite.
+        Call this method on all ranks or on none. `grad_norm` becomes infinite.
         """
         self.grad_norm, self._micro_step = math.inf, 0
         with self._zero.skip_step():

@@ -17,10 +17,11 @@ def create_groups(size: int, traffic: Traffic) -> ExpertGroup:
     """Create this rank's two process groups for experts that are sharded over `size` ranks each. Collective.
 
     - The first group has `size` consecutive ranks, which together have every expert once ("ep" in DeepSpeed).
-    - The second has every `size`-th rank. These have the same experts and reduce their gradients ("edp" in DeepSpeed).
+    - The second group has every `size`-th rank. These ranks have the same experts and reduce the gradients of these experts
+      over the group ("edp" in DeepSpeed).
 
-    Existing groups are used again. Both are put into DeepSpeed's registry, because groups that DeepSpeed creates itself have
-    no timeout.
+    If the groups for `size` exist, they are used again. Both groups are put into DeepSpeed's registry, because groups that
+    DeepSpeed creates itself have no timeout.
 
     Returns:
         The first group. Its methods add the bytes that this rank sends to the counter `traffic`.
@@ -41,7 +42,7 @@ def copies() -> dict[str, dist.ProcessGroup]:
     """Return the process groups of ranks that have the same sharded experts, such as {"ep_size_2": group}.
 
     The number in a key is the number of ranks over which the experts are sharded. A parameter of such an expert has the
-    key as its attribute `group_name`. `create_groups` created the groups; {} if it was not called.
+    key as its attribute `group_name`. The result is {} if `create_groups`, which creates these groups, was not called.
     """
     from deepspeed.utils import groups
 
@@ -80,12 +81,12 @@ def add_moe_marker(model: nn.Module, num_experts: int) -> None:
 def parameter_groups(model: nn.Module, bucket: int | None = None) -> list[ParameterGroup]:
     """Return the optimizer's parameter groups, in the same order on all ranks. Collective.
 
-    The first group has the parameters that are on every rank. One group follows for the experts sharded over 2 ranks, one
-    for those over 3 ranks, and so on, as far as there are any. Frozen parameters are left out. (DeepSpeed's own function
-    iterates over a set of strings, whose order can differ between ranks; they would then wait for each other forever.)
+    The first group has the parameters that are on every rank. If experts are sharded, one group follows for each number of
+    ranks over which experts are sharded, in ascending order. Frozen parameters are left out. (DeepSpeed's own function
+    iterates over a set of strings, whose order can differ between ranks; the ranks would then wait for each other forever.)
 
-    `bucket`: None, or the size in elements of the buckets in which gradients are reduced during the backward pass. Then each
-    bucket is a group, and no experts may be sharded.
+    `bucket`: None if gradients are reduced after the backward pass. Otherwise they are reduced during that pass, in buckets
+    of at most `bucket` elements; each bucket is a parameter group, and no experts may be sharded.
     """
     members: dict[str, list[tuple[str, nn.Parameter]]] = {"": []}
     for name, p in model.named_parameters():

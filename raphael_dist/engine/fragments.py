@@ -32,7 +32,7 @@ class Fragments:
         Args:
             module: the model.
             zero: the adapter for DeepSpeed's ZeRO optimizer.
-            optimizer: the torch optimizer inside it, whose state has Adam's moments.
+            optimizer: the torch optimizer inside DeepSpeed's, whose state has Adam's moments.
         """
         self._zero, self._optimizer = zero, optimizer
         self.shapes = {name: global_shape(p)[0] for name, p in module.named_parameters() if p.requires_grad}
@@ -71,9 +71,9 @@ class Fragments:
         return [state[kind].data_ptr() for state in states for kind in MOMENTS if kind in state]
 
     def create_moments(self, steps_taken: int) -> None:
-        """Create Adam's state on this rank, with `steps_taken` as its step count and moments of zero. No effect on SGD.
+        """Create Adam's state on this rank: `steps_taken` as the step count, and moments of zero. For SGD, do nothing.
 
-        The caller then fills the moments (to resume), or leaves them at zero before the first step.
+        When a run resumes, the caller then fills the moments; at the start of a run they stay at zero.
         """
         if not isinstance(self._optimizer, torch.optim.Adam):  # AdamW is a subclass; SGD has no state
             return

@@ -22,20 +22,21 @@ SMALLEST_PART = 2**18  # elements of a bucket that a rank owns. A ring sends the
 
 
 def bucket_elements(elements: int, ranks: int, limit: int = CONTIGUOUS_BUCKET) -> int:
-    """Return the largest number of elements in a bucket, apart from a single parameter that is larger.
+    """Return the number of elements up to which parameters are put into a bucket. A larger parameter is a bucket by itself.
 
-    `elements`: number of trained parameters. `ranks`: number of ranks. `limit`: reduce_bucket_size of the DeepSpeed JSON.
+    `elements`: number of elements of all trained parameters. `ranks`: number of ranks. `limit`: reduce_bucket_size of the
+    DeepSpeed JSON, in elements.
     """
     return min(limit, max(-(-elements // BUCKETS), SMALLEST_PART * ranks))
 
 
 def bucket_count(elements: int, ranks: int) -> int:
-    """Return about how many buckets `elements` parameters have on `ranks` ranks, with the default reduce_bucket_size."""
+    """Return about how many buckets a model of `elements` parameters has on `ranks` ranks (default reduce_bucket_size)."""
     return max(1, -(-elements // bucket_elements(elements, ranks)))
 
 
 def overlap_bucket(tree: Tree, world_size: int) -> int | None:
-    """Return the bucket size limit, in elements, if ZeRO-1 or 2 reduces gradients during the backward pass; else None.
+    """Return the largest bucket size, in elements, if ZeRO-1 or 2 reduces gradients during the backward pass; else None.
 
     `tree`: the merged DeepSpeed configuration (`merge`). `world_size`: number of ranks.
     """
@@ -47,8 +48,8 @@ def overlap_bucket(tree: Tree, world_size: int) -> int | None:
 def divide_into_buckets(named: Iterable[tuple[str, nn.Parameter]], ranks: int, limit: int) -> list[list[nn.Parameter]]:
     """Divide trained parameters into buckets, in about the order in which the backward pass computes their gradients.
 
-    That is the reverse of the model's order, except for gates: they select the experts of all blocks before the U-Net runs.
-    The order affects only when a bucket is complete.
+    This is the reverse of the model's order, with gates at the end: gates select the experts of all blocks before the U-Net
+    runs. The order affects only when the gradients of a bucket are complete, not the result.
 
     Args:
         named: names and parameters, in the model's order.
@@ -73,7 +74,12 @@ class ReadyBuckets:
     """Calls `launch(i)` for buckets 0, 1, 2, ... during a backward pass, on every rank in this order.
 
     A bucket is launched as soon as all its parameters, and those of all earlier buckets, have their gradients. If a
-    parameter gets no gradient, its bucket and all later ones are not launched; `launched` is the number of those that were.
+    parameter gets no gradient, its bucket and all later buckets are not launched. The attribute `launched` is the number of
+    launched buckets.
+
+    Args:
+        buckets: for each bucket, its parameters.
+        launch: function that starts the reduction of the bucket with the given number.
     """
 
     def __init__(self, buckets: Sequence[Sequence[nn.Parameter]], launch: Callable[[int], None]) -> None:
@@ -86,7 +92,7 @@ class ReadyBuckets:
                 p.register_post_accumulate_grad_hook(partial(self._count, i))
 
     def begin(self, active: bool) -> None:
-        """Begin a backward pass. `active`: whether its gradients are reduced."""
+        """Prepare for a backward pass. `active`: whether the gradients of this pass are reduced over ranks."""
         self._missing, self._active, self.launched = list(self._sizes), active, 0
         self._streams.clear()
 
@@ -111,7 +117,10 @@ class ReadyBuckets:
 
 
 class Reduction:
-    """A reduce-scatter in progress, in `dtype`, of the tensor `whole` over a group. It keeps its tensors until `wait`."""
+    """A reduce-scatter in progress: `whole` is summed over the ranks of `group`, and each rank gets an equal part.
+
+    The sum is sent and computed in `dtype`. The object keeps the tensors alive until `wait` has been called.
+    """
 
     def __init__(self, whole: Tensor, group: dist.ProcessGroup, dtype: torch.dtype) -> None:
         ranks = dist.get_world_size(group)
@@ -123,7 +132,7 @@ class Reduction:
             self._work = deepspeed_comm().reduce_scatter_tensor(self._part, self._sent, group=group, async_op=True)
 
     def wait(self) -> Tensor:
-        """Return this rank's part of the sum; `whole` itself if the group has one rank. On a GPU the host does not wait."""
+        """Return this rank's part of the sum; `whole` if the group has one rank. With a GPU the host does not wait."""
         if self._work is not None:
             self._work.wait()
         return self._part

@@ -7,9 +7,9 @@ A matrix W [m, n] with the averaged gradient M and the gradient G takes the step
 (https://kellerjordan.github.io/posts/muon/ with Nesterov momentum). The factor of arXiv 2502.16982 gives the step the size
 of AdamW's, so that AdamW's learning rate can be used. M is Adam's first moment: checkpoints are the same as AdamW's.
 
-ZeRO-1 and 2 divide the flattened weights over ranks, also in the middle of a matrix. All ranks gather the tensor that is
-orthogonalised, which takes as many bytes as the gather of new weights. A rank then orthogonalises the matrices of which it
-stores a part.
+ZeRO-1 and 2 divide the flattened weights over ranks, also in the middle of a matrix. Therefore all ranks gather the tensor
+to be orthogonalised, which sends as many bytes as the gather of the new weights. Each rank then orthogonalises those
+matrices of which it stores a part.
 """
 
 from collections.abc import Iterator
@@ -32,8 +32,8 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the Newton-Schulz iteration, by 
 class Muon(torch.optim.AdamW):
     """The Muon optimizer for matrices in hidden layers, and AdamW for all other parameters.
 
-    With ZeRO-0 the tensors that it updates are the parameters. With ZeRO-1 and 2 each of them is this rank's part of a flat
-    tensor, in which many parameters lie one after another.
+    With ZeRO-0 the optimizer updates the parameters themselves. With ZeRO-1 and 2 each tensor that it updates is this rank's
+    part of a flat tensor, in which many parameters lie one after another.
     """
 
     def __init__(self, parameters: list[ParameterGroup], dtype: torch.dtype, **settings: Any) -> None:
@@ -51,7 +51,8 @@ class Muon(torch.optim.AdamW):
     def set_layouts(self, layouts: Iterator[FlatLayout], names: dict[nn.Parameter, str]) -> None:
         """Record where the matrices lie in the tensors that the optimizer updates.
 
-        `layouts`: for each of these tensors, the parameters in it and where they start. `names`: the name of each parameter.
+        `layouts`: for each tensor that the optimizer updates, the parameters in it and where each of them starts. `names`:
+        the name of each parameter, which decides whether the parameter is a matrix that Muon updates.
         """
         for layout in layouts:
             matrices = [(start, matrix_shape(p)) for p, start in layout.places if is_hidden_matrix(names[p])]
@@ -73,7 +74,10 @@ class Muon(torch.optim.AdamW):
         return result
 
     def _update(self, p: Tensor, before: Tensor, lr: float, beta: float) -> None:
-        """For the matrices in `p`, undo AdamW's step and take Muon's. `before`: `p` before AdamW's step, float32 [numel]."""
+        """Replace AdamW's step by Muon's for the matrices in `p`, a tensor that the optimizer updates.
+
+        `before`: the values of `p` before AdamW's step, float32 [numel]. `lr`: learning rate. `beta`: beta1.
+        """
         assert p.grad is not None
         layout, matrices = self._layouts[id(p)]
         momentum = torch.lerp(self.state[p]["exp_avg"], p.grad, 1 - beta)
@@ -89,7 +93,10 @@ class Muon(torch.optim.AdamW):
 
 
 def _gather(part: Tensor, group: dist.ProcessGroup | None) -> tuple[int, Tensor]:
-    """Return where this rank's part begins in the flat tensor, and the whole tensor. Collective in `group`."""
+    """Gather a flat tensor of which each rank of `group` has a part; return the index where `part` begins, and the tensor.
+
+    `part`: this rank's part, [numel]. `group`: None if `part` is already the whole tensor. Collective in `group`.
+    """
     ranks = 1 if group is None else dist.get_world_size(group)
     if ranks == 1:
         return 0, part

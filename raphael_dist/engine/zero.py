@@ -21,7 +21,7 @@ def adapter(optimizer: DeepSpeedObject, module: nn.Module, world_size: int) -> Z
 
     Args:
         optimizer: one of DeepSpeed's ZeRO optimizers, or a torch optimizer (ZeRO-0).
-        module: the model that it trains.
+        module: the model that the optimizer trains.
         world_size: number of ranks.
     """
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
@@ -45,7 +45,7 @@ class Zero0(Zero):
                 yield Fragment(name, tuple(p.shape), 0, p.detach().view(-1), p, 0, shared=True)
 
     def layouts(self) -> Iterator[FlatLayout]:
-        """Yield a layout for each tensor that the optimizer updates. With ZeRO-0 each of them is one whole parameter."""
+        """Yield a layout for each tensor that the optimizer updates. With ZeRO-0 each tensor is one whole parameter."""
         for p in self._module.parameters():
             if p.requires_grad:
                 yield FlatLayout(p, None, [(p, 0)])

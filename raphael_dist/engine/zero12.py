@@ -65,8 +65,9 @@ class Zero12Contiguous(Zero12):
 
     DeepSpeed's own reduction runs a hook for every parameter (0.1 ms of host time each). It copies gradients into a bucket,
     from there into a flat part, and by default sends every bucket to all ranks. With this adapter the backward pass writes
-    gradients directly into the input of a reduce-scatter: no copies, and half of the bytes. With `overlap_comm` there is a
-    group for each bucket (`gradient_buckets`), and its reduction starts when its last gradient is written.
+    gradients directly into the input of a reduce-scatter: nothing is copied, and half of the bytes are sent. With
+    `overlap_comm` there is a parameter group for each bucket (`gradient_buckets`), and the reduction of a bucket starts when
+    its last gradient has been written.
     """
 
     def __init__(self, optimizer: DeepSpeedObject) -> None:
@@ -96,7 +97,7 @@ class Zero12Contiguous(Zero12):
     def supports(zero: DeepSpeedObject) -> bool:
         """Return whether this adapter can replace the gradient reduction of `zero`, a ZeRO-1 or 2 optimizer of DeepSpeed.
 
-        It can if `ds_config.uses_contiguous_gradients` is true for its settings, and gradients are added up in the
+        True if `ds_config.uses_contiguous_gradients` is True for the settings of `zero`, and gradients are added up in the
         parameters' attribute `grad`.
         """
         return not zero.use_grad_accum_attribute and uses_contiguous_gradients(
@@ -130,7 +131,10 @@ class Zero12Contiguous(Zero12):
         self._zero.step = self._step
 
     def _step_optimizer(self, parts: Sequence[FlatPart]) -> None:
-        """Update by DeepSpeed's own optimizer. (DeepSpeed's step would gather the weights of each bucket separately.)"""
+        """Update the weights by the optimizer inside DeepSpeed's, for `replace_step`. `parts`: this rank's parts of them.
+
+        (DeepSpeed's own step would gather the weights of each bucket separately.)
+        """
         for part in parts:
             part.master.grad = part.gradient.to(part.master.dtype)
         self._zero.optimizer.step()
@@ -160,7 +164,10 @@ class Zero12Contiguous(Zero12):
             p.grad = None
 
     def _gather_at_once(self, copies: Sequence[Tensor]) -> None:
-        """Gather the weights of all buckets in one collective: one for each bucket would cost a latency each."""
+        """Gather the weights of all buckets on all ranks in one collective, which costs one latency instead of many.
+
+        `copies`: for each bucket, this rank's part of the weights that the model computes with.
+        """
         flats, group = self._zero.bit16_groups_flat, self._zero.dp_process_group
         sent, ranks = torch.cat(list(copies)), dist.get_world_size(group)
         received = sent.new_empty(ranks, sent.numel())

@@ -77,7 +77,7 @@ class Zero(Protocol):
     def prepare_backward(self, first: bool, last: bool) -> None:
         """Prepare the parameters' gradients for the next backward pass. An adapter that needs nothing does nothing.
 
-        `first`, `last`: whether it is the first, and the last, backward pass of an optimizer step.
+        `first`, `last`: whether that pass is the first, and whether it is the last, of an optimizer step.
         """
         return
 
@@ -93,7 +93,7 @@ class Zero(Protocol):
     def gradients(self) -> Sequence[Tensor]:
         """Return this rank's part of the reduced gradients of a step. The caller may change them before the update.
 
-        Each gradient element is on `copies` ranks (an attribute: 1, or with ZeRO-0 the number of ranks).
+        The attribute `copies` states how many ranks have each gradient element.
         """
 
     def disable_builtin_clipping(self) -> None:
@@ -124,7 +124,10 @@ class DeepSpeedZero(Zero):
 
 
 def linked_fragments(module: nn.Module, owners: Sequence[Tensor]) -> Iterator[Fragment]:
-    """Yield the fragments of `module`, from the attribute `_hp_mapping` that ZeRO-1 and 2 set on each parameter."""
+    """Yield this rank's fragments of the model, from the attribute `_hp_mapping` that ZeRO-1 and 2 set on its parameters.
+
+    `module`: the model. `owners`: for each parameter group, the tensor that the optimizer updates on this rank.
+    """
     for name, p in module.named_parameters():
         mapping = getattr(p, "_hp_mapping", None)
         if mapping is None:  # the parameter is on other ranks, or frozen
@@ -142,7 +145,7 @@ def linked_fragments(module: nn.Module, owners: Sequence[Tensor]) -> Iterator[Fr
 
 @contextmanager
 def replaced(instance: DeepSpeedObject, name: str, value: object) -> Iterator[None]:
-    """Return a context manager inside which an attribute of `instance` is replaced by `value`."""
+    """Return a context manager inside which the attribute `name` of `instance` is replaced by `value`."""
     missing = object()
     before = vars(instance).get(name, missing)
     setattr(instance, name, value)

@@ -25,9 +25,9 @@ REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 class Traffic:
     """Counter of the bytes that this rank sent to other ranks, by purpose.
 
-    They are computed on the host from the sizes of the tensors, not measured. For gathers and reductions a ring algorithm is
-    assumed: for n ranks a rank sends (n - 1)/n of the whole tensor, and in an all-reduce twice as much. Gloo's two stages
-    (`gloo_collectives`) send as much.
+    The bytes are computed on the host from the sizes of the tensors, not measured. For gathers and reductions a ring
+    algorithm is assumed: for n ranks a rank sends (n - 1)/n of the whole tensor, and in an all-reduce twice as much. The
+    collectives in two stages of `gloo_collectives` send as many bytes.
 
     Attributes:
         experts: expert parallelism: tokens or samples sent to experts, their outputs and gradients, in forward, recomputed
@@ -41,7 +41,7 @@ class Traffic:
     weights: int = 0
 
     def take(self) -> "Traffic":
-        """Return the bytes sent since the last call of `take`, as a new `Traffic`, and set this one's counters to 0."""
+        """Return the bytes sent since the last call of `take`, as a new `Traffic`, and set the counters of `self` to 0."""
         taken = replace(self)
         self.experts = self.gradients = self.weights = 0
         return taken
@@ -63,8 +63,8 @@ def reduce_scatter(out: Tensor, rows: Tensor, group: dist.ProcessGroup | None) -
 def all_gather(out: Tensor, part: Tensor, group: dist.ProcessGroup | None) -> Work:
     """Start to gather the tensors `part` of all n ranks of a group in `out`, in the order of the ranks.
 
-    `out` has n times the size of `part`, which may be this rank's part of `out`. Call `wait` of the returned handle before
-    reading `out`. `group`: None means all ranks.
+    `out` has n times the size of `part`. `part` may be a view of the elements of `out` that this rank contributes. Call
+    `wait` of the returned handle before reading `out`. `group`: None means all ranks.
     """
     members = group or _all_ranks()
     if dist.get_backend(members) == "gloo":
@@ -80,13 +80,14 @@ def _all_ranks() -> dist.ProcessGroup:
 
 @dataclass(frozen=True)
 class ExpertGroup:
-    """A group of ranks that together have every expert once, as seen from one of its members (ranks of the group).
+    """A group of ranks that together have every expert once, as seen from one of these ranks.
 
-    The methods start collectives. Each returns its result and a `Work`; the result must not be read before `Work.wait`.
+    The methods start collectives. Each method returns its result and a `Work`; the result must not be read before the
+    `Work`'s method `wait` was called.
 
     Attributes:
         process_group: the group in torch.distributed.
-        size: number of members.
+        size: number of ranks of the group.
         index: number of this rank within the group.
         traffic: counter to which the methods add the bytes that this rank sends.
     """
@@ -117,7 +118,7 @@ class ExpertGroup:
         return out, work
 
     def all_gather(self, rows: Tensor) -> tuple[Tensor, Work]:
-        """Start to gather the tensors `rows` [R, ...] of all n ranks of the group on each of them. R must be equal on all.
+        """Start to gather the tensors `rows` [R, ...] of all n ranks of the group on each rank. All ranks have equal R.
 
         Returns the tensor [n R, ...] of all rows, in the order of the ranks, and the handle whose `wait` must be called
         before the tensor is read.
@@ -141,7 +142,7 @@ class ExpertGroup:
 class Exchange:
     """Base class for sending tensor rows between ranks: `start` launches a collective, `finish` waits for its result.
 
-    Between the two calls, the caller can compute something else. Autograd works through both: in the backward pass, the
+    Between the two calls, the caller can compute something else. Both calls are differentiable: in the backward pass, the
     gradients are sent in the opposite direction.
     """
 
@@ -211,9 +212,9 @@ class AllToAll(Exchange):
 
 
 class AllGather(Exchange):
-    """An exchange that gives every rank of a group the tensor rows of all its ranks, in their order. It is differentiable.
+    """An exchange that gives every rank of a group the tensor rows of all ranks, in rank order. It is differentiable.
 
-    The gradient of a row is the sum of all ranks' gradients for it.
+    The gradient of a row is the sum of all ranks' gradients for this row.
     """
 
     def _forward(self, rows: Tensor) -> tuple[Tensor, Work]:

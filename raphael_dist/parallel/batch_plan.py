@@ -1,11 +1,12 @@
 """Assigns samples to ranks and micro-steps, so that an optimizer step processes exactly the global batch.
 
-Samples are numbered in the order of training; the number is called position and counts on from one epoch to the next.
-Progress is one integer, `samples_seen`: step s processes the positions [s * G, (s + 1) * G) of a global batch G.
+A position is the number of a sample in the order of training, counted through all epochs. Progress is one integer,
+`samples_seen`, the number of samples processed so far: with a global batch size G, step s processes the positions
+[s * G, (s + 1) * G).
 
 A slot is one place for a sample in a micro-batch of a rank. A unit is one rank, or the consecutive ranks that exchange
-samples because they share experts. The positions of a step are divided into chunks of consecutive positions. Each chunk is
-assigned to one unit in one micro-step, in order: first to all units, then to the next micro-step.
+samples because they share experts. The positions of a step are divided into chunks of consecutive positions. In order, each
+unit gets one chunk for the first micro-step, then each unit gets one for the second micro-step, and so on.
 
 A unit processes one image size at a time. With several image sizes, positions come in runs of one size, and a chunk ends
 where a run ends. If a chunk is shorter than the slots of a unit, slots stay empty. An empty slot repeats a sample with
@@ -33,8 +34,8 @@ class BatchPlan:
         micro_batch_size: samples per rank and micro-step.
         unit: number of consecutive ranks that process the same image size at a time; divides `world_size`.
         run: number of consecutive positions with one image size, counted from position 0; 0: there is only one size.
-        aligned: whether all steps start at multiples of `global_batch_size`; False if it was changed in the course of the
-            run.
+        aligned: whether all steps start at multiples of `global_batch_size`; False if `global_batch_size` was changed in the
+            course of the run.
     """
 
     global_batch_size: int
@@ -51,8 +52,8 @@ class BatchPlan:
         Args:
             config: the run's configuration.
             world_size: number of ranks.
-            samples_seen: numbers of samples after which the run may resume, i.e. those of its checkpoints. They decide
-                whether `aligned` is True.
+            samples_seen: for each checkpoint from which the run may resume, how many samples were processed before it. These
+                numbers decide whether `aligned` is True.
 
         Raises:
             UserError: there are more ranks than samples in a global batch.
@@ -102,7 +103,7 @@ class BatchPlan:
         the number of a sample in the order of training.
 
         Args:
-            samples_seen: number of samples that were processed before this step, which is its first position.
+            samples_seen: number of samples processed before this step; also the position of the step's first sample.
             rank: the rank, from 0.
             micro_step: the micro-step within the step, from 0.
         """
@@ -165,8 +166,8 @@ class BatchPlan:
 def ranks_per_unit(config: Config) -> int:
     """Return how many consecutive ranks must process the same image size at the same time.
 
-    They exchange tokens or samples for sharded experts. Groups of `parallel.space_ep` and of `parallel.time_ep` ranks can
-    overlap, so the number is the least common multiple of the two; 1 without sharded experts.
+    These ranks exchange tokens or samples for sharded experts. Groups of `parallel.space_ep` and of `parallel.time_ep` ranks
+    can overlap, so the result is the least common multiple of the two numbers; 1 without sharded experts.
     """
     return math.lcm(config.parallel.space_ep, config.parallel.time_ep)
 
@@ -187,8 +188,9 @@ def bucket_run_length(config: Config, training: bool = True) -> int:
 def _chunks(global_batch_size: int, span: int, run: int, offset: int) -> list[tuple[int, int]]:
     """Divide the samples 0 .. global_batch_size - 1 of a step into chunks; return (first, end) of each, without `end`.
 
-    All samples of a chunk have one image size, and there are at most `span` of them. `run` is the number of consecutive
-    samples with one image size (0: all have the same), and `offset` how many such samples come before sample 0.
+    All samples of a chunk have one image size, and a chunk has at most `span` samples. `run` is the number of consecutive
+    samples with one image size (0: all samples have the same size). `offset` is the number of samples of the first such run
+    that belong to earlier steps.
     """
     ends = [*range(run - offset, global_batch_size, run), global_batch_size] if run else [global_batch_size]
     pieces = zip([0, *ends[:-1]], ends, strict=True)

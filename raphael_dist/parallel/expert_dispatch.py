@@ -1,4 +1,4 @@
-"""Expert parallelism: P ranks share one set of K experts, each has K/P of them, and tokens move to the experts.
+"""Expert parallelism: P ranks share one set of K experts, each rank has K/P experts, and tokens move to the experts.
 
 Space-MoE moves image tokens, in three phases:
 1. Dispatch: an image token goes once to each *other rank* that has an expert it needs. It is sent as a row with its D values
@@ -11,11 +11,12 @@ needs every rank, fixed sizes are used instead: all tokens are gathered on all r
 reduce-scatter.
 
 Time-MoE moves whole samples to the rank of their expert and back. One small all-gather before the first block exchanges the
-number of samples per expert for all layers. It is the only wait for the device in a forward pass; without sharded time
-experts there is none.
+number of samples per expert for all layers. In a forward pass the host waits for the device only in this all-gather, and
+without sharded time experts it does not wait.
 
-Tokens for experts of this rank are not sent. They are computed while others are in transit, and so are their gradients. With
-P = 1, only phase 2 runs. The ranks of a group must run the same layers on equally many samples of equal size.
+Tokens for experts of this rank are not sent. They are processed while the other tokens are in transit; the backward pass
+does the same with gradients. With P = 1, only phase 2 runs. The ranks of a group must run the same layers on equally many
+samples of equal size.
 
 Shape legend: B samples, N image tokens, K experts, D width, R rows (tokens) of this rank, O rows that stay on this rank, S
 rows sent or received, P ranks that share the experts, L transformer blocks.
@@ -47,7 +48,7 @@ class GroupSamples(NamedTuple):
     """Number of samples that each of P ranks sends to each expert in one Time-MoE layer, on the host and on the device.
 
     Both tensors are int64 [P, P, K/P]: element [p, q, k] counts the samples of rank p for expert k of rank q. The all-to-all
-    needs its sizes on the host; the product over the experts reads them on the device.
+    reads the counts on the host, and the grouped matrix product of the experts reads them on the device.
     """
 
     host_PPK: Tensor
@@ -77,7 +78,7 @@ class ParallelTimeMoE(TimeMoE):
         Args:
             h_BND: N image tokens of width D for each of this rank's B samples.
             expert_B: global index of each sample's expert, int64.
-            samples: a `GroupSamples`, the number of samples that each of these ranks sends to each expert.
+            samples: a `GroupSamples`: the number of samples that each rank of the group sends to each expert.
             factor_B: factor on each sample's output, through which the gate gets its gradient.
         """
         me, (host_PPK, device_PPK) = self.group.index, samples
@@ -98,13 +99,19 @@ class ParallelTimeMoE(TimeMoE):
         return out_BND * factor_B.to(out_BND.dtype)[:, None, None]
 
     def _by_expert(self, h_SND: Tensor, samples_K: Tensor) -> Tensor:
-        """Return the experts' outputs for samples sorted by expert. samples_K: number of samples of each expert."""
+        """Return the outputs [S, N, D] of this rank's experts for S samples `h_SND`, which are sorted by expert.
+
+        `samples_K`: number of samples of each expert, int64, on the device.
+        """
         return self.apply_sorted(h_SND.flatten(0, 1), samples_K * h_SND.shape[1]).view_as(h_SND)
 
     def _apply_blocks(self, h_SND: Tensor, host_PK: Tensor, samples_K: Tensor) -> Tensor:
-        """Return the experts' outputs for samples sorted by sending rank and then expert, in this order.
+        """Return the outputs [S, N, D] of this rank's experts for samples that other ranks sent, in the same order.
 
-        host_PK: number of samples of each (rank, expert) pair. samples_K: number of samples of each expert.
+        Args:
+            h_SND: the samples, sorted by sending rank, and those of a rank by expert.
+            host_PK: number of samples that each sending rank has for each expert, int64, on the host.
+            samples_K: number of samples of each expert, int64, on the device.
         """
         sizes_PK, sizes_KP = host_PK.flatten().tolist(), host_PK.t().flatten().tolist()
         senders, experts = host_PK.shape
@@ -148,9 +155,10 @@ class ParallelSpaceMoE(SpaceMoE):
         return AllGather(self.group)(own_KD)
 
     def _rows_between_ranks(self, needed_PR: Tensor) -> list[list[int]] | None:
-        """Return how many rows (tokens) rank p of the group sends to rank q, as [p][q].
+        """Return how many rows (tokens) rank p of the group sends to rank q, as [p][q]; equal on all ranks of the group.
 
-        None: gather all tokens on all ranks instead. The result is equal on all ranks of the group.
+        Returns None if all tokens should be gathered on all ranks instead. `needed_PR`: bool, whether this rank's token r
+        needs an expert of rank p.
         """
         # With counts the host would wait for a GPU in every layer.
         if self.dispatch == "all_gather" or (self.dispatch == "auto" and needed_PR.device.type != "cpu"):
@@ -193,9 +201,9 @@ class ParallelSpaceMoE(SpaceMoE):
 
 
 def count_samples(onehot_LBK: Tensor, group: ExpertGroup, sharded: Sequence[bool]) -> list[SampleCounts]:
-    """Return the number of samples of each time expert, for each Time-MoE layer. Collective, once for all L layers.
+    """Return the number of samples of each time expert in each of L Time-MoE layers. Collective.
 
-    The host waits for a GPU in this function.
+    It is called once for all layers, because the host waits for a GPU in this function.
 
     Args:
         onehot_LBK: which of K time experts each of this rank's samples has in each layer, one-hot, bool.
@@ -216,7 +224,10 @@ def count_samples(onehot_LBK: Tensor, group: ExpertGroup, sharded: Sequence[bool
 
 
 def _take_slice(layer: Any, whole: Experts, group: ExpertGroup) -> None:
-    """Give `layer` this rank's experts of `whole`, with the attributes that DeepSpeed and `engine.fragments` read."""
+    """Copy this rank's experts from `whole` (a layer with all experts) to the new, empty layer `layer`.
+
+    The parameters get the attributes that DeepSpeed and `engine.fragments` read. `group`: the ranks that share the experts.
+    """
     layer.num_experts, layer.group = whole.num_experts // group.size, group
     layer.dim, layer.hidden, layer.activation = whole.dim, whole.hidden, whole.activation
     layer.use_megablocks, layer.megablocks_folder = whole.use_megablocks, whole.megablocks_folder

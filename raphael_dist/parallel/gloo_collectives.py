@@ -1,13 +1,13 @@
 """Reduce-scatter and all-gather for gloo, made of direct messages between ranks.
 
-Gloo's own reduce-scatter is an all-reduce, which sends every byte twice. Here each rank sends each part of its tensor to the
-rank that needs it. There are two ways. Bytes are those that a node sends, for a tensor of n bytes, on N nodes with g ranks
-each:
+Gloo's own reduce-scatter is an all-reduce, which sends every byte twice. In this module each rank sends each part of its
+tensor to the rank that needs it, in one of two ways. Let n be the bytes of the tensor, N the number of nodes, and g the
+number of ranks of each node:
 
-- Flat: every rank sends a part to every other rank of the group, which takes n g (N - 1) / N bytes.
-- In two stages, if N > 1 and g > 1: the ranks of each node sum their parts, and then send each sum to the other nodes once,
-  which takes n (N - 1) / N bytes. An all-gather does the opposite: a part crosses to each other node once, and the ranks of
-  the node pass it on to each other.
+- Flat: every rank sends a part to every other rank of the group. A node sends n g (N - 1) / N bytes to other nodes.
+- In two stages, if N > 1 and g > 1: the ranks of a node sum their parts, and then send each sum to the other nodes once. A
+  node sends n (N - 1) / N bytes to other nodes. An all-gather does the opposite: a part is sent to each other node once, and
+  the ranks of that node send it to each other.
 """
 
 from collections.abc import Iterable, Sequence
@@ -34,9 +34,9 @@ class Work(Protocol):
 
 
 def reduce_scatter(out: Tensor, rows: Tensor, group: dist.ProcessGroup) -> Work:
-    """Start to sum the tensors `rows` [n R, ...] of the n ranks of a gloo group, and give each rank R rows of it in `out`.
+    """Start to sum the tensors `rows` [n R, ...] of the n ranks of a gloo group; each rank gets R rows of the sum in `out`.
 
-    The first call of this function or of `all_gather` for a group also gathers the names of its nodes.
+    The first call of this function or of `all_gather` for a group waits until all its ranks have exchanged their host names.
     """
     nodes = _nodes(group)
     return _NodeSum(out, rows, group, nodes) if nodes else _FlatSum(out, rows, group)
@@ -45,7 +45,7 @@ def reduce_scatter(out: Tensor, rows: Tensor, group: dist.ProcessGroup) -> Work:
 def all_gather(out: Tensor, part: Tensor, group: dist.ProcessGroup) -> Work:
     """Start to gather the tensors `part` of all ranks of a gloo group in `out`, in the order of the ranks.
 
-    Two ranks send their parts directly: gloo's all-gather takes 1.6 times as long as one part takes over a slow link.
+    In a group of two ranks each sends its part directly: over a slow link gloo's all-gather takes 1.6 times as long.
     """
     if nodes := _nodes(group):
         return _NodeGather(out, part, group, nodes)
@@ -56,10 +56,11 @@ def all_gather(out: Tensor, part: Tensor, group: dist.ProcessGroup) -> Work:
 
 
 def exchange(received: Sequence[Tensor], sent: Sequence[Tensor], group: dist.ProcessGroup) -> Work:
-    """Start to send `sent[p]` to each rank p of a gloo group, and to receive `received[p]` from it; empty ones are left out.
+    """Start to send `sent[p]` to each rank p of a gloo group, and to receive `received[p]` from it. Skip empty tensors.
 
-    Gloo's all-to-all starts to send first. Then the last rank's request for the other's data waits behind its own data, so
-    that a link carries one direction after the other. Here receiving starts first, and both directions are used at once.
+    Gloo's all-to-all starts to send before it starts to receive. A rank's request for the data of another rank then waits
+    until its own data are sent, so that a link transfers in one direction after the other. This function starts to receive
+    first, so that a link transfers in both directions at once.
     """
     size, own = len(sent), dist.get_rank(group)
     others = [(own + step) % size for step in range(1, size)]
@@ -71,9 +72,10 @@ class _Messages:
     """Messages in progress between the ranks of a gloo group.
 
     Args:
-        received, sent: pairs of a contiguous tensor and the rank of the group from or to which it goes.
+        received: for each message to receive, a contiguous tensor and the rank of the group that sends it.
+        sent: for each message to send, a contiguous tensor and the rank of the group that receives it.
         group: the group.
-        tag: number that the messages of both sides have in common. Two ranks match messages of equal tag in their order.
+        tag: a number, equal on sender and receiver. Messages with the same tag between two ranks are matched in order.
     """
 
     def __init__(
@@ -97,7 +99,10 @@ class _Messages:
 
 
 class _FlatSum:
-    """A reduce-scatter in which each rank receives its part from every other rank. A bfloat16 sum is rounded only once."""
+    """A reduce-scatter in which each rank receives its part of every other rank's tensor and adds up these parts.
+
+    A bfloat16 sum is rounded only once. The arguments are those of `reduce_scatter`.
+    """
 
     def __init__(self, out: Tensor, rows: Tensor, group: dist.ProcessGroup) -> None:
         size = dist.get_world_size(group)
@@ -114,10 +119,10 @@ class _Nodes:
     """The nodes of a group, as seen from one of its ranks. There are at least two, with at least two ranks each.
 
     All ranks must start the collectives of the group in the same order, and wait for them in the same order. The messages of
-    each collective have a tag of their own, so that those of two collectives in progress cannot be confused.
+    each collective have a tag of their own, so that messages of two collectives in progress cannot be confused.
 
     Args:
-        ranks: for each node the ranks of the group on it, equally many.
+        ranks: for each node, the ranks of the group on this node. All nodes have equally many.
         own: this rank's number in the group.
     """
 
@@ -133,7 +138,7 @@ class _Nodes:
         self._started = 0
 
     def next_tag(self) -> int:
-        """Return the tag of the collective that starts now, and start the second stage of the sum before it."""
+        """Return the tag of the collective that starts now. If the sum before it is in its first stage, start the second."""
         if self.first_stage is not None:
             # The other ranks of the node have started it, so that the wait is short, and the network has something to do.
             self.first_stage.start_second()
@@ -144,9 +149,9 @@ class _Nodes:
 class _NodeSum:
     """A reduce-scatter in two stages: between the ranks of a node, then between the ranks of equal index on all nodes.
 
-    The second stage starts with the next collective of the group, or when the sum is waited for. Each stage adds bfloat16
-    numbers in float32. So a bfloat16 result is rounded twice: the sum of a node before it is sent, and the sum over nodes.
-    The order of additions depends only on which ranks share a node.
+    The second stage starts with the next collective of the group, or when `wait` is called. Each stage adds bfloat16 numbers
+    in float32. So a bfloat16 result is rounded twice: the sum of a node before it is sent, and the sum over nodes. The order
+    of additions depends only on which ranks share a node.
     """
 
     def __init__(self, out: Tensor, rows: Tensor, group: dist.ProcessGroup, nodes: _Nodes) -> None:
@@ -193,7 +198,7 @@ class _NodeSum:
 class _NodeGather:
     """An all-gather in two stages: between the ranks of equal index on all nodes, then between the ranks of a node.
 
-    The second stage starts when the gather is waited for.
+    The second stage starts when `wait` is called.
     """
 
     def __init__(self, out: Tensor, part: Tensor, group: dist.ProcessGroup, nodes: _Nodes) -> None:
@@ -215,7 +220,7 @@ class _NodeGather:
 
 
 def _following(own: int, count: int) -> list[int]:
-    """Return the numbers below `count` without `own`, from the one after it on."""
+    """Return the numbers 0 .. count-1 without `own`, starting after `own`: for own=1 and count=4, [2, 3, 0]."""
     return [(own + step) % count for step in range(1, count)]
 
 
@@ -223,7 +228,7 @@ _nodes_of_groups: "WeakKeyDictionary[dist.ProcessGroup, _Nodes | None]" = WeakKe
 
 
 def _nodes(group: dist.ProcessGroup) -> _Nodes | None:
-    """Return the nodes of a group; None unless it has several, with equally many ranks, and more than one, on each.
+    """Return the nodes of a group; None if it has only one node, one rank per node, or unequal numbers of ranks per node.
 
     The first call for a group is collective.
     """

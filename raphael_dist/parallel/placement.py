@@ -51,10 +51,10 @@ class LevelCost:
 
 
 def choose_placement(config: Config, plan: BatchPlan) -> list[LevelCost]:
-    """Decide on each U-Net level with transformer blocks whether its experts are sharded; return costs and decisions.
+    """Decide for each U-Net level with transformer blocks whether its experts are sharded; return costs and decisions.
 
-    `plan`: how the global batch is divided over ranks. The list has one entry per kind of experts and level. Kinds of
-    experts whose expert-parallel size (`parallel.space_ep`, `parallel.time_ep`) is 1 are left out.
+    The list has one entry per kind of experts and level. Kinds of experts whose expert-parallel size (`parallel.space_ep`,
+    `parallel.time_ep`) is 1 are left out. `plan`: how the global batch is divided over ranks.
     """
     costs = []
     for kind in EXPERT_KINDS:
@@ -66,7 +66,7 @@ def choose_placement(config: Config, plan: BatchPlan) -> list[LevelCost]:
 def blocks_per_level(config: Config) -> list[int]:
     """Return the number of transformer blocks on each U-Net level, outermost first; 0 on levels without attention.
 
-    Encoder and decoder are added up. The middle block counts for the last level.
+    The blocks of encoder and decoder are added up. The middle block belongs to the last level.
     """
     m = config.model
     blocks = [(2 * m.layers_per_block + 1) * attends for attends in m.attention]
@@ -115,9 +115,9 @@ def mean_tokens(config: Config, level: int) -> int:
 
 
 def describe(costs: Sequence[LevelCost]) -> list[str]:
-    """Return the lines of a text table of where experts are sharded, and what it costs; [] if `costs` is empty.
+    """Return the lines of a table that shows on which levels experts are sharded, and the bytes that each rank then sends.
 
-    `costs`: the result of `choose_placement`.
+    `costs`: the result of `choose_placement`. The result is [] if `costs` is empty.
     """
     if not costs:
         return []
