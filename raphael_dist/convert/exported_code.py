@@ -1,8 +1,11 @@
 """Generates the Python files in an exported model folder, which allow loading the model without this package.
 
-A file is assembled from the source of this package: a class, and every definition of the package that the class uses, with
-their text and comments. Code that only training needs is left out: unused definitions, methods whose name occurs nowhere in
-the kept code, and `if` branches whose condition is always false in an exported folder (the list `_NEVER`).
+A generated file contains a class of this package and every definition of the package that the class uses, with comments.
+Code that only training needs is left out:
+
+- definitions that the class does not use,
+- methods whose name occurs nowhere in the other code of the file,
+- `if` branches whose condition is always false in an exported folder (the list `_NEVER`).
 """
 
 import ast
@@ -48,7 +51,7 @@ _LICENCE = """# Copyright the authors of raphael_dist. Licensed under the Apache
 
 @cache
 def pipeline_code() -> str:
-    """Return the text of pipeline.py for an exported model folder. It defines this project's pipelines for diffusers.
+    """Return the text of pipeline.py for an exported model folder. This file defines this project's pipelines for diffusers.
 
     The text imports only torch, diffusers, transformers and packages that these require.
     """
@@ -69,7 +72,7 @@ def model_code(kind: type) -> tuple[str, str]:
 def standalone_module(roots: tuple[tuple[str, str], ...], title: str) -> str:
     """Return the text of one Python file that defines some classes of this package without importing the package.
 
-    It is assembled from the source of the classes and of everything in this package that they use.
+    The text consists of the source of the classes and of all definitions in this package that the classes use.
 
     Args:
         roots: (module, name) of each class. All of their methods are kept.
@@ -94,10 +97,11 @@ class _Module:
     """The source of a module of this package.
 
     Attributes:
-        lines: its text, without `if` branches whose condition is always false in an exported folder (`_NEVER`).
-        own: the statements that define names in it, by name.
-        ours: names that it imports from this package, with the module that they come from.
-        external: names that it imports from other packages, with (module, imported name); for `import x`: ("", statement).
+        lines: the lines of its text, without `if` branches whose condition is always false in an exported folder (`_NEVER`).
+        own: for each name that the module defines at its top level, the statement that defines it.
+        ours: for each name that the module imports from this package, the module that defines the name.
+        external: for each name that the module imports from another package, (module, imported name), or for a statement
+            `import x`, ("", the statement).
     """
 
     lines: list[str]
@@ -152,7 +156,7 @@ def _first_line(node: ast.AST, lines: list[str]) -> int:
 
 
 def _without(lines: list[str], nodes: list[ast.AST]) -> list[str]:
-    """Return the lines of a module without those of some statements, `nodes`."""
+    """Return the `lines` of a module without those of the statements `nodes`, their decorators and comments above them."""
     left_out = {n for node in nodes for n in range(_first_line(node, lines), node.end_lineno)}  # type: ignore[attr-defined]
     return [line for n, line in enumerate(lines) if n not in left_out]
 
@@ -212,7 +216,7 @@ class _Selection:
                 self._read_names.add(inner.attr)
 
     def complete(self) -> None:
-        """Select those methods of the selected classes whose names occur in the selected code, until nothing changes."""
+        """Select the methods of selected classes whose names occur in the selected code, until no more methods are found."""
         while ready := [pair for pair in self._methods if pair[1].name in self._read_names]:
             self._methods = [pair for pair in self._methods if pair not in ready]
             for module, method in ready:
@@ -272,7 +276,7 @@ def _import_order(statement: str) -> tuple[bool, str]:
 
 
 def _squeeze(lines: list[str]) -> Iterator[str]:
-    """Yield the lines with at most one empty line in a row, and without empty lines at the end."""
+    """Yield `lines` with at most one empty line in a row, and without empty lines at the end."""
     while lines and not lines[-1].strip():
         lines = lines[:-1]
     for before, line in zip(["", *lines], lines, strict=False):
