@@ -136,7 +136,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _make_requests(args: argparse.Namespace, trained: "TrainedModel") -> "tuple[list[Request], SamplingSettings]":
-    """Return one request per image, and the settings. Raises UserError for options that are incompatible with the model."""
+    """Return a request per image, and how to sample. Raises UserError for options that are incompatible with the model."""
     from raphael_dist.sampling.distributed import SamplingSettings
     from raphael_dist.sampling.prompts import check_sizes, read_edges, read_fitted_image, read_requests, read_small
     from raphael_dist.sampling.sampler import Request

@@ -201,7 +201,7 @@ def print_line(text: str, file: TextIO | None = None) -> None:
 class LineFormat(logging.Formatter):
     """A log formatter that hides user, password and query of addresses, and escapes control characters.
 
-    A traceback keeps its lines.
+    The line breaks of a traceback are kept.
     """
 
     def format(self, record: logging.LogRecord) -> str:

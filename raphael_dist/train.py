@@ -217,7 +217,7 @@ def _check_default(config: Config) -> None:
             print_line(f"missing: {line}", file=sys.stderr)
         raise UserError(
             f"--config={DEFAULT_CONFIG} (the default) requires more than this machine has: see the {len(lines)} lines "
-            "'missing: ...'. Provide what they name, choose another --config, or try a small model on this machine: "
+            "'missing: ...'. Provide what these lines name, choose another --config, or try a small model on this machine: "
             f"{SMALL_RUN}"
         )
 

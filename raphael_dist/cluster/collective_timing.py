@@ -22,8 +22,8 @@ class Collective:
         each: how many float32 numbers a block has. The whole buffer has n blocks: one for each rank.
         device: device of the buffers.
 
-    All numbers of block b (from 0) on rank r are r n + b. The values stay below 2**24, so that their sums are exact up to
-    4,000 ranks.
+    All numbers of block b (from 0) on rank r are r n + b. The values stay below 2**24 up to 4,096 ranks, so
+    that float32 holds them exactly. Their sums may be rounded, which `is_right` allows.
     """
 
     def __init__(self, name: str, group: dist.ProcessGroup, each: int, device: torch.device) -> None:
@@ -43,7 +43,7 @@ class Collective:
 
     @property
     def sent_bytes(self) -> float:
-        """Bytes that each rank sends in one run of this collective: by the ring algorithm, or directly for all_to_all."""
+        """Bytes that each rank sends in one run: directly to each rank in all_to_all, else by the ring algorithm."""
         return (2 if self.name == "all_reduce" else 1) * 4 * self._each * (self.size - 1)
 
     def run(self) -> None:

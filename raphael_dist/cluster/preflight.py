@@ -197,7 +197,7 @@ class Probe:
         return min(differences, key=abs)
 
     def _all_reduce(self) -> float:
-        """Run an all-reduce over all ranks and check its result; return the GB/s that this rank sends in a ring."""
+        """Run an all-reduce over all ranks and check its result; return the GB/s that this rank sends (ring algorithm)."""
         return self._collective("all_reduce", "the sum over all ranks is wrong")
 
     def _all_to_all(self) -> float:
@@ -229,7 +229,11 @@ class Probe:
         return speeds
 
     def _pair_speed(self, other: int) -> float:
-        """Exchange data with the rank `other`, and return the GB/s: of 64 KiB if these are slow, else of 4 or 64 MiB."""
+        """Exchange data with the rank `other`; return the speed in GB/s.
+
+        64 KiB are exchanged first. If they take more than 0.1 s (SLOW_S), the speed is computed from them. Otherwise it is
+        measured with 64 MiB on GPUs, or 4 MiB on CPUs.
+        """
         small = torch.zeros(SMALL_NUMEL, device=self.device)
         _exchange(small, torch.empty_like(small), other)  # opens the connection
         seconds = timed(partial(_exchange, small, torch.empty_like(small), other), self.device)
@@ -249,7 +253,11 @@ class Probe:
         return sent.nbytes / 1e9 / seconds
 
     def _experts(self) -> dict[str, float]:
-        """Compare sharded experts with one rank; return {"ranks": per group, "difference": relative}, {} if impossible."""
+        """Compare a Space-MoE layer with sharded experts with the same layer on one rank (`expert_parity`).
+
+        Returns {"ranks": ranks that share the experts, "difference": relative difference}; {} if the experts of the model
+        cannot be sharded on this number of ranks.
+        """
         c, n = self.config, self.ranks.world_size
         size = c.parallel.space_ep if c.parallel.space_ep > 1 else 2
         if n % size or c.model.space_experts % size or c.model.space_experts == 0:
@@ -285,10 +293,11 @@ def gpu_use(device: torch.device) -> JsonObject:
 
 
 def rounds(members: list[int]) -> list[dict[int, int]]:
-    """Arrange all pairs of members (ranks) in rounds, so that every two are partners in exactly one round (circle method).
+    """Arrange all pairs of members (ranks) in rounds, so that any two members are partners in exactly one round.
 
-    Returns one dict {member: partner} per round. A member has one partner per round, or none if their number is odd. So all
-    pairs of a round can exchange data at the same time.
+    This is the circle method of round-robin tournaments. Returns one dict {member: partner} per round. No member
+    has two partners in a round, so all pairs of a round can exchange data at the same time. If the number of members is odd,
+    one member has no partner in each round.
     """
     circle: list[int | None] = [*members, *([None] if len(members) % 2 else [])]
     schedule = []

@@ -59,7 +59,7 @@ def judge(reports: list[Report], num_ranks: int, nodes: list[str]) -> Verdict:
     Args:
         reports: contents of the report files, one per rank that wrote one (`read_reports`).
         num_ranks: expected number of ranks.
-        nodes: names of all nodes, including those without a report file; may be empty.
+        nodes: names of all nodes, including nodes without a report file; []: only nodes with a report file are known.
     """
     verdict = Verdict([_row(r) for r in reports])
     reported = {r["node"] for r in reports}
@@ -90,9 +90,10 @@ def judge(reports: list[Report], num_ranks: int, nodes: list[str]) -> Verdict:
 
 
 def _unreachable(reports: list[Report]) -> set[str]:
-    """Return the nodes of the ranks that rank 0 cannot reach; the node of rank 0 if there are several and it reaches none.
+    """Return the nodes of the ranks that rank 0 cannot reach.
 
-    When a link breaks, collectives fail on all nodes, so that their errors do not show which node is cut off.
+    If rank 0 reaches none of several other nodes, its own node is returned instead, because its link must be broken. When a
+    link breaks, collectives fail on all nodes, so that their errors do not show which node is cut off.
     """
     nodes = {r["rank"]: r["node"] for r in reports}
     home = nodes.get(0)
@@ -200,9 +201,10 @@ def _pair_speeds(reports: list[Report]) -> dict[tuple[str, str], float]:
 
 
 def _slow_nodes(reports: list[Report]) -> set[str]:
-    """Return the nodes whose links to most others have less than SLOW_PAIR of the fastest quarter's bandwidth.
+    """Return the nodes whose links to most other nodes are slow.
 
-    If this holds for half of the nodes, it is the shape of the network, and none is returned.
+    A link is slow if its bandwidth is below SLOW_PAIR (0.3) times the bandwidth that the fastest quarter of all links
+    reaches. If half of the nodes or more have slow links, no node is returned: the network itself is then uneven.
     """
     pairs = _pair_speeds(reports)
     usual = sorted(pairs.values())[-1 - len(pairs) // 4] if pairs else 0.0

@@ -76,7 +76,7 @@ class Agents:
 
     @contextmanager
     def deadline(self, limit_s: float) -> Iterator[None]:
-        """Return a context that ends this process if its block takes a minute (3 GRACE_S) longer than `limit_s` seconds.
+        """Return a context manager that ends this process if its body takes a minute longer than `limit_s` seconds.
 
         This is needed if the node of rank 0 is dead: requests to the store on this node may then never return.
         """
@@ -106,7 +106,7 @@ class Agents:
         os._exit(EXIT_USER_ERROR)
 
     def stop_others(self, piece: int) -> None:
-        """Ask the agents of all ranks to end their worker processes, because the one on this rank has failed.
+        """Ask the agents of all ranks to end their worker processes, because the worker on this rank has failed.
 
         `piece`: serial number of the current worker processes, which were started together, one on each rank.
         """
@@ -171,8 +171,8 @@ class _Run:
     def _run_together(self, names: Sequence[str]) -> int | None:
         """Run the checks `names` one after another, in one worker process per rank; return how many of them were run.
 
-        These are fewer if a check did not finish, because the following ones need new worker processes. Returns None if no
-        further check can run, because some rank does not answer or the ranks cannot exchange data.
+        If a check does not finish, the checks after it are not run, because they need new worker processes. Returns None if
+        no further check can run, because some rank does not answer or the ranks cannot exchange data.
         """
         self.pieces += 1
         world = CHECKS[names[0]].ranks(self.agents.ranks.world_size)
@@ -255,7 +255,7 @@ class Worker:
         Args:
             name: name of the check.
             outcome: the record to fill in with result, progress and duration of the check on this rank.
-            first: whether it is the worker's first check. Its time limit is longer, because the process starts first.
+            first: whether this check is the worker's first one. Its time limit includes the start of the process.
         """
         began = time.monotonic()
         limit_s = CHECKS[name].limit_s + (START_S if first else 0.0)

@@ -255,7 +255,10 @@ def _one_micro_step(config: Config, world: int, micro: int) -> Config:
 
 
 def _cluster(proof: Proof) -> ClusterSpec:
-    """Return the planner's description of a cluster with this rank's GPU, or of "h100x8" if unknown; "cpu" without a GPU."""
+    """Return the planner's description of a cluster with this rank's type of GPU; of "cpu" on a rank without a GPU.
+
+    If the planner has no cluster with this type of GPU, the description of "h100x8" is returned.
+    """
     if proof.device.type != "cuda":
         return load_cluster("cpu")
     name = torch.cuda.get_device_name(proof.device).lower()

@@ -90,7 +90,7 @@ class Steps:
         return loss
 
     def loss_problem(self, step: int, slots: Sequence[Slots], loss: float) -> Problem | None:
-        """Compare the loss of some samples of step `step` (from 0) with this training; return a problem if they differ.
+        """Compare a rank's loss in step `step` (from 0) with the training in one process; return a problem if they differ.
 
         `slots`: for each micro-step, (position in the order of training samples, weight) of each of a rank's samples.
         `loss`: sum of the weighted losses of these samples, as this rank computed it.
@@ -106,7 +106,7 @@ class Steps:
         )
 
     def norm_problem(self, step: int, norm: float) -> Problem | None:
-        """Compare the gradient norm `norm` of step `step` (from 0) with this training; return a problem if they differ."""
+        """Compare the gradient norm `norm` of step `step` (from 0) with the training in one process; return a problem."""
         reference = self.norms[step]
         if math.isclose(norm, reference, rel_tol=self._tolerance):
             return None

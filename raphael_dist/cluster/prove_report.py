@@ -171,8 +171,8 @@ def judge_check(outcomes: list[Outcome | None], hosts: list[str], environment: b
 def _unfinished(outcomes: list[Outcome]) -> list[str]:
     """Return lines that name the ranks because of which a check did not finish: those that died or failed.
 
-    If none died or failed, these are the ranks that sent the fewest progress messages. Ranks that only waited for others
-    are not named. `outcomes`: those of all ranks that did not finish.
+    If no rank died or failed, the lines name the ranks that sent the fewest progress messages. Ranks that only waited for
+    others are not named. `outcomes`: the outcomes of all ranks that did not finish.
     """
     if not outcomes:
         return []
@@ -195,8 +195,8 @@ def _unfinished(outcomes: list[Outcome]) -> list[str]:
 def _named(pairs: list[tuple[Outcome, JsonObject]]) -> list[str]:
     """Return one line per different problem, with the ranks that have it.
 
-    `pairs`: (outcome of a rank, fields of a `Problem`). If some ranks cause problems themselves (`own`), only these
-    problems are listed; the others can follow from them.
+    `pairs`: (outcome of a rank, fields of a `Problem`). If some problems are caused by the
+    rank that has them (`Problem.own`), only these are listed; the others can follow from them.
     """
     own = [(o, p) for o, p in pairs if p["own"]]
     ranks: dict[str, list[str]] = {}

@@ -58,7 +58,8 @@ def check_same_run(old: Config, new: Config, folder: str) -> list[str]:
     shapes = sorted(set(ARCHITECTURE_FIELDS) & changed.keys())
     if shapes:
         name = shapes[0]
-        raise UserError(f"{refusal} Restore {name}={changed[name][0]}, or choose a new run.dir.")
+        reason = f"The shapes of the weights depend on {name}."
+        raise UserError(f"{refusal} {reason} Restore {name}={changed[name][0]}, or choose a new run.dir.")
     refused = changed.keys() - set(new.run.allow_change)
     if refused:
         allowed = ", ".join(sorted({*new.run.allow_change, *refused}))

@@ -74,7 +74,7 @@ def sample_data(config: Config) -> DataSample:
 
 
 def _inspect(config: Config, patterns: list[str], count: int) -> Findings:
-    """Decode `count` samples of the first local shards of a source, which `patterns` names."""
+    """Decode `count` samples of the first two local shards of a source. `patterns`: the paths or patterns of its shards."""
     option = "data.sources" if config.data.sources else "data.shards"
     local = [pattern for pattern in patterns if not is_remote(pattern)]
     if not local:

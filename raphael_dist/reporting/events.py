@@ -119,9 +119,9 @@ def _unclean(time: datetime, step: int) -> Event:
 
 
 def _is_repetition(event: Event, events: list[Event]) -> bool:
-    """Return whether one of the earlier `events` since the last start is the same event, logged by another rank.
+    """Return whether one of the earlier `events` since the last start is the same event, from another log line.
 
-    All ranks log a hang, which ends them. Of a damaged checkpoint, rank 0 logs that it is skipped and that it was moved.
+    All ranks log a hang. Rank 0 logs two lines about a damaged checkpoint: that it is skipped, and that it was moved.
     """
     if event.kind not in ("hang", "damaged checkpoint"):
         return False
@@ -136,8 +136,8 @@ def _is_repetition(event: Event, events: list[Event]) -> bool:
 def silent_seconds(run: RunFiles, history: History, now: datetime) -> float | None:
     """Return the seconds since a run's last log line if they are unusually many; None otherwise, or if the run has ended.
 
-    They are if they are at least 10 minutes and at least 20 times the median time between two lines of progress. Before
-    there are two such lines, they are from an hour on.
+    The time is unusually long if it is at least 10 minutes and at least 20 times the median time between two lines of
+    progress ("step 10/1000 ..."). If the log has fewer than two lines of progress, it must be at least an hour.
     """
     if not run.log or _last_end(history) in ENDS:
         return None

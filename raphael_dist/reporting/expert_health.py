@@ -16,7 +16,7 @@ def dead_blocks(run: RunFiles) -> dict[str, list[int]]:
 
     A dead expert gets almost no work. A block is listed if the smallest load of its experts is below 1% (DEAD_SHARE) of
     their mean load in each of the last log lines. The last fifth of the lines is used, at least three, because loads of few
-    lines are noisy. Kinds without such a block are missing.
+    lines are noisy. The result has no entry for a kind without such a block.
     """
     return _blocks(run, "min", lambda load, experts: load < DEAD_SHARE)
 
@@ -25,7 +25,7 @@ def overloaded_blocks(run: RunFiles) -> dict[str, list[int]]:
     """Return the numbers of the transformer blocks with an overloaded expert, by kind of expert ("space" or "time").
 
     An overloaded expert gets more than 90% (OVERLOADED) of the work of its block. A block is listed if it has one in each of
-    the last log lines: the last fifth of the lines, at least three. Kinds without such a block are missing.
+    the last log lines: the last fifth of the lines, at least three. The result has no entry for a kind without such a block.
     """
     return _blocks(run, "max", lambda load, experts: load > OVERLOADED * experts)
 

@@ -20,7 +20,7 @@ class Rise:
     Attributes:
         lowest: median of the loss in the eighth of the log lines where it is lowest.
         step: the last step of these lines.
-        end: median of the last eighth.
+        end: median of the loss in the last eighth of the log lines.
     """
 
     lowest: float
@@ -69,9 +69,9 @@ def loss_rising(evidence: RunEvidence) -> Finding | None:
 def find_rise(run: RunFiles) -> Rise | None:
     """Return where the training loss of a run was lowest, if it fell before and has risen again since; else None.
 
-    The log lines are divided into eighths, at least three lines each, of which medians are compared, so that a single spike
-    does not count. Lines of earlier stages of training (train.stages) are left out, because stages of other image sizes have
-    other losses.
+    The log lines are divided into eighths of at least three lines. The medians of these parts are compared, so that a single
+    spike does not count. Lines of earlier stages of training (train.stages) are left out, because stages of other image
+    sizes have other losses.
     """
     series = [(step, loss) for step, loss in _last_stage(run) if math.isfinite(loss)]
     size = max(3, len(series) // 8)

@@ -65,9 +65,10 @@ def build_page(runs: Sequence[Examined]) -> str:
 
 
 def with_labels(runs: Sequence[Examined]) -> list[Examined]:
-    """Return the runs with a label each: the last parts of its path, as few as no other run's path ends with.
+    """Return the runs, each with a label that distinguishes it from the other runs.
 
-    Examples are "a/demo" and "b/demo". If a folder is given several times, a number follows: "demo (2)".
+    A label is the end of the run's path, as short as possible: for example "a/demo" and "b/demo". If a folder is
+    given several times, a number follows: "demo (2)".
     """
     paths = [examined.run.folder.resolve().parts for examined in runs]
     labelled = []
@@ -83,7 +84,10 @@ def with_labels(runs: Sequence[Examined]) -> list[Examined]:
 
 
 def _bytes_left(runs: Sequence[Examined], parts: Mapping[str, str], data: JsonObject) -> int:
-    """Return how many bytes of sample grids or routes can still be added to the page; negative if it is too large."""
+    """Return how many bytes of sample grids or routes can still be added to the page.
+
+    The result is negative if the page is too large already. `parts`, `data`: content of the page so far (`_document`).
+    """
     return MAX_BYTES - len(_document(runs, parts, data).encode()) - NOTE_BYTES * len(runs)
 
 

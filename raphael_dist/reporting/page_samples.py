@@ -1,6 +1,7 @@
-"""The sections of the HTML report with sample grids and routes, of which some are left out if the page would be too large.
+"""The sections of the HTML report with sample grids and routes.
 
-Routes state which expert processes each word and timestep.
+Routes state which expert processes each word and timestep. Grids and routes of some steps are left out if the page would be
+too large.
 """
 
 import base64
@@ -31,7 +32,10 @@ def payload_of(value: object) -> str:
 
 
 def samples_section(runs: Sequence[Examined], data: JsonObject, limit: int) -> str:
-    """Return the HTML of the sample grids, and add the images to `data`, in at most `limit` bytes."""
+    """Return the HTML of the sample grids, and add the images to `data`, in at most `limit` bytes.
+
+    `data`: values that the scripts of the page draw.
+    """
     parts = []
     for number, examined in enumerate(runs):
         parts.append(heading(runs, examined.run))
@@ -51,7 +55,10 @@ def samples_section(runs: Sequence[Examined], data: JsonObject, limit: int) -> s
 
 
 def routes_section(runs: Sequence[Examined], data: JsonObject, limit: int) -> str:
-    """Return the HTML of the routes (experts of words and timesteps); add them to `data`, in at most `limit` bytes."""
+    """Return the HTML of the routes (experts of words and timesteps); add them to `data`, in at most `limit` bytes.
+
+    `data`: values that the scripts of the page draw.
+    """
     parts = []
     for number, examined in enumerate(runs):
         parts.append(heading(runs, examined.run))
@@ -75,7 +82,11 @@ def routes_section(runs: Sequence[Examined], data: JsonObject, limit: int) -> st
 
 
 def _left_out(what: str, shown: int, paths: Mapping[int, Path], unreadable: Sequence[str]) -> list[str]:
-    """Return sentences as HTML that state how many steps are not in the page, and why."""
+    """Return sentences as HTML that state how many steps are not in the page, and why.
+
+    `what`: what the page shows of each step, in the plural. `shown`: number of steps in the page. `paths`: file of each
+    step. `unreadable`: names of the files that cannot be read, with the reasons.
+    """
     lines = []
     if shown + len(unreadable) < len(paths):
         lines.append(f"{shown} of {len(paths)} {what} are shown, because the size of this page is limited.")
@@ -89,7 +100,8 @@ def _grids(samples: Mapping[int, Path], limit: int) -> tuple[list[JsonObject], b
     """Return sample grids at evenly distributed steps, in at most `limit` bytes of JSON.
 
     Returns:
-        The grids as dicts with "step" and "src" (a JPEG as a data URL); whether one is scaled down; which cannot be read.
+        The grids as dicts with "step" and "src" (a JPEG as a data URL); whether a grid is scaled down;
+        and which files cannot be read.
     """
     steps = spread(sorted(samples), min(MAX_STEPS, limit // MIN_BYTES))
     grids: list[JsonObject] = []
@@ -140,7 +152,7 @@ def _jpeg_within(image: Image.Image, limit: int) -> tuple[bytes | None, int]:
 
 
 def spread(steps: Sequence[int], count: int) -> list[int]:
-    """Return at most `count` of the steps, evenly distributed, with the first and the last; a single one is the last."""
+    """Return at most `count` of the steps, evenly distributed, with the first and the last; only the last for `count` 1."""
     if len(steps) <= count:
         return list(steps)
     if count < 2:
@@ -151,7 +163,7 @@ def spread(steps: Sequence[int], count: int) -> list[int]:
 def _route_entries(paths: Mapping[int, Path], limit: int) -> tuple[list[JsonObject], list[str]]:
     """Return the routes of evenly distributed steps in at most `limit` bytes of JSON, and which files cannot be used.
 
-    The newest have priority. The entries are dicts with "step" and "routes".
+    Newer steps have priority. Each entry is a dict with "step" and "routes".
     """
     entries: list[JsonObject] = []
     unreadable = []

@@ -109,7 +109,7 @@ def slow_ranks(evidence: RunEvidence) -> Finding | None:
 def wrong_schedule(evidence: RunEvidence) -> Finding | None:
     """Return a finding (problem and remedy) if a schedule does not fit the run's number of steps, else None.
 
-    This is so in each of these cases:
+    A schedule does not fit in each of these cases:
 
     - The learning rate is 0 in all log lines.
     - The warm-up of the learning rate takes half of the steps or more.
@@ -164,9 +164,9 @@ def disk_nearly_full(evidence: RunEvidence) -> Finding | None:
 def truncated_captions(evidence: RunEvidence) -> Finding | None:
     """Return a finding (problem and remedy) if at least 5% of the captions are longer than the encoder reads, else None.
 
-    If samples of the data were checked, the share is that of their captions. Otherwise it is taken from the log: each
+    If samples of the data were checked, their captions are counted. Otherwise the counts are taken from the log: each
     process warns once, and states how many captions it had encoded by then and how many of them were too long. With
-    data.features=cached these are all captions of the shards, with data.features=online the first ones.
+    data.features=cached it counts all captions of the shards, with data.features=online only the first ones.
     """
     remedy = "shorten the captions, or raise text.max_tokens in a new run if the encoder allows more"
     data = evidence.data
@@ -190,7 +190,7 @@ def truncated_captions(evidence: RunEvidence) -> Finding | None:
 def empty_edge_maps(evidence: RunEvidence) -> Finding | None:
     """Return a finding (problem and remedy) if the edge loss is on, but many edge maps have no edges, else None.
 
-    This is so if more than 20% of the checked maps have none, or if the edge loss has fallen to 0.001 or less.
+    There is a finding if more than 20% of the checked edge maps have no edges, or if the edge loss is at most 0.001.
     """
     if not evidence.run.number("edge.weight"):
         return None
@@ -227,8 +227,8 @@ def skipped_steps(evidence: RunEvidence) -> Finding | None:
 def stalled(evidence: RunEvidence) -> Finding | None:
     """Return a finding (problem and remedy) if the run is not complete but no longer writes to its log, else None.
 
-    This is so if its log has no new line for 10 minutes and for 20 times the usual time between two lines of progress. If
-    there are fewer than two lines of progress, it is so after an hour.
+    There is a finding if the log has had no new line for 10 minutes and for 20 times the usual time between two lines of
+    progress. If the log has fewer than two lines of progress, there is a finding after an hour.
     """
     silent = silent_seconds(evidence.run, evidence.history, evidence.now)
     if silent is None:
@@ -287,9 +287,9 @@ def diagnose(evidence: RunEvidence) -> list[Finding]:
 
 
 def coverage(evidence: RunEvidence) -> tuple[list[str], list[str]]:
-    """Return which problems the rules can detect in a run: (names of these problems, names of those without data).
+    """Return (names of the problems that the rules can detect in a run, names of those that they cannot detect).
 
-    A problem cannot be detected if the run has no data about it, e.g. if it has no log.
+    A problem cannot be detected if the run has no data about this problem, e.g. if the run has no log.
     """
     seen: list[str] = []
     unseen: list[str] = []

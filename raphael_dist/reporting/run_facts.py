@@ -30,9 +30,10 @@ class Examined:
         run: contents of its run directory.
         history: events from its logs.
         findings: problems that the rules (rules.py) detect.
-        looked_at, not_looked_at: names of the problems that the rules looked for, and of those for which data was missing.
+        looked_at, not_looked_at: names of the problems that the rules looked for, and of the problems that they could not
+            look for, because the run has no data about them.
         notes: sentences that state what could not be read, and why.
-        plan: measured and predicted values of speed and memory. Predictions are None if there are none.
+        plan: measured and predicted values of speed and memory. A prediction is None if the planner made none.
         plan_note: why there is no prediction; "" if there is one.
         now: time of the examination.
     """

@@ -74,7 +74,10 @@ CHARTS = (
 
 
 def buckets_for(runs: Sequence[RunFiles]) -> int:
-    """Return into how many intervals to divide each curve (two points per interval): at most POINTS points in all curves."""
+    """Return into how many intervals to divide each curve, so that all curves together have at most POINTS points.
+
+    Of each interval, two points are shown: those with the smallest and the largest value.
+    """
     curves = sum(tag in run.series for chart in CHARTS for tag in chart.tags for run in runs)
     return min(BUCKETS, max(MIN_BUCKETS, POINTS // (2 * max(1, curves))))
 
@@ -82,7 +85,8 @@ def buckets_for(runs: Sequence[RunFiles]) -> int:
 def chart_data(chart: Chart, runs: Sequence[RunFiles], buckets: int = BUCKETS) -> list[Curve]:
     """Return the curves of a chart, one for each run and metric. x are steps, y are values of the metric.
 
-    Long curves are downsampled to two points in each of `buckets` intervals. [] if no run has values for the chart.
+    Long curves are downsampled to two points in each of `buckets` intervals. The result is [] if no run has values for the
+    chart.
     """
     curves: list[Curve] = []
     for run in runs:
@@ -99,7 +103,8 @@ def timeline_data(histories: list[tuple[str, History]], buckets: int = BUCKETS) 
 
     There are up to three curves per run, whose "kind" is "step", "restart" or "fault". Restarts and faults are points.
 
-    `histories`: (name, events and progress) of each run. `buckets`: half of the largest number of points of a curve.
+    `histories`: (name, events and progress) of each run. `buckets`: a curve has at most 2 x `buckets` points, as many
+    as the curves of `chart_data`, which have two points in each interval.
     """
     curves: list[Curve] = []
     for name, history in histories:
@@ -122,8 +127,8 @@ def timeline_data(histories: list[tuple[str, History]], buckets: int = BUCKETS) 
 def thinned(series: Series, buckets: int = BUCKETS) -> Series:
     """Return the points (step, value) of a series with the smallest and the largest value in each of `buckets` intervals.
 
-    So spikes stay visible. A series of at most 2 x `buckets` points is returned unchanged. Values that are not finite are
-    left out of an interval that also has finite values.
+    Therefore spikes stay visible. A series of at most 2 x `buckets` points is returned unchanged. Values that are not finite
+    are left out of an interval that also has finite values.
     """
     size = -(-len(series) // buckets)
     if size <= 2:

@@ -1,8 +1,9 @@
 """Ends a process whose thread never releases Python's global interpreter lock (GIL).
 
 The watched process starts `python interpreter_watchdog.py PID SECONDS TICK`. It sends a byte to the standard input of this
-program as a sign of life. When the input ends, this program ends. If neither happens for SECONDS, the watched process gets
-SIGUSR2, for which faulthandler writes the stacks of its threads, and is then killed.
+program as a sign of life. When the input ends, this program ends. If for SECONDS no byte comes and the
+input does not end, the watched process gets SIGUSR2, for which faulthandler writes the stacks of its threads, and is then
+killed.
 
 Time in which either process was suspended does not count. A suspended job has not hung; and if only one rank is suspended,
 the other ranks report it.

@@ -1,7 +1,8 @@
-"""Finds the launcher processes that started this rank. If its launcher has ended, a rank must end itself: nothing else does.
+"""Finds the launcher processes that started this rank. A rank whose launcher has ended must end itself.
 
-SIGTERM or SIGKILL to `deepspeed` alone does not end the process that it started, nor the ranks. Launchers are recognised by
-their command lines, because other ancestors, such as the shell that started a run in the background, may end earlier.
+SIGTERM or SIGKILL to `deepspeed` alone ends neither the process that `deepspeed` started nor the ranks. Launchers are
+recognised by their command lines, because other ancestors, such as the shell that started a run in the background, may end
+earlier.
 """
 
 import contextlib

@@ -123,7 +123,7 @@ def _store_of(piece: int) -> dist.Store:
 
 
 class Watch:
-    """Publishes this rank's progress in one piece of work that all ranks do (`long_work`), and follows that of the others.
+    """Publishes this rank's progress in one piece of work that all ranks do (`long_work`), and follows that of other ranks.
 
     Ranks exchange their progress through the process group's key-value store. A separate thread makes all requests to this
     store, because the process that keeps it (that of rank 0, usually) may hang, and requests have no timeout.
@@ -183,7 +183,10 @@ class Watch:
         self._over.set()
 
     def _exchange(self) -> None:
-        """Exchange status with the other ranks until all have finished, one called `report_failure`, or none reports."""
+        """Exchange status with the other ranks.
+
+        Returns when all ranks have finished, a rank has called `report_failure`, or no rank has reported for too long.
+        """
         began = last_sign = logged = self._clock.now()
         posted, counted, signs, finished = 0, False, -1, 0
         while True:
@@ -222,7 +225,10 @@ class Watch:
         return finished
 
     def _pause(self, elapsed: float) -> float:
-        """Return the seconds to the next poll: an eighth of `elapsed`, up to 1 s; longer if there are many ranks."""
+        """Return the seconds until the next poll of the store, `elapsed` seconds after the work began.
+
+        They are an eighth of `elapsed`, at most 1 s; but longer if there are many ranks.
+        """
         return min(self._silence / 8, max(self._world * POLL_S_PER_RANK, min(elapsed / 8, 1.0)))
 
     def _post_status(self) -> None:

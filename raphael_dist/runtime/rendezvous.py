@@ -1,4 +1,4 @@
-"""How ranks connect: the store through which they form a process group, and each rank's status until they have done so.
+"""How ranks connect: the store through which they form a process group, and each rank's status until the group exists.
 
 The store is torch.distributed's key-value store, a service in the process of rank 0. Before the run directory is open, only
 the store can show which rank is missing. A single rank needs no network: its store is in its own memory and opens no port.

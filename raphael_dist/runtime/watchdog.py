@@ -1,8 +1,8 @@
 """Ends a run that hangs. A thread on each rank follows the progress of the training thread.
 
 It watches the progress of the training loop and not process groups, so it detects a hang in any of them. Every rank writes
-its heartbeat (the place that its training loop has reached) to a file in the run directory. The rank whose timeout is over
-first reads the heartbeats of all ranks, names those that are behind, writes the stacks of all its threads to
+its heartbeat (the place that its training loop has reached) to a file in the run directory. When the timeout of a rank is
+over, this rank reads the heartbeats of all ranks, reports the ranks that are behind, writes the stacks of its own threads to
 `logs/stacks-rank-N.txt`, and exits with EXIT_HUNG. The launcher then ends the other ranks.
 
 The watchdog starts before the ranks are connected. Until the run directory is open, heartbeats are lines in the ranks' store
@@ -53,7 +53,7 @@ class Heartbeat:
         where: the place that its training loop has reached, as a string for messages, e.g. "step 12".
         time: when it was written, in seconds since 1970, by the clock of the file system; before there is a run directory,
             by the clock of the host.
-        pid: process id; 0: the process is about to end itself, so it was not killed.
+        pid: process id; 0: the process is about to end itself, so that other ranks do not report it as killed.
     """
 
     rank: int
@@ -244,7 +244,7 @@ class Watchdog:
         return f", and {names} cannot be reached from {self._host}: check the network between them" if missing else ""
 
     def _read_heartbeats(self) -> list[Heartbeat]:
-        """Return the heartbeat of every rank; [] if they are in the store and it does not answer."""
+        """Return the last heartbeat of every rank; [] if the store that has the heartbeats does not answer."""
         if self._stacks is None:
             return _newest(rendezvous.read_status(), self._ranks.world_size)
         return [self._read_file(rank) for rank in range(self._ranks.world_size)]
@@ -275,7 +275,7 @@ def _newest(lines: list[str] | None, world_size: int) -> list[Heartbeat]:
 def silent(heartbeats: list[Heartbeat], tick: float) -> list[Heartbeat]:
     """Return the heartbeats that are more than three ticks older than the newest one.
 
-    Their ranks are suspended, dead, or get no processor time.
+    The ranks of these heartbeats are suspended, dead, or get no processor time.
 
     Args:
         heartbeats: the last heartbeat (sign of life) of each rank.
