@@ -1,8 +1,7 @@
-"""Train a model, variants without one of its parts, and variants of equal size: `python tools/ablate.py --out
-runs/ablation`.
+"""Train a model and variants of it, and compare their losses: `python tools/ablate.py --out runs/ablation`.
 
-The same command continues a campaign (all these training runs) that was stopped. docs/evaluation.md describes the variants
-and the comparison.
+A variant lacks a part of the model, or is a dense model of equal size. All these training runs together are a campaign. The
+same command continues a campaign that was stopped. docs/evaluation.md describes the variants and the comparison.
 """
 
 import argparse
@@ -28,9 +27,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--variants",
         default="main",
-        help="variants or groups of them (see --list), separated by commas; NAME:N: N seeds for this variant",
+        help="names of variants or groups of variants (see --list), separated by commas; NAME:N: train with N seeds",
     )
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds of variants given without N (default 3)")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds of each other variant (default 3)")
     parser.add_argument("--images", type=int, help="images to train on (default: train.max_steps x train.global_batch_size)")
     parser.add_argument("--ranks", type=int, default=1, help="processes of each run (default 1)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (default 1)")
@@ -41,7 +40,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--read",
         metavar="SOURCE",
-        help="also draw captions that quote text, and score it by OCR; SOURCE as in evaluate text --captions",
+        help="also sample images for captions with quoted text, and score the text in them by OCR; SOURCE: captions, as for "
+        "evaluate text --captions",
     )
     parser.add_argument("--list", action="store_true", help="list the variants with their sizes and exit")
     parser.add_argument("--table", action="store_true", help="write the results of finished runs and exit")
@@ -50,7 +50,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train all variants of the campaign, or print its variants or results, as the options say.
+    """Train all variants of the campaign; with --list or --table only print its variants or results.
 
     Raises UserError for mistakes that the user can correct.
     """

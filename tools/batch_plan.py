@@ -1,4 +1,4 @@
-"""Print micro-steps and padding of a batch for many numbers of ranks: `python tools/batch_plan.py --config raphael-3b`."""
+"""Print how a global batch is divided among different numbers of ranks: `python tools/batch_plan.py --config raphael-3b`."""
 
 import sys
 
@@ -16,8 +16,8 @@ def table(config_name: str, overrides: list[str]) -> list[str]:
     """Return a Markdown table: a row per number of ranks, a column per expert parallelism (space_ep, time_ep).
 
     A cell has the micro-steps per optimizer step and in brackets the share of empty slots (samples with weight 0 that fill
-    up batches); "-": impossible. space_ep and time_ep are the numbers of ranks over which space and time experts are
-    sharded. `config_name`: preset or file. `overrides`: as on the command line.
+    up batches). A cell is "-" if the number of ranks is not divisible by space_ep or time_ep, the numbers of ranks over
+    which space and time experts are sharded. `config_name`: preset or file. `overrides`: as on the command line.
     """
     header = "| ranks | " + " | ".join(f"ep {space},{time}" for space, time in EPS) + " |"
     lines = [header, "|---" * (len(EPS) + 1) + "|"]
@@ -38,7 +38,7 @@ def _cell(config: Config, world: int) -> str:
 
 
 def main() -> int:
-    """Read the command line of this process, print the table of batch sizes that it asks for, and return the exit code."""
+    """Read the command line of this process, print the table for its configuration, and return the exit code."""
     parser = Parser(
         example="python tools/batch_plan.py --config raphael-3b",
         description="Print micro-steps per optimizer step and the padding of batches, for many numbers of ranks.",

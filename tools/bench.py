@@ -1,4 +1,4 @@
-"""Time parts of a run: `python tools/bench.py space`, `torchrun --nproc_per_node 2 tools/bench.py checkpoint`."""
+"""Measure parts of a run: `python tools/bench.py space`, `torchrun --nproc_per_node 2 tools/bench.py checkpoint`."""
 
 import importlib
 import sys
@@ -7,7 +7,7 @@ import checkout  # noqa: F401 (before the package)
 from raphael_dist.cli.common import Parser
 
 COMMANDS = {
-    "space": ("space", "time of the Space-MoE: formula as printed, grouped, dense"),
+    "space": ("space", "time of the Space-MoE's implementations: the paper's formula as printed, grouped, dense"),
     "moe": ("moe", "time of our expert layers, compared with DeepSpeed's MoE and a plain loop"),
     "balance": ("balance", "how evenly the time experts are loaded"),
     "checkpoint": ("checkpoint", "time to save, write, verify and convert a checkpoint"),
@@ -18,9 +18,9 @@ COMMANDS = {
     "step": ("step", "time of an optimizer step, compared with diffusers and DeepSpeed's MoE"),
     "scaling": ("scaling", "speed with 1 to 8 ranks on this host, compared with the planner"),
     "network": ("network", "bytes that nodes send per step, compared with the planner, DDP and DeepSpeed"),
-    "network-time": ("network_time", "time of a step over links of given bandwidth and latency, and as planned"),
+    "network-time": ("network_time", "time of a step over links of given bandwidth and latency, compared with the planner"),
     "network-data": ("network_data", "images per second from remote shards over links of a given bandwidth"),
-    "kernels": ("kernels", "the Triton kernels of train.kernels, compiled for GPUs without having one"),
+    "kernels": ("kernels", "registers and memory of the Triton kernels of train.kernels; requires no GPU"),
     "syncs": ("syncs", "how often the host waits for the GPU in a step; runs without a GPU"),
     "data": ("data", "speed of decoding and reading shards, compared with other libraries"),
     "index": ("index", "time to open an index of 100 million samples"),

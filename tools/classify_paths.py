@@ -95,8 +95,16 @@ def gather(paths: Sequence[tuple[str, int, list[int]]], only: Sequence[str] = ()
 def classify(samples: Samples, seed: int = 0, rounds: int = 20, threads: int = 1) -> Outcome:
     """Train XGBoost to predict words from their paths, and again with shuffled labels; return the accuracies.
 
-    Paths are one-hot encoded. There are five cross-validation folds of captions. `rounds`: trees per class. Raises UserError
-    if xgboost is not installed.
+    The experts in a path are one-hot encoded. There are FOLDS cross-validation folds of captions.
+
+    Args:
+        samples: words with their paths.
+        seed: seed for shuffling labels.
+        rounds: number of trees per class.
+        threads: CPU threads of XGBoost.
+
+    Raises:
+        UserError: xgboost is not installed.
     """
     labels = samples.labels
     scores = _folds(samples.paths, labels, samples.groups, rounds, threads)
@@ -175,7 +183,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="words to identify (default: captions)",
     )
     parser.add_argument(
-        "--captions", nargs="+", metavar="SHARDS", help="shards to take captions from (default: data.shards of the run)"
+        "--captions", nargs="+", metavar="SHARDS", help="shards whose captions are used (default: data.shards of the run)"
     )
     parser.add_argument(
         "--weights", choices=WEIGHTS, help="weights to use: moving average (ema) or last (master); default: ema if present"

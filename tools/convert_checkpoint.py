@@ -164,9 +164,9 @@ def check_options(args: argparse.Namespace, supported: frozenset[str]) -> tuple[
 
 
 def options_of(args: argparse.Namespace, supported: frozenset[str]) -> "Options":
-    """Return the options of the target from the command line. UserError: the target layout does not support one of them.
+    """Return the options for writing the target, as the command line `args` states them.
 
-    `supported`: fields of `Options` that it supports.
+    `supported`: fields of `Options` that the target layout supports. Raises UserError if the command line has others.
     """
     import torch
 
@@ -188,7 +188,10 @@ def options_of(args: argparse.Namespace, supported: frozenset[str]) -> "Options"
 
 
 def print_report(report: "Report", path: str, out: str) -> None:
-    """Print a table of the tensors and files that were written, and notes. `path`, `out`: source and target."""
+    """Print a table of the tensors and files that were written, and the notes of the conversion.
+
+    `path`, `out`: source and target, for the title.
+    """
     from rich.console import Console
     from rich.table import Table
 

@@ -64,7 +64,7 @@ Next:
 def check(run_dir: Path, grid: Path) -> tuple[float, float]:
     """Return the first and the last training loss of a run.
 
-    Raises UserError if the loss did not fall to half, or the image `grid` is missing.
+    Raises UserError if the last loss is above half of the first one, or the image file `grid` is missing.
     """
     losses = [loss for _, loss in read_metrics(run_dir / "metrics.jsonl")["train/loss"]]
     if losses[-1] > 0.5 * losses[0]:

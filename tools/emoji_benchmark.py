@@ -1,8 +1,8 @@
 """The emoji benchmark: `python tools/emoji_benchmark.py --checkpoint RUN_DIR --out FOLDER`. It downloads nothing.
 
-It draws emoji of a thing ("red heart") in a drawing style ("noto") for combinations that training has not seen, compares
-them with the real emoji, and prints a table. Ranks of a launcher divide the work. The same command continues a benchmark
-that was stopped.
+The model draws things ("red heart") in drawing styles ("noto"), for pairs of thing and style that were held out from
+training. The tool compares the images with the real emoji and prints a table. The ranks of a launcher divide the work. The
+same command continues a benchmark that was stopped.
 """
 
 import argparse

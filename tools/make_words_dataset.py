@@ -1,6 +1,7 @@
 """Build the data set of words in images: `python tools/make_words_dataset.py --out data/words-full`.
 
-Needs the packages of the fonts (docs/words.md) and the extra `edges`. The words are those of the emoji's names.
+Requires the packages of the fonts (docs/words.md) and the extra `edges` of this package. The words are taken from the names
+of emoji.
 """
 
 import argparse
@@ -35,7 +36,7 @@ _TRAIN, _VAL, _PROMPTS = range(3)  # streams of random numbers
 
 @dataclass(frozen=True)
 class Scope:
-    """Limits of what the images of a data set show.
+    """Restrictions of the images of a data set, which make it easier to learn.
 
     Attributes:
         longest: largest number of characters of the text in an image; None: any.
@@ -51,7 +52,7 @@ class Scope:
     monochrome: bool = False
 
     def look(self, random: np.random.Generator, fonts: tuple[Font, ...] = FONTS) -> Look:
-        """Choose at random how text is drawn, within these limits."""
+        """Choose at random how text is drawn, within these restrictions. `fonts`: fonts to choose from."""
         return Look.draw(random, fonts, self.simple, self.monochrome)
 
 
@@ -86,7 +87,7 @@ def encode_lossless(image: Image.Image) -> bytes:
 
 
 def training_samples(vocabulary: Vocabulary, seed: int, numbers: range, scope: Scope) -> Iterator[Sample]:
-    """Yield the training samples with these numbers. Each depends only on the seed, its number and the scope."""
+    """Yield the training samples with these numbers. Each sample depends only on its number and the other arguments."""
     for number in numbers:
         random = np.random.default_rng((seed, _TRAIN, number))
         text = vocabulary.training_text(random, scope.longest)
@@ -94,10 +95,11 @@ def training_samples(vocabulary: Vocabulary, seed: int, numbers: range, scope: S
 
 
 def held_out_texts(vocabulary: Vocabulary, longest: int | None) -> dict[str, list[str]]:
-    """Return the texts of each set of prompts, by the set's name (as in GRID). Validation shards use the same texts.
+    """Return PROMPTS texts for each evaluation set, by the name of the set (the keys of GRID).
 
-    Every set has PROMPTS texts; if there are fewer, they are repeated and drawn in different looks. `longest`: largest
-    number of characters; None: any.
+    Prompts and validation shards use these texts. If there are fewer than PROMPTS different texts, they are repeated, and
+    drawn in different looks. The sets "trained-words" and "held-out-font" have words that training images also show.
+    `longest`: largest number of characters of a text; None: any.
     """
     order = np.random.default_rng(PROMPTS).permutation(len(vocabulary.words))
     trained = [vocabulary.words[i] for i in order if len(vocabulary.words[i]) >= MIN_HELD_OUT]
@@ -112,9 +114,10 @@ def held_out_texts(vocabulary: Vocabulary, longest: int | None) -> dict[str, lis
 
 
 def looks(name: str, seed: int, stream: int, scope: Scope) -> Iterator[tuple[Look, np.random.Generator]]:
-    """Yield endlessly (how to draw the next text of a set, generator for further random choices about its image).
+    """Yield, without end, how the texts of an evaluation set are drawn: (look, generator for further random choices).
 
-    The look of number n is a function of (seed, stream, n). Those of the set "held-out-font" have the held-out font.
+    The pair number n is a function of (seed, stream, n). `name`: name of the set; looks of "held-out-font" have the held-out
+    font. `stream`: _VAL or _PROMPTS, so that validation images and prompts have different looks.
     """
     fonts = (HELD_OUT_FONT,) if name == "held-out-font" else FONTS
     number = 0
@@ -125,7 +128,7 @@ def looks(name: str, seed: int, stream: int, scope: Scope) -> Iterator[tuple[Loo
 
 
 def prompt(name: str, text: str, look: Look) -> str:
-    """Return a prompt that states text, colours, place and style of font. For "held-out-font" it names the font instead."""
+    """Return a prompt that states text, colours, place and style of font (in the set "held-out-font" the font's name)."""
     caption = full_caption(text, look)
     return caption.replace(f"{look.font.style} font", f"{look.font.name} font") if name == "held-out-font" else caption
 

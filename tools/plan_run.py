@@ -36,7 +36,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="print only the largest micro-batch that fits GPUs of 24, 48, 80 and 141 GB",
     )
     parser.add_argument(
-        "--only", action="append", default=[], metavar="NAME=VALUE", help="restrict the choices, e.g. stage=2 or space_ep=1"
+        "--only",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="consider only plans with this setting, e.g. stage=2 or space_ep=1; may be repeated",
     )
     parser.add_argument(
         "--calibrate",
@@ -49,7 +53,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the plan of a run, or its memory table, or measure this machine (--calibrate), as the options say."""
+    """Print the plan of a run; with --memory-table its memory table instead. With --calibrate only measure this machine."""
     if args.calibrate is not None:
         from raphael_dist.planning.calibrate import calibrate
 

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prepare shards, or fill a feature cache, as the options say. UserError: mistakes that the user can correct."""
+    """Prepare shards; without --out fill the feature cache of a run. UserError: mistakes that the user can correct."""
     from raphael_dist.data_prep.prepare import EDGES, prepare, select_part
 
     sources = [word for word in args.words if not _OVERRIDE.match(word)]

@@ -1,6 +1,6 @@
 """Inject faults at random into real ranks and a real Slurm: `python tools/torture.py --minutes 120 --seed 0`.
 
-Each trial is compared with a run without faults; docs/reliability.md describes kinds and outcomes.
+Each trial is compared with a run without faults. docs/reliability.md describes the kinds of faults and the outcomes.
 Exit codes: 0: in each trial the run ended with the same results, or refused to continue with a message; 1: in some trial it
 did neither (the trial is "lost"); 2: a mistake in the arguments, or trials cannot continue.
 """

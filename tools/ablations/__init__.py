@@ -1,3 +1,1 @@
-"""Ablation campaigns: a training run is repeated without a part of the model, or with other sizes of it. See
-tools/ablate.py.
-"""
+"""Ablation campaigns: the same training is repeated without a part of the model, or with other sizes (tools/ablate.py)."""

@@ -92,7 +92,7 @@ class Campaign:
 def lock(campaign: Campaign) -> Iterator[None]:
     """Return a context manager inside which no other process can run the campaign in this folder.
 
-    Raises UserError if another process does, or if the runs in the folder have other settings.
+    Raises UserError if another process runs the campaign, or if the runs in the folder have other settings.
     """
     record_protocol(campaign.out, campaign.protocol())
     with open(campaign.out / ".lock", "a", opener=no_links) as lock_file:
@@ -118,7 +118,7 @@ def time_limit(seconds: float | None) -> Iterator[None]:
 
 
 def run_all(campaign: Campaign, report: Reporter, after_each: Callable[[], object]) -> None:
-    """Run all unfinished runs of the campaign. After an error, active runs save and end before it is raised.
+    """Run all unfinished runs of the campaign. After an error, the other runs save and end before the error is raised.
 
     Args:
         campaign: the campaign.

@@ -23,9 +23,10 @@ COLOURS = colormaps["tab20"]  # of curves: ten dark colours, each followed by a 
 
 
 def draw(base: Base, summaries: Sequence[Summary], out: Path) -> list[Path]:
-    """Write variants.png, and a figure of the loss against each setting in CURVES for which two values were trained.
+    """Write variants.png with all variants, and NAME.png for each setting NAME in CURVES; return the files.
 
-    Returns the files. `base`: the configuration that variants change. `out`: the folder.
+    NAME.png shows the loss against the values of one setting. It is written if at least two values were trained. `base`: the
+    configuration that variants change. `out`: the folder of the files.
     """
     known = [summary for summary in summaries if summary.loss is not None]
     drawn = [_variants(known, out / "variants.png")] if known else []

@@ -37,8 +37,8 @@ class RunResult:
     Attributes:
         variant, seed, outcome, overrides: which run it is, and how it ended.
         parameters, flops_per_image: size of the model.
-        losses: denoising loss on held-out data with fixed noise, over all timesteps and over each quarter of them, by
-            metric.
+        losses: denoising loss on held-out data with fixed noise, over all timesteps and over each quarter of the
+            timesteps, by name of the metric (VALIDATION).
         train_loss: mean denoising loss of the last tenth of the steps.
         images_per_s: training speed, median over the log lines.
         benchmark: the value of each row of the emoji benchmark, and the scores of rendered text.

@@ -1,7 +1,7 @@
 """Runs the emoji benchmark: draws pairs of a thing ("red heart") and a style ("noto") that training has not seen.
 
-It measures the images and writes one table. For comparison, the table has the values of a perfect model, and those of
-copying a training image of the same thing.
+The images are measured, and the results are written as a table. For comparison, the table has the values of a perfect model,
+and those of a model that copies a training image of the same thing.
 """
 
 import json
@@ -31,15 +31,15 @@ SHOWN = 48  # pairs in pairs.png
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What the emoji benchmark draws, and how.
+    """The settings of the emoji benchmark: what it draws, and how.
 
     Attributes:
         shards, val_shards: patterns of the training shards and of the held-out shards.
-        default: a request without a prompt, with the size and seed to use.
+        default: a request that has the size and the seed of all images.
         settings, scheduler: how images are sampled.
-        per_pair: images of each held-out pair of a thing and a style.
+        per_pair: number of images of each held-out pair of a thing and a style.
         folder: where results are written.
-        options: names of the options or fields with the two kinds of shards, for messages.
+        options: names of the options or configuration fields that set `shards` and `val_shards`, for error messages.
     """
 
     shards: Sequence[str]
@@ -140,7 +140,7 @@ def _cell(row: Row) -> str:
 def _draw_pairs(
     true: TrueImages, held_out: np.ndarray, drawn: Sequence[np.ndarray], requests: Sequence[Request], path: Path
 ) -> None:
-    """Write a PNG file with drawn images, each with the real image on its right and its prompt below."""
+    """Write a PNG file with the first SHOWN drawn images, each with the real image on its right and its prompt below."""
     shown = [n for n, request in enumerate(requests) if request.copy == 0][:SHOWN]
     pairs = [np.concatenate([drawn[n], true.pixels[held_out[requests[n].index]]], axis=1) for n in shown]
     save_image(caption_grid(pairs, [requests[n].prompt for n in shown]), path)

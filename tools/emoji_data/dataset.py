@@ -36,7 +36,7 @@ TAR_BLOCK = 512
 
 @dataclass(frozen=True)
 class Package:
-    """An npm package with emoji. `images` is the folder of its image files, and `suffix` is the end of their names."""
+    """An npm package with emoji. `images`: folder of the image files in the package. `suffix`: end of their names."""
 
     name: str
     version: str
@@ -68,7 +68,7 @@ DEMO_CONCEPTS = [
 
 @dataclass(frozen=True)
 class Concept:
-    """One thing that an emoji shows: its name, its category, and its image file in each style."""
+    """One thing that emoji show: its name, its category, and by style the path of its image in the style's npm package."""
 
     name: str
     category: str
@@ -116,9 +116,9 @@ def fetch_packages(folder: Path) -> None:
 
 
 def read_package(folder: Path, package: Package) -> dict[str, bytes]:
-    """Return the content of the package's JSON and image files, by path inside the package.
+    """Return the content of the JSON and image files of `package`, by path inside the package.
 
-    `folder`: where its tarball is. Raises UserError if it is missing.
+    `folder`: folder with the tarball of the package. Raises UserError if the tarball is missing.
     """
     path = folder / package.tarball
     if not path.is_file():
@@ -136,7 +136,7 @@ def read_package(folder: Path, package: Package) -> dict[str, bytes]:
 def code_points(text: str) -> str:
     """Return the code points of an emoji in one canonical form, e.g. "2764" for "2764-FE0F" or "❤️".
 
-    They are in lower case with at least four digits; variation selectors are left out.
+    Code points are in lower case with at least four digits, and variation selectors are left out.
     """
     points = text.split("-") if text.isascii() and len(text) > 3 else [f"{ord(c):x}" for c in text]
     return "-".join(p.lower().zfill(4) for p in points if p.lower() != "fe0f")
@@ -195,7 +195,7 @@ def held_out_style(name: str, styles: Iterable[str], share: float) -> str | None
 def on_white(data: bytes, size: int = SIZE) -> Image.Image:
     """Decode an image, fit it into `size` x `size` pixels, and composite it on white; return it as RGB.
 
-    It is resized with premultiplied alpha, so that the colour of invisible pixels does not bleed into the outline.
+    The image is resized with premultiplied alpha, so that the colour of invisible pixels does not bleed into the outline.
     """
     image = Image.open(io.BytesIO(data)).convert("RGBA")
     scale = size / max(image.size)
@@ -208,10 +208,11 @@ def on_white(data: bytes, size: int = SIZE) -> Image.Image:
 
 
 def encode_webp(image: Image.Image) -> bytes:
-    """Encode an image as WebP: the most accurate of several encodings that are at most `WORTH` times as large as lossy.
+    """Encode an image as WebP in several ways; return the most accurate result that is not too large.
 
-    The encodings are lossless, lossless with a palette, and lossy with `WEBP_QUALITY`. A palette suits flat drawings. Lossy
-    WebP halves the resolution of colour, which blurs thin lines and small flags.
+    The encodings are lossy with `WEBP_QUALITY`, lossless, and lossless with a palette, which suits flat drawings. Lossy WebP
+    halves the resolution of colour, which blurs thin lines and small flags. Another encoding is used instead if it has at
+    most `WORTH` times as many bytes.
     """
 
     def encode(variant: Image.Image, **options: Any) -> tuple[bytes, int]:
@@ -284,7 +285,7 @@ def write_tar(path: Path, samples: Iterable[Sample]) -> None:
 def split_shards(samples: list[Sample], shard_bytes: int = SHARD_BYTES) -> list[list[Sample]]:
     """Divide samples into shards of about equal counts and up to about `shard_bytes` bytes before compression.
 
-    They are ordered by the sha256 of their keys, which mixes styles.
+    Samples are ordered by the sha256 of their keys, which mixes the styles.
     """
     ordered = sorted(samples, key=lambda s: hashlib.sha256(s.key.encode()).digest())
     count = max(1, -(-sum(s.tar_bytes() for s in ordered) // shard_bytes))
@@ -294,7 +295,7 @@ def split_shards(samples: list[Sample], shard_bytes: int = SHARD_BYTES) -> list[
 def write_dataset(samples: list[Sample], out: Path, subset: str) -> dict[str, Any]:
     """Write the shards `train-*`, `val-*` and `manifest.json` into `out`; return the manifest. Old shards are deleted.
 
-    `subset`: "all" or "demo".
+    `subset`: "all" or "demo". Raises UserError if two samples have the same key.
     """
     if len({s.key for s in samples}) != len(samples):
         raise UserError(

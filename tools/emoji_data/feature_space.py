@@ -52,10 +52,17 @@ class TrueImages:
         size_hw: tuple[int, int],
         options: tuple[str, str] = ("data.shards", "data.val_shards"),
     ) -> "TrueImages":
-        """Read all images of training shards and held-out shards (patterns), resized to `size_hw`.
+        """Read all images of the shards `training` and `held_out` (patterns).
 
-        `options`: names of the two options, for messages. Raises UserError if a sample's key is not THING__STYLE, or one
-        kind of shards has no images.
+        Args:
+            training: shards of training images.
+            held_out: shards of images that are held out from training.
+            cache_dir: folder for the index of the shards.
+            size_hw: height and width to which images are resized.
+            options: names of the options or fields that set `training` and `held_out`, for error messages.
+
+        Raises:
+            UserError: the key of a sample does not have the form THING__STYLE, or `training` or `held_out` has no images.
         """
         images = cls([], [], [], [], np.zeros(0, bool))
         flags: list[bool] = []
@@ -87,8 +94,8 @@ class TrueImages:
 def make_part_features(device: torch.device) -> Features:
     """Return a function from images to features [B, D], whose columns have the parts and widths of PARTS.
 
-    The style is the logarithm of the Gram matrix of stage 1 of HED, an edge detector (Gatys et al. 2016). The thing is
-    described by stages 3 and 4, averaged over 4 x 4 and 2 x 2 cells of the image.
+    The style is described by the logarithm of the Gram matrix (Gatys et al. 2016) of stage 1 of the edge detector HED. The
+    thing is described by its stages 3 and 4, averaged over 4 x 4 and 2 x 2 cells of the image.
     """
     stages = make_hed_stages(device)
     row, column = torch.triu_indices(64, 64)
@@ -150,8 +157,8 @@ class FeatureSpace:
     def rank(self, features: "ScaledFeatures", things: Sequence[str], styles: Sequence[str]) -> np.ndarray:
         """Return the retrieval rank of each of P drawn images, int [P]; 0 is best.
 
-        All real images of the requested style are ordered by similarity to the drawn image. The rank is the position of the
-        requested thing among them.
+        The rank is the number of real images of the requested style that are more similar to the drawn image than the real
+        image of the requested thing.
         """
         return np.array([self._rank(*query) for query in zip(features.cells, things, styles, strict=True)])
 
@@ -215,8 +222,8 @@ class Row:
 def judge(space: FeatureSpace, features: ScaledFeatures, things: Sequence[str], styles: Sequence[str]) -> list[Row]:
     """Measure drawn images; return the rows of the result table.
 
-    They are style accuracy, retrieval of the thing in the requested style and in other styles, and the Frechet distance to
-    the real held-out images. `things`, `styles`: what each image was requested to show.
+    The rows are style accuracy, retrieval of the thing in the requested style and in other styles, and the Frechet distance
+    to the real held-out images. `things`, `styles`: what each image was requested to show.
     """
     rows = [_mean_row("style accuracy", space.style_correct(features, styles))]
     rank = space.rank(features, things, styles)
@@ -252,7 +259,7 @@ def _frechet_row(space: FeatureSpace, features: ScaledFeatures, draws: int = 100
 
 
 def judge_references(space: FeatureSpace, image: ImageEncoder) -> dict[str, list[Row]]:
-    """Return the table rows of two references, by name: of a perfect model, and of copying a training image.
+    """Return the table rows of two reference models, by column name: a perfect model, and one that copies training images.
 
     The perfect model "draws" the real held-out images, encoded and decoded by the autoencoder. The copy of a held-out image
     is a training image of the same thing in another style.

@@ -171,7 +171,7 @@ def slug(text: str) -> str:
 def captions(concept: str, style: str, category: str) -> list[str]:
     """Return the captions of an emoji in a style; evaluation uses the first one.
 
-    `concept`: its noun phrase (`clean_name`). `category`: its category, such as "flags".
+    `concept`: the emoji's noun phrase, as `clean_name` returns it. `category`: its category, such as "flags".
     """
     phrase = with_article(concept)
     return [

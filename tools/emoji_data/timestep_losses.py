@@ -26,8 +26,8 @@ def timestep_losses(
     Args:
         trained: the model.
         pixels: images, uint8 [H, W, 3]; latents are the means of the encoder.
-        captions: one for each image.
-        numbers: one for each image, from which its noise is drawn. The noise differs between timesteps.
+        captions: caption of each image.
+        numbers: number of each image, the seed of its noise. The noise also differs between timesteps.
     """
     schedule = NoiseSchedule.create(trained.config.diffusion, trained.sampler.device)
     rows = [_image_losses(trained, schedule, *image) for image in zip(pixels, captions, numbers, strict=True)]

@@ -34,7 +34,7 @@ EMA_DECAY = 0.995
 def read_images(shards: Iterable[Path]) -> Tensor:
     """Return the `webp` images of all samples, uint8 (N, 3, H, W), in the order of the shards.
 
-    Raises UserError if there are none, or they have different sizes.
+    Raises UserError if the shards have no images, or the images have different sizes.
     """
     paths = [str(path) for path in shards]
     images: list[Tensor] = []
@@ -82,7 +82,8 @@ def small_vae(seed: int) -> Vae:
 def loss(model: Vae, x: Tensor, noise: Tensor) -> Tensor:
     """Return the training loss: absolute and squared error, absolute error of slopes, and KL to a unit Gaussian.
 
-    `x` is (B, 3, H, W) in [-1, 1]; `noise` (B, 4, H/4, W/4) is the posterior's random number. Errors are means over pixels.
+    `x`: images, (B, 3, H, W) in [-1, 1]. `noise`: standard normal numbers with which latents are sampled from the posterior,
+    (B, 4, H/4, W/4). Errors are means over pixels.
     The error of slopes (differences of neighbouring pixels) keeps outlines sharp. The KL is summed over a latent; its small
     weight keeps latents bounded and smooth without blurring them.
     """
@@ -136,11 +137,19 @@ def train(
     mirror: float = 0.5,
     decoder_only: bool = False,
 ) -> Vae:
-    """Train `model` on uint8 images (N, 3, H, W); return the model with the moving average of its weights.
+    """Train a VAE; return it with the moving average of its weights.
 
     Args:
+        model: the VAE to train.
+        images: training images, uint8 (N, 3, H, W).
+        steps: number of optimizer steps.
+        batch: number of images per step.
+        peak_rate: learning rate after the warm-up.
+        seed: seed of batches and noise.
+        device: device of the training, "cpu" or "cuda".
         bf16: run convolutions in bfloat16; weights stay float32.
         report: called every `report_every` steps with (steps done, mean loss since the last report, averaged model).
+        report_every: number of steps between two calls of `report`.
         mirror: probability (0..1) that an image is mirrored.
         decoder_only: keep the encoder, and therefore the latents, as they are.
 
@@ -204,7 +213,7 @@ def psnr(model: Vae, images: Tensor, batch: int = 64) -> Tensor:
 
 
 def load(folder: Path) -> Vae:
-    """Load the VAE in a diffusers folder, in float32. Raises UserError if there is none."""
+    """Load the VAE from the diffusers folder `folder`, in float32. Raises UserError if it cannot be loaded."""
     try:
         return AutoencoderKL.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False).float().eval()
     except (OSError, ValueError) as error:

@@ -22,7 +22,7 @@ CAPTIONS = 4
 
 @dataclass(frozen=True)
 class Font:
-    """A font of a PyPI package: its name in captions, its style, the package's module, the file and its licence."""
+    """A font from a PyPI package: name and style in captions, module of the package, font file in it, and licence."""
 
     name: str
     style: str

@@ -1,4 +1,4 @@
-"""Chooses words and random strings for training, and held-out ones. No training text contains a held-out one."""
+"""Chooses the words and random strings of training images, and those held out. No training text contains a held-out text."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ _STRINGS_SEED = 28
 def emoji_words(folder: Path) -> list[str]:
     """Return the words of 2 to 8 letters in the names of all emoji, in capital letters and sorted.
 
-    `folder`: folder of the emoji shards. Raises UserError if there are none.
+    `folder`: folder of the emoji shards. Raises UserError if it has no shards.
     """
     shards = [str(path) for path in sorted(folder.glob("*-*.tar*"))]
     if not shards:
@@ -47,7 +47,7 @@ def random_string(random: np.random.Generator, shortest: int = 1, longest: int =
 class Vocabulary:
     """The words and strings for training images, and those that are held out for evaluation.
 
-    Whether a word is held out depends on its sha256. No training word contains a held-out word: BIRDS is dropped if BIRD is
+    Whether a word is held out depends on its sha256. No training word contains a held-out word: BIRDS is not used if BIRD is
     held out.
     """
 
