@@ -13,17 +13,18 @@ def export_adapter(source_layout: str, run: Path, target_format: str, folder: Pa
     """Write the LoRA adapters or the ControlNet of a run in the format of another library (peft or diffusers).
 
     Args:
-        source_layout: value of the option --from: "auto" or "raphael" (a run of this trainer). Others raise UserError.
-        run: a run directory, of which the newest undamaged checkpoint is read, or one of its step-* folders.
+        source_layout: value of the option --from, which must be "auto" or "raphael" (a run of this trainer).
+        run: a run directory, whose newest undamaged checkpoint is read, or one of its step-* folders.
         target_format: "peft" (LoRA adapters) or "controlnet" (a ControlNet of diffusers).
         folder: the new folder; it must not exist.
         weights: "ema" (moving average) or "master" (fp32 weights). None: the EMA if the checkpoint has one.
 
     Returns:
-        One line for the user: the number of parameters, and the base model that they belong to.
+        One line for the user: the number of exported parameters, and the base model for which they were trained.
 
     Raises:
-        UserError: the run has no adapters or no ControlNet, or the folder cannot be written.
+        UserError: `source_layout` is another one, the run did not train what `target_format` requires, or the folder cannot
+            be written.
     """
     assert target_format in ADAPTER_FORMATS
     if source_layout not in ("auto", "raphael"):

@@ -16,7 +16,7 @@ from raphael_dist.storage.files import atomic_folder
 
 @contextmanager
 def export_folder(folder: Path) -> Iterator[Path]:
-    """Return a context that yields a temporary folder to write into, and renames it to `folder` when its block succeeds.
+    """Return a context that yields a temporary folder to write into. When its block ends, the folder is renamed to `folder`.
 
     If the block raises, the temporary folder is removed. Raises UserError if `folder` exists already or cannot be written.
     """
@@ -34,12 +34,12 @@ def open_run(path: Path, config_name: str, option: str) -> CheckpointReader:
 
     Args:
         path: the run directory, or one of its step-* folders.
-        config_name: name of a file, such as "config.json". The error message suggests an exported folder with this file as
-            an alternative to a run.
+        config_name: name of a file, such as "config.json". Only the error message uses it: instead of a run, the user can
+            give an exported folder that contains this file.
         option: name of the command line option that gave `path`, for messages.
 
     Raises:
-        UserError: there is no such checkpoint.
+        UserError: `path` contains no undamaged checkpoint.
     """
     try:
         return open_newest(path, option)
@@ -48,7 +48,7 @@ def open_run(path: Path, config_name: str, option: str) -> CheckpointReader:
 
 
 def trained_weights(reader: CheckpointReader, weights: str | None) -> dict[str, Tensor]:
-    """Return the trained parameters in a checkpoint by name, float32.
+    """Return the parameters in the checkpoint of a run that trained adapters or a ControlNet, by name, float32.
 
     `weights`: "ema" (moving average) or "master" (fp32 weights). None: the EMA if the checkpoint has one.
     """

@@ -39,11 +39,11 @@ def read_control(path: Path, config: Config, weights: str | None = None) -> Cont
     """Read a trained ControlNet from a run or an exported folder. Return it in float32 and eval mode on the CPU.
 
     Args:
-        path: a run directory, of which the newest undamaged checkpoint is read; one of its step-* folders; or a folder of
-            diffusers.
-        config: configuration of the base model that the ControlNet is used with.
+        path: a run directory, whose newest undamaged checkpoint is read; one of its step-* folders; or a folder in
+            diffusers' format.
+        config: configuration of the base model with which the ControlNet is used.
         weights: which weights of a run to read, "ema" (moving average) or "master" (fp32 weights). None: the EMA if the run
-            has one. Not used for a folder of diffusers.
+            has one. A folder in diffusers' format has only one kind of weights.
 
     Raises:
         UserError: there is no ControlNet at `path`, or it belongs to another model.

@@ -39,10 +39,10 @@ class Row:
     Attributes:
         kind: "master" (fp32 weights), "exp_avg", "exp_avg_sq" (Adam moments), "ema" (moving average), "zeros" (padding and
             missing moments), "step" (the optimizer's step), or "copies" for values that are stored a second time.
-        tensors: number of parameters of the model of which values were written.
+        tensors: number of the model's parameters (tensors) whose values were written.
         parameters: number of elements that were written.
-        bytes: their size.
-        files: number of files that contain them.
+        bytes: size of these elements in the files.
+        files: number of files that contain values of this kind.
     """
 
     kind: str
@@ -58,7 +58,7 @@ class Report:
 
     Attributes:
         source, target: names of the layouts (formats on disk) from which and to which the checkpoint was converted.
-        rows: what was written, one row for each kind of values (weights, EMA, each of Adam's moments).
+        rows: what was written, one row for each kind of values, such as weights or EMA.
         notes: further lines for the user, such as which values were not written.
         verified: a phrase that states how the source's files were checked.
         seconds: duration of the conversion.
@@ -91,15 +91,16 @@ def convert(
         to_layout: name of the target's layout.
         target: the new folder, which must not exist.
         options: options of the target, such as the number of ranks or the dtype.
-        config: the model with experts that a dense source is upcycled to (experts become copies of its feed-forward layers);
-            or the configuration of a source whose files do not describe the model, such as DeepSpeed's. None: neither.
+        config: a configuration, with one of two purposes. If the source's files do not describe their model (such as those
+            of DeepSpeed), it is the configuration of the source. Otherwise the source must be dense, and it is upcycled to
+            the model with experts that `config` describes. None: the source describes its model and is not upcycled.
         ranks: the processes of `mpirun`. None: this process only.
-        lora: path of LoRA adapters to merge into the weights (see `read_adapter`).
-        lora_scale: factor on what these adapters add to the weights.
+        lora: path of LoRA adapters to merge into the weights (see `read_adapter`). None: no adapters.
+        lora_scale: factor of the term that these adapters add to the weights, in addition to their own scale.
 
     Raises:
         UserError: the source is damaged or incomplete, `target` exists, or the target's layout does not support the model.
-            The conversion leaves no files then.
+            In this case, all files that the conversion has written are removed.
     """
     ranks, began = ranks or MpiRanks(), time.monotonic()
     layout_of("--to", to_layout)
@@ -137,11 +138,12 @@ def write_target(
         plan: the files to write.
         target: the new folder.
         ranks: the processes that share the work.
-        checksummed_files: size and SHA-256 of each file of the source, by path; {} if it has no manifest. The files are
-            verified while the target is written.
+        checksummed_files: size and SHA-256 of each file of the source, by path; {} if the source has no manifest. The files
+            are verified while the target is written.
 
     Raises:
-        UserError: a file of the source is damaged, or `target` cannot be written. No files are left then.
+        UserError: a file of the source is damaged, or `target` cannot be written. In this case, all files that were written
+            are removed.
     """
     temporary = target.parent / f".converting-{target.name}"
     new_parents = [parent for parent in temporary.parents if not parent.exists()]  # the innermost first
@@ -188,7 +190,10 @@ def _prepare(
 
 
 def _create(target: Path, temporary: Path, plan: ConversionPlan) -> None:
-    """Create the temporary folder. Raises UserError if it cannot be written, or the planned files do not fit on the disk."""
+    """Create the folder `temporary`, in which files are written before it is renamed to `target`.
+
+    Raises UserError if the folder cannot be created, or the planned files do not fit on the disk.
+    """
     shutil.rmtree(temporary, ignore_errors=True)  # of a conversion that was killed
     try:
         temporary.mkdir(parents=True)
@@ -202,9 +207,9 @@ def _create(target: Path, temporary: Path, plan: ConversionPlan) -> None:
 def _write(
     plan: ConversionPlan, source: Source, checksummed_files: dict[Path, FileEntry], temporary: Path, ranks: MpiRanks
 ) -> dict[str, FileEntry]:
-    """Write this rank's share of the planned files, while a second thread verifies its share of the source's files.
+    """Write this rank's share of the planned files, while a second thread verifies this rank's share of the source's files.
 
-    Returns the size and SHA-256 of the files of all ranks, by name. Collective.
+    Returns the size and SHA-256 of the files that all ranks have written, by name. Collective.
     """
     files = _share([(f.bytes, f) for f in plan.files], ranks)
     to_check = _share([(entry["bytes"], (file, entry)) for file, entry in checksummed_files.items()], ranks)
@@ -239,7 +244,8 @@ def _write(
 def _share(weighted: list[tuple[int, T]], ranks: MpiRanks) -> list[T]:
     """Divide items over the ranks so that each gets about the same total weight, and return those of this rank.
 
-    `weighted`: (weight, item) of each item. The heaviest items are assigned first, each to the rank with the least so far.
+    `weighted`: (weight, item) of each item. The heaviest items are assigned first, each to the rank whose items have the
+    smallest total weight so far.
     """
     loads, items = [0] * ranks.size, []
     order = sorted(range(len(weighted)), key=lambda i: (-weighted[i][0], i))
@@ -254,7 +260,8 @@ def _share(weighted: list[tuple[int, T]], ranks: MpiRanks) -> list[T]:
 def _publish(layout: str, plan: ConversionPlan, entries: dict[str, FileEntry], temporary: Path, target: Path) -> None:
     """Write the manifest and other small files, check that the result can be opened, and rename it to its final name.
 
-    `entries`: size and SHA-256 of each file that was written.
+    `entries`: size and SHA-256 of each file of the plan, by name. `temporary`: the folder with these files. `target`: its
+    final name.
     """
     missing = {f.name for f in plan.files} ^ entries.keys()
     assert not missing, f"not written: {missing}"

@@ -1,8 +1,8 @@
 """Loads the weights that a new run starts from (`run.init_from`), also if parts of the checkpoint do not fit the model.
 
-- `run.reinit` names the parts of the model that may differ: edge, space, time or text. In these parts, parameters that the
-  checkpoint lacks or has in another shape get the random weights of a new run. Parameters that only the checkpoint has are
-  ignored.
+- `run.reinit` names the parts of the model that may differ from the checkpoint: edge, space, time or text. In these parts,
+  parameters that the checkpoint lacks or has in another shape get the random weights of a new run. Parameters that only the
+  checkpoint has are ignored.
 - A dense checkpoint (without experts) may initialise a model with experts: its feed-forward layers become time experts.
 - A checkpoint without super-resolution may initialise a super-resolution model.
 """
@@ -59,9 +59,10 @@ class InitialWeights:
 
     Attributes:
         loaded: names of the parameters that are read from the checkpoint.
-        reinitialised: parameters that get the random weights of a new run.
-        unused: parameters of the checkpoint that the model does not have, or has in another shape.
-        upcycled: parameters of experts that are computed from the feed-forward layers of a dense checkpoint.
+        reinitialised: names of the parameters that get the random weights of a new run.
+        unused: names of the parameters of the checkpoint that the model does not have, or has in another shape.
+        upcycled: names of the parameters of experts and gates that a dense checkpoint does not have. `UpcycledSource` makes
+            the experts from the checkpoint's feed-forward layers.
     """
 
     loaded: tuple[str, ...]
@@ -88,7 +89,7 @@ def check_initial(config: Config, checkpoint: Checkpoint) -> InitialWeights:
         checkpoint: the opened checkpoint of run.init_from.
 
     Returns:
-        Which parameters will be read, and which not.
+        Which parameters of the model will be read from the checkpoint, upcycled or reinitialised.
 
     Raises:
         UserError: a parameter is missing or has another shape, and run.reinit does not allow it; the prediction types
@@ -120,8 +121,8 @@ def load_initial(
 ) -> InitialWeights:
     """Copy the weights of a checkpoint (the EMA if there is one) into this rank's fp32 weights.
 
-    Each rank reads only the elements that it owns under ZeRO. Call `Fragments.sync_model` of the engine afterwards, which
-    copies the fp32 weights into the model.
+    Each rank reads only the elements that it owns under ZeRO. Afterwards, call the method `sync_model` of the engine's
+    `Fragments`, which copies the fp32 weights into the model.
 
     Args:
         fragments: this rank's fragments (ranges of parameters that it owns), whose fp32 weights are overwritten.
@@ -131,10 +132,11 @@ def load_initial(
         report: called with a line of progress for each parameter.
 
     Returns:
-        Which parameters were read, and which not.
+        Which parameters of the model were read from the checkpoint, upcycled or reinitialised.
 
     Raises:
-        UserError: the checkpoint cannot be read or is damaged, or an error of `check_initial`. Nothing is copied then.
+        UserError: the checkpoint cannot be read, is damaged, or does not fit the model (see `check_initial`). No weights
+            are copied then.
     """
     checkpoint = open_initial(path)
     report("its checksums")
@@ -161,12 +163,13 @@ def load_initial(
 
 
 def adapted_base(config: Config, *, verify: bool = True, report: Reporter = no_report) -> tuple[RaphaelUNet, str]:
-    """Build a model from the frozen weights of run.init_from, with newly initialised LoRA adapters or ControlNet.
+    """Build a model with the weights of run.init_from, which stay frozen, and a new ControlNet or new LoRA adapters.
 
-    The model is whole and the same on every rank; expert parallelism and ZeRO shard it afterwards.
+    Every rank gets the whole model; expert parallelism and ZeRO shard it afterwards.
 
     Args:
-        config: the run's configuration, which names the checkpoint of the base model (run.init_from).
+        config: the run's configuration. It names the checkpoint of the base model (run.init_from), and states whether to add
+            a ControlNet (control.enabled) or LoRA adapters.
         verify: whether to compare the files of the checkpoint with their checksums first.
         report: called with a line of progress for each parameter.
 
@@ -196,7 +199,7 @@ def adapted_base(config: Config, *, verify: bool = True, report: Reporter = no_r
 def open_initial(path: Path) -> Checkpoint:
     """Open the checkpoint from which a new run starts, in any layout (format on disk), without reading its values.
 
-    `path`: value of the setting run.init_from. Raises UserError, which names this setting, if it cannot be read.
+    `path`: value of the setting run.init_from. Raises UserError, which names this setting, if the checkpoint cannot be read.
     """
     try:
         return open_checkpoint("auto", path)
@@ -219,9 +222,10 @@ def _widened_shape(shape: tuple[int, ...], config: Config) -> tuple[int, ...]:
 
 
 def _source(config: Config, checkpoint: Checkpoint, upcycles: bool) -> Source:
-    """Return what parameters are read from, under the names and shapes of the model (except for INPUT_CONV's shape).
+    """Return an object that gives the values of the new model's parameters, under their names in this model.
 
-    Raises UserError if experts cannot be made from the layers of a dense checkpoint.
+    This is `checkpoint` itself, or an object that computes experts from a dense checkpoint (`upcycles`). Shapes are those of
+    the new model, except that INPUT_CONV has the checkpoint's shape. Raises UserError if the experts cannot be computed.
     """
     if not upcycles:
         return checkpoint
@@ -231,7 +235,10 @@ def _source(config: Config, checkpoint: Checkpoint, upcycles: bool) -> Source:
 
 
 def _widened_input(source: Source, kind: str, config: Config) -> Tensor:
-    """Return the weights of the first convolution of a super-resolution model, from those of a model without it."""
+    """Return the flat weights of a super-resolution model's first convolution, from those of a model without small images.
+
+    The weights for the channels of the small image are zero. `kind`: which weights of `source` to read, such as "ema".
+    """
     shape = source.shapes[INPUT_CONV]
     # Zeros for the channels of the small image: at first the new model computes what the old one does.
     whole = torch.zeros(_widened_shape(shape, config))

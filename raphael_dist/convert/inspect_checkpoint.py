@@ -1,4 +1,4 @@
-"""Inspects a checkpoint: layout, checksums, and experts with zero, infinite or NaN weights, or equal to another one."""
+"""Inspects a checkpoint: layout, checksums, and experts whose weights are zero, not finite, or those of another expert."""
 
 import sys
 from collections.abc import Iterator
@@ -31,7 +31,8 @@ class LayerReport:
     Attributes:
         name: name of the layer in the model.
         norms: for each expert, the L2 norm over all of its weights.
-        warnings: one line for each expert that is dead (zero), equal to another one, or has NaN or infinity.
+        warnings: one line for each expert that is dead (all weights are zero) or has NaN or infinity, and for each pair of
+            equal experts.
     """
 
     name: str
@@ -42,12 +43,13 @@ class LayerReport:
 def open_for_inspection(path: Path, unpickle: bool, config: Config | None) -> Checkpoint:
     """Open a checkpoint in any layout (format on disk) to inspect it.
 
-    Pickle files could run code. They are opened only if their checksums are in the checkpoint's manifest and correct.
+    Pickle files could run code. They are opened only if their checksums are in the checkpoint's manifest and correct, or if
+    `unpickle` is true. In both cases, only weights are unpickled.
 
     Args:
         path: the checkpoint.
-        unpickle: whether to open other pickle files, too. In any case, only weights are unpickled.
-        config: the configuration of the model, for files that do not describe it; else None.
+        unpickle: whether to open pickle files without a correct checksum, too.
+        config: the configuration of the model, for checkpoints whose files do not describe it; otherwise None.
 
     Raises:
         UserError: the checkpoint cannot be read, or `unpickle` is false and a pickle file has no correct checksum.
@@ -61,7 +63,7 @@ def open_for_inspection(path: Path, unpickle: bool, config: Config | None) -> Ch
 
 
 def _check_pickles(path: Path, pickles: list[Path], layout: str) -> None:
-    """Raise UserError unless the manifest of the checkpoint `path` has the correct checksum of every pickle file in it."""
+    """Raise UserError unless the manifest of the checkpoint `path` has a correct checksum for each of its pickle files."""
     manifest = pickles[0].parent / MANIFEST
     is_listed = path.is_dir() and manifest.is_file()
     files = checksummed_files(manifest.parent, read_manifest(manifest, layout)) if is_listed else {}
@@ -75,7 +77,7 @@ def _check_pickles(path: Path, pickles: list[Path], layout: str) -> None:
 
 
 def inspect_layers(checkpoint: Checkpoint) -> Iterator[LayerReport]:
-    """Yield statistics of the experts' weights (norms; which are zero, equal or not finite) for each layer with experts.
+    """Yield a report about the experts' weights for each layer with experts: norms, and zero, equal or non-finite experts.
 
     The fp32 weights are used, if the checkpoint has them. One tensor of one expert is read at a time.
     """

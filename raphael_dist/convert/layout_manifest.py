@@ -31,8 +31,8 @@ def base_manifest(layout: str, source: Source) -> Manifest:
 def read_optional_manifest(folder: Path, layout: str) -> Manifest | None:
     """Return the content of a folder's manifest.json; None if the folder has none, because another program wrote it.
 
-    `layout`: name of the layout (format on disk) that the manifest must state. UserError: it states another one, or is
-    damaged.
+    `layout`: name of the layout (format on disk) that the manifest must state. Raises UserError if the manifest states
+    another layout, or is damaged.
     """
     return read_manifest(folder / MANIFEST, layout) if (folder / MANIFEST).is_file() else None
 
@@ -43,7 +43,8 @@ def checkpoint_of(folder: Path, manifest: Manifest, spans: dict[Key, list[Stored
     Args:
         folder: the checkpoint's folder.
         manifest: content of its manifest.json: configuration, progress, and size and SHA-256 of each file.
-        spans: for each (kind of values such as "master", name of a parameter), the parts of files that hold the values.
+        spans: for each (kind, parameter), the parts of files that hold the values. A kind is "master" (fp32 weights),
+            "exp_avg", "exp_avg_sq" (Adam moments) or "ema" (moving average).
 
     Raises:
         UserError: `spans` do not hold every element of every parameter exactly once.

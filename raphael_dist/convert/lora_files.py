@@ -48,13 +48,13 @@ _EMPTY = ("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA adapters. Each adapts a parameter W of the base model to W + scale B A.
+    """LoRA adapters: matrices A and B that change parameters W of the base model to W + scale B A.
 
     Attributes:
-        path: folder that they were read from.
-        scale: factor of B A.
-        factors: by name of the parameter, the matrices A [rank, in] and B [out, rank], float32. For a parameter with K
-            stacked experts they are [K, rank, in] and [K, out, rank].
+        path: folder or file from which the adapters were read.
+        scale: factor of B A, the same for all parameters.
+        factors: for each changed parameter, by name, the matrices A [rank, in] and B [out, rank], float32. For a parameter
+            with K stacked experts they are [K, rank, in] and [K, out, rank].
     """
 
     path: Path
@@ -88,7 +88,7 @@ class Adapter:
 
 
 class MergedSource:
-    """A checkpoint into whose weights LoRA adapters are merged when they are read.
+    """The weights of a checkpoint with merged LoRA adapters, computed when they are read.
 
     Its progress is that of a new run (step 0), and it has no Adam moments.
     """
@@ -100,8 +100,8 @@ class MergedSource:
 
         Args:
             source: the checkpoint of the base model.
-            adapter: the adapters. UserError: they belong to another model.
-            strength: a factor on the term that is added, in addition to the adapter's own scale.
+            adapter: the adapters. Raises UserError if they belong to another model.
+            strength: factor of the term that is added to the weights, in addition to the adapter's own scale.
         """
         adapter.check(source.shapes, "--lora")
         self.path, self.config, self.shapes = source.path, source.config, source.shapes
@@ -133,8 +133,7 @@ def read_adapter(path: Path, weights: str | None = None, option: str = "--lora")
     """Read LoRA adapters from a folder that peft wrote, or from a run that trained them.
 
     Args:
-        path: a folder of peft; a run directory, of which the newest undamaged checkpoint is read; or one of its step-*
-            folders.
+        path: a folder of peft; a run directory, whose newest undamaged checkpoint is read; or one of its step-* folders.
         weights: "ema" (moving average) or "master" (fp32 weights) of a run. None: the EMA if the run has one.
         option: name of the command line option that gave `path`, for messages.
 
@@ -211,8 +210,8 @@ def _peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
 def read_peft_folder(folder: Path, option: str) -> Adapter:
     """Read the LoRA adapters in a folder that peft wrote.
 
-    Raises UserError if they are not plain LoRA, or if the tensors do not match the folder's adapter_config.json.
-    `option`: name of the command line option that gave `folder`, for messages.
+    Raises UserError if the adapters are not plain LoRA (but, for example, DoRA), or if the tensors do not match the folder's
+    adapter_config.json. `option`: name of the command line option that gave `folder`, for messages.
     """
     config = _read_config(folder / CONFIG, option)
     return adapter_of_tensors(read_tensors(folder / WEIGHTS), config, folder / WEIGHTS, option)
@@ -221,19 +220,19 @@ def read_peft_folder(folder: Path, option: str) -> Adapter:
 def read_lora_file(file: Path, option: str) -> Adapter:
     """Read the LoRA adapters in a safetensors file of diffusers' `save_lora_weights`.
 
-    Raises UserError if they are not plain LoRA. `option`: as in `read_peft_folder`.
+    Raises UserError if the adapters are not plain LoRA. `option`: name of the option that gave `file`, for messages.
     """
     return adapter_of_tensors(read_tensors(file), _read_config(file, option), file, option)
 
 
 def adapter_of_tensors(tensors: Mapping[str, Tensor], config: JsonObject | None, file: Path, option: str) -> Adapter:
-    """Return the adapters that tensors with the names of peft or diffusers are. Raises UserError if they are not plain LoRA.
+    """Make LoRA adapters from the tensors in a file of peft or diffusers. Raises UserError if they are not plain LoRA.
 
     Args:
-        tensors: matrices A and B by name.
-        config: peft's LoraConfig. None: any rank, and alpha is the rank.
-        file: where the tensors come from.
-        option: name of the option that gave them, for messages.
+        tensors: matrices A and B, under the names that peft or diffusers gives them.
+        config: peft's LoraConfig. None: the shapes of the tensors state the rank, and alpha is equal to the rank.
+        file: path of the file with the tensors, for messages and for the result's `path`.
+        option: name of the option that gave the file, for messages.
     """
     pairs: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in tensors.items():
@@ -269,16 +268,17 @@ def adapter_of_tensors(tensors: Mapping[str, Tensor], config: JsonObject | None,
 
 
 def _file_config(file: Path) -> JsonObject | None:
-    """Return the LoraConfig of the U-Net's adapters in the metadata of a safetensors file; None if it has none."""
+    """Return the LoraConfig of the U-Net's adapters in the metadata of a safetensors file; None if it has no LoraConfig."""
     with safe_open(file, "pt") as opened:
         text = (opened.metadata() or {}).get(_METADATA)
     return {key.removeprefix(_UNET): value for key, value in parse_json(text).items()} if text else None
 
 
 def _read_config(file: Path, option: str) -> JsonObject | None:
-    """Return the LoraConfig in peft's adapter_config.json or in a safetensors file; None if that has none.
+    """Return the LoraConfig in peft's adapter_config.json or in a safetensors file; None if the latter has no LoraConfig.
 
-    UserError: it cannot be read, or is not that of plain LoRA.
+    Raises UserError if the file cannot be read, or the LoraConfig is not that of plain LoRA. `option`: name of the option
+    that gave the file, for messages.
     """
     try:
         config = read_json(file) if file.name == CONFIG else _file_config(file)

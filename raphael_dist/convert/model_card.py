@@ -113,9 +113,9 @@ def _super_resolution(config: Config) -> dict[str, str]:
 
 
 def samples_image(source: Source) -> bytes | None:
-    """Return the newest PNG file (its bytes) of images that the run of `source` sampled, up to the step of `source`.
+    """Return the bytes of the newest PNG file with sample images from the run of `source`, up to the step of `source`.
 
-    The trainer writes such files into the folder `samples` of the run. None if there is none.
+    The trainer writes such files into the folder `samples` of the run directory. Returns None if there is no such file.
     """
     images: list[tuple[int, Path]] = []
     for folder in (source.path, *source.path.parents[:2]):
@@ -127,7 +127,10 @@ def samples_image(source: Source) -> bytes | None:
 
 
 def _measured(path: Path, step: int) -> dict[str, str]:
-    """Return the run's last losses up to a step as {name: text}; {} if no folder above the checkpoint has metrics.jsonl."""
+    """Return the last training and held-out loss of a run, up to the step `step`, as {name: text for the model card}.
+
+    `path`: a checkpoint of the run. Returns {} if no folder above the checkpoint has a file metrics.jsonl.
+    """
     run, losses = _run_folder(path), dict[str, str]()
     for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines() if run else []:
         try:
@@ -140,11 +143,13 @@ def _measured(path: Path, step: int) -> dict[str, str]:
 
 
 def _evaluated(path: Path, step: int, kind: str) -> dict[str, str]:
-    """Return what `raphael_dist evaluate` measured for these weights in folders of the run, as {name: text}.
+    """Return the results of `raphael_dist evaluate` for a checkpoint, as {name: text for the model card}.
+
+    Only results in subfolders of the run directory are found.
 
     Args:
         path: the checkpoint.
-        step: its step.
+        step: step of the checkpoint.
         kind: which weights: "ema" (moving average) or "master" (fp32 weights).
     """
     run, rows = _run_folder(path), dict[str, str]()
@@ -165,5 +170,5 @@ def _evaluated(path: Path, step: int, kind: str) -> dict[str, str]:
 
 
 def _run_folder(path: Path) -> Path | None:
-    """Return the directory of the run that wrote the checkpoint at `path`: the one with metrics.jsonl; or None."""
+    """Return the directory of the run that wrote the checkpoint `path`: the folder with metrics.jsonl. None: not found."""
     return next((folder for folder in (path, *path.parents[:2]) if (folder / "metrics.jsonl").is_file()), None)

@@ -29,16 +29,16 @@ class Checkpoint:
     """An opened checkpoint in any layout (format on disk). Values are read from its files on request.
 
     Attributes:
-        path: its folder or file.
-        config: configuration of the run or model that it was saved from.
+        path: the checkpoint's folder or file.
+        config: configuration of the run or model from which the checkpoint was saved.
         spans: for each (kind, parameter), where its ranges of elements are in the files. Kinds are "master" (fp32 weights),
             "exp_avg", "exp_avg_sq" (Adam moments) and "ema" (moving average).
         progress: progress of the run, such as its step.
         dataset: fingerprint of the training data of the run.
         files: size and SHA-256 of each file, from the manifest; empty without a manifest.
-        topology: description of the ranks that wrote it.
+        topology: description of the ranks that wrote the checkpoint, for the user.
         notes: lines to show to the user.
-        layout: name of its layout. `open_checkpoint` sets it, and `whole`.
+        layout: name of the checkpoint's layout. `open_checkpoint` sets this attribute and `whole`.
         whole: whether this layout contains everything that a run needs to continue.
         says_prediction: whether the files state the prediction type. If not, `config` has the default.
     """
@@ -121,7 +121,7 @@ class Checkpoint:
         self.config, self.says_prediction = self.config.model_copy(update={"diffusion": diffusion}), True
 
     def check_prediction(self, prediction: str) -> None:
-        """Raise UserError if the checkpoint states no prediction type, or another than `prediction`, that of the new run."""
+        """Raise UserError unless the checkpoint states the prediction type `prediction`, which a new run will use."""
         if not self.says_prediction:
             raise UserError(
                 f"run.init_from={self.path} must state the prediction type with which the model was trained, but it has no "
@@ -190,8 +190,8 @@ def check_same_prediction(field: str, path: Path, source: Config, prediction: st
 def is_dense(config: Config) -> bool:
     """Return whether diffusers' class UNet2DConditionModel can represent the model of `config`.
 
-    It can unless the model has experts, edge modules (small networks that predict edge maps) or a position encoding of image
-    tokens.
+    It can represent the model unless the model has experts, edge modules (small networks that predict edge maps) or a
+    position encoding of image tokens.
     """
     m = config.model
     return not (m.space_experts or m.time_experts or config.edge.weight > 0 or m.image_positions)

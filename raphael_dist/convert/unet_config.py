@@ -85,7 +85,7 @@ def dense_config(sizes: JsonObject, diffusion: JsonObject | None = None) -> Conf
 def unet_json(config: Config, where: str) -> JsonObject:
     """Return the content of config.json for a dense model as a UNet2DConditionModel of diffusers.
 
-    Raises UserError, which begins with `where`, if that class cannot represent the model.
+    Raises UserError if that class cannot represent the model. The message begins with `where`, such as "--to dense".
     """
     m = config.model
     if not is_dense(config):
@@ -107,7 +107,7 @@ def unet_json(config: Config, where: str) -> JsonObject:
 def unet_fields(config: Config) -> JsonObject:
     """Return diffusers' config.json for the U-Net of `config`: the fields of the class UNet2DConditionModel.
 
-    They also describe a model with experts, except for its experts: the caller adds fields that describe these.
+    A model with experts has the same fields; the caller adds fields that describe the experts.
     """
     m = config.model
     kinds = ["CrossAttn" * has + "DownBlock2D" for has in m.attention]

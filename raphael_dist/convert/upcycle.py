@@ -38,10 +38,11 @@ class UpcycledSource:
     whole = False
 
     def __init__(self, source: Source, config: Config, *, any_text_width: bool = False) -> None:
-        """Upcycle the dense checkpoint `source` to the model of `config`. UserError: they differ in more than experts.
+        """Upcycle the dense checkpoint `source` to the model of `config`.
 
-        `any_text_width`: allow another width of the text tokens. Do not read the layers that take these tokens as input
-        then: the values of the source do not fit.
+        `any_text_width`: allow another width of the text tokens. In this case, do not read the layers that take these tokens
+        as input, because their values in the source have other shapes. Raises UserError if the two models differ in more
+        than experts and edge modules.
         """
         self._source, self.config, self.path = source, config, source.path
         self.progress, self.dataset = START, ""
@@ -89,9 +90,9 @@ class UpcycledSource:
         return self._last[1][rest]
 
     def _module(self, owner: str) -> nn.Module:
-        """Return a new module of the name `owner` (a Space-MoE, edge module or gate), initialised as in a new run.
+        """Make the module that the new model has under the name `owner`: a Space-MoE, edge module or gate.
 
-        The last layers of a Space-MoE are zero.
+        Its weights are initialised as in a new run, except that the last layers of a Space-MoE are zero.
         """
         m, seed = self.config.model, self.config.run.seed
         if owner.endswith(".space_moe"):
@@ -115,7 +116,10 @@ class UpcycledSource:
             return Gate(4 * m.channels[0], m.gate_width, m.time_experts)
 
     def _check(self, free: set[str]) -> None:
-        """Raise UserError unless dense and new model differ only in experts, edge modules and the settings in `free`."""
+        """Raise UserError unless the dense and the new model differ only in experts, edge modules and the settings `free`.
+
+        `free`: names of settings in the section `model`.
+        """
         source, dense, model = self._source.config, self._source.config.model, self.config.model
         # Checked also without time experts: the feed-forward layer has this width and activation.
         if model.time_activation != dense.time_activation or model.expert_width != dense.expert_width:
@@ -130,7 +134,7 @@ class UpcycledSource:
 
 
 def _owner(name: str) -> tuple[str, str]:
-    """Split the name of a new parameter into the name of its module (Space-MoE, edge module or gate) and the rest."""
+    """Split the name of a parameter of a Space-MoE, edge module or gate into the name of this module and the rest."""
     for mark in (".space_moe.", ".edge."):
         if mark in name:
             block, _, rest = name.partition(mark)

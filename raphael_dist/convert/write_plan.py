@@ -34,7 +34,10 @@ PART_BYTES = 5 << 30
 
 
 class Source(Protocol):
-    """What a conversion reads values from: a `Checkpoint`, or an object that computes values (`UpcycledSource`)."""
+    """Interface of the object from which a conversion reads values.
+
+    It is a `Checkpoint`, or an object that computes values from one (`UpcycledSource`, `MergedSource`).
+    """
 
     path: Path
     config: Config
@@ -93,8 +96,8 @@ class Entry:
     """One tensor of a file to write.
 
     Attributes:
-        key: its name in the file.
-        shape, dtype: its shape and dtype in the file.
+        key: name of the tensor in the file.
+        shape, dtype: shape and dtype of the tensor in the file.
         pieces: ranges of elements of the source's parameters, whose concatenation is the tensor.
     """
 
@@ -203,7 +206,8 @@ def check_complete(plan: ConversionPlan, source: Source) -> None:
 def values(entry: Entry, source: Source) -> Iterator[Tensor]:
     """Read the elements of a planned tensor from the source; yield them in order.
 
-    They are yielded as 1-D tensors of at most 2**20 elements in the dtype of `entry`; a transposed piece as one matrix.
+    Each yielded tensor has the dtype of `entry`. It is 1-D with at most 2**20 elements, or a whole matrix if the piece is
+    written transposed.
     """
     for p in entry.pieces:
         if p.kind == STEP:
@@ -219,9 +223,9 @@ def values(entry: Entry, source: Source) -> Iterator[Tensor]:
 
 
 def write_file(file: OutFile, folder: Path, source: Source) -> HashedFile:
-    """Write one planned file into `folder`, with values that are read from `source`. Do not wait for fsync.
+    """Write one planned file into `folder`, with values that are read from `source`. Return before fsync has ended.
 
-    The method `entry` of the returned object waits until the file is on the disk, and returns its size and SHA-256.
+    The method `entry` of the returned object waits until the file is on the disk, and returns the file's size and SHA-256.
     """
     path = folder / file.name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -275,8 +279,8 @@ def parts(entries: Iterable[Entry], stem: str, part_bytes: int) -> tuple[list[Ou
 def chosen_weights(source: Source, options: Options) -> str:
     """Return which weights are written to a layout that can contain only one kind: "ema" or "master" (fp32 weights).
 
-    It is the option --weights (`options.weights`); without it, the EMA if the source has one.
-    Raises UserError if the source lacks this kind.
+    This is the value of the option --weights (`options.weights`), or without this option the EMA if the source has one.
+    Raises UserError if the source lacks this kind of weights.
     """
     kind = options.weights or default_weights(source.kinds())
     if kind not in source.kinds():

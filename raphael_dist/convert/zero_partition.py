@@ -50,9 +50,9 @@ class Topology:
 
 
 def parallel_config(config: Config, options: Options) -> Config:
-    """Return the configuration with the expert-parallel sizes of `options`, the options of a conversion's target.
+    """Return a copy of `config` with the expert-parallel sizes in `options`, the options of a conversion's target.
 
-    Raises UserError if the model, the number of ranks or the ZeRO stage of `options` does not allow them.
+    Raises UserError if the model, or the number of ranks or ZeRO stage in `options`, does not allow these sizes.
     """
     tree = config.model_dump(mode="json")
     tree["parallel"] |= {"space_ep": options.space_ep, "time_ep": options.time_ep}
@@ -122,8 +122,9 @@ def local(name: str, shape: tuple[int, ...], topology: Topology, rank: int) -> t
 def groups(shapes: Shapes, topology: Topology, rank: int) -> list[Group]:
     """Return the optimizer parameter groups under ZeRO-1 or 2, each with the part that the rank `rank` owns.
 
-    The first group has the replicated parameters; then there is one of sharded experts for each `ep_size`, in ascending
-    order. `shapes`: shape of every parameter of the whole model, by name. `topology`: how parameters are divided over ranks.
+    The first group has the replicated parameters. Each further group has the experts that are sharded over one number of
+    ranks, in ascending order of this number. `shapes`: shape of every parameter of the whole model, by name. `topology`: how
+    parameters are divided over ranks.
     """
     by_ep_size: dict[int, list[str]] = {1: []}
     for name in shapes:

@@ -36,9 +36,9 @@ class FileTensor(NamedTuple):
     """A tensor in a file, and the elements of the trainer's parameters that it consists of.
 
     Attributes:
-        key: its name in the file.
-        shape: its shape in the file.
-        spans: ranges of elements of flattened parameters, all of one length, whose concatenation is the tensor.
+        key: name of the tensor in the file.
+        shape: shape of the tensor in the file.
+        spans: ranges of elements of flattened parameters, all of the same length, whose concatenation is the tensor.
         rows: if not 0, each span is a matrix of this many rows, and its transpose is stored.
     """
 
@@ -65,13 +65,16 @@ def tensors(shapes: Shapes) -> Iterator[FileTensor]:
 
 
 def entries(expected: Iterable[FileTensor], kind: str, dtype: torch.dtype = torch.float32) -> Iterator[Entry]:
-    """Yield the plan of each tensor to write. `kind`: "master" (fp32 weights), "exp_avg", "exp_avg_sq" or "ema"."""
+    """Yield an `Entry` (a planned tensor) for each tensor of `expected`, to be written with the dtype `dtype`.
+
+    `kind`: which values to write: "master" (fp32 weights), "exp_avg", "exp_avg_sq" (Adam moments) or "ema".
+    """
     for key, shape, spans, rows in expected:
         yield Entry(key, shape, tuple(Piece(kind, span, rows) for span in spans), dtype)
 
 
 def locate(stored: Mapping[str, StoredTensor], expected: Iterable[FileTensor]) -> dict[str, list[StoredTensor]]:
-    """Return where the values of each parameter are in files, by the parameter's name. Missing tensors are left out.
+    """Return where the values of each parameter are in files, by the parameter's name. A tensor may be missing.
 
     Args:
         stored: where each tensor is in its file, by the tensor's name.
@@ -160,7 +163,10 @@ def read_kinds(folder: Path, manifest: Manifest, shapes: dict[str, tuple[int, ..
 
 
 def gather(paths: Iterable[Path]) -> dict[str, StoredTensor]:
-    """Return where the tensors of several weight files are, by name. UserError: two files have a tensor of the same name."""
+    """Return where the tensors of several weight files are, by name.
+
+    Raises UserError if a file cannot be read, or if two files have a tensor of the same name.
+    """
     gathered: dict[str, StoredTensor] = {}
     for path in paths:
         for key, stored in file_tensors(path).items():

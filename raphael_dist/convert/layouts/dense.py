@@ -63,7 +63,10 @@ def _open_file(path: Path) -> Checkpoint:
 
 
 def _from_ldm(stored: dict[str, StoredTensor], where: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of an LDM file's U-Net by diffusers' names. Raises UserError if it is not Stable Diffusion 2."""
+    """Return those tensors of an LDM file that belong to its U-Net, by diffusers' names.
+
+    Raises UserError, which names the file `where`, if the U-Net does not have the structure of Stable Diffusion 2.
+    """
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
     unet = {key: tensor for key, tensor in stored.items() if key.startswith(_LDM)}
@@ -100,7 +103,7 @@ def weights_by_name(
         diffusion: settings of the section `diffusion` that the folder's scheduler states (`scheduler_settings`).
 
     Raises:
-        UserError: a tensor is missing, or does not belong to the model or has another shape.
+        UserError: a tensor of the model is missing or has another shape, or the files have a tensor that the model lacks.
     """
     expected = parameter_shapes(config)
     unfit = sorted(n for n in expected.keys() | stored.keys() if n not in stored or expected.get(n) != stored[n].shape)
@@ -134,13 +137,13 @@ def read_object(path: Path) -> JsonObject:
 def scheduler_settings(folder: Path) -> JsonObject:
     """Translate the scheduler_config.json of a diffusers pipeline into settings of this project's section `diffusion`.
 
-    For example, "beta_schedule" becomes the setting "schedule". Returns {} without a scheduler.
+    For example, "beta_schedule" becomes the setting "schedule". Returns {} if the folder has no scheduler.
 
     Args:
         folder: the pipeline's folder, or the folder unet/ in it.
 
     Raises:
-        UserError: the scheduler's noise schedule is neither scaled_linear nor linear.
+        UserError: the noise schedule is neither scaled_linear nor linear, nor that of flow matching without a shift.
     """
     paths = [home / "scheduler" / "scheduler_config.json" for home in (folder, folder.parent)]
     scheduler = next((read_object(path) for path in paths if path.is_file()), {})
@@ -168,8 +171,8 @@ def unet_files(source: Source, options: Options, folder: str) -> tuple[list[OutF
         folder: prefix of the files' names, such as "unet/".
 
     Returns:
-        The planned files; {name: content} of the index file that states which tensor is in which of them, {} for a single
-        file; and which weights they contain, "ema" (moving average) or "master" (fp32 weights).
+        The planned files; {name: content} of the index file that states which tensor is in which file, or {} if there is
+        only one file; and which weights the files contain, "ema" (moving average) or "master" (fp32 weights).
     """
     kind = chosen_weights(source, options)
     entries = [Entry(n, s, (piece(kind, n, 0, prod(s)),), options.dtype) for n, s in source.shapes.items()]
@@ -190,12 +193,15 @@ def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
 
 
 def detect(path: Path) -> bool:
-    """Return whether `path` may be a U-Net without experts: any file, or the folder of a diffusers model (no pipeline)."""
+    """Return whether to open `path` as a dense U-Net: any file, or a folder with config.json but no model_index.json.
+
+    Nothing is read: `open_dense` raises UserError if the file or folder contains something else.
+    """
     return path.is_file() or ((path / "config.json").is_file() and not (path / "model_index.json").is_file())
 
 
 def pickles(path: Path) -> list[Path]:
-    """Return the files that opening the U-Net at `path` would unpickle: a file that is not safetensors, or .bin files."""
+    """Return the files that opening the U-Net `path` would unpickle: `path` if it is no safetensors file, or .bin files."""
     if path.is_file():
         return [path] if path.suffix != ".safetensors" else []
     files = weight_files(path / "unet" if (path / "unet").is_dir() else path)

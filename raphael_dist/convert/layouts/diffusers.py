@@ -108,7 +108,7 @@ def config_of_experts(unet: JsonObject, where: Path, diffusion: JsonObject, upsc
         upscale: settings of the section `upscale`; None: no super-resolution.
 
     Raises:
-        UserError: a field is missing or not allowed.
+        UserError: a field of config.json is missing, or has a value that is not allowed.
     """
     try:
         fields = {**_LATER_FIELDS, **unet}
@@ -197,10 +197,11 @@ class Encoders:
 
 
 def _copied(source: Path, target: Path, stems: tuple[str, str]) -> bool:
-    """Copy the config.json and weights of a model, and return True; or copy nothing and return False.
+    """Copy the config.json and the weights of a model from the folder `source` to the folder `target`; return True.
 
-    It is False if the weights are not safetensors, or their file names contain a variant such as fp16: the caller must load
-    and save them again. `stems`: beginnings of the weight files' names, for .safetensors and for .bin files.
+    If the weights are not safetensors, or their file names contain a variant such as fp16, copy nothing and return False:
+    the caller must load the model and save it again. `stems`: beginnings of the weight files' names, for .safetensors and
+    for .bin files.
     """
     files = weight_files(source, stems)
     if files.pickled or files.variant:

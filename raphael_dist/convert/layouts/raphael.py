@@ -21,10 +21,11 @@ from raphael_dist.errors import UserError
 
 
 def open_run(path: Path, config: Config | None = None) -> Checkpoint:
-    """Open a step-* folder of a run, or the newest checkpoint of a run directory whose files have complete headers.
+    """Open a step-* folder of a run. For a run directory, open its newest checkpoint that can be opened.
 
-    `config` is not used, since each checkpoint's manifest has the configuration.
-    Raises UserError if there is no such checkpoint, or the run trained only LoRA adapters or a ControlNet.
+    Only the manifest and the headers of files are read, and checksums are not compared. `config` is not used, since each
+    checkpoint's manifest has the configuration. Raises UserError if no checkpoint can be opened, or if the run trained only
+    LoRA adapters or a ControlNet.
     """
     checkpoint, problems = first_good(path, _open_step, str(path))
     checkpoint.notes += [
@@ -62,8 +63,8 @@ def _open_step(folder: Path) -> Checkpoint:
 def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
     """Return the plan for converting `source` to a run directory `target` with one checkpoint, from which a run can resume.
 
-    `options`: number of ranks, ZeRO stage and expert parallelism. UserError: the model does not allow them.
-    The checkpoint is of the source's step, or of step 0 if the source lacks the Adam moments that its run had.
+    `options`: number of ranks, ZeRO stage and expert parallelism. The checkpoint has the source's step, or step 0 if the
+    source lacks the Adam moments of its run. Raises UserError if the model does not allow the values in `options`.
     """
     config = parallel_config(source.config, options)
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": target, "init_from": None})})

@@ -26,9 +26,10 @@ def _zero_stage(value: int) -> int:
 
 
 def _enum_member(owner: object, name: str) -> int:
-    """Replace `getattr` in a pickle file, and return the number of a ZeRO stage. Any other use is an UnpicklingError.
+    """Replace `getattr` when a pickle file is read: return the number of the ZeRO stage with the name `name`.
 
-    The first releases of Python 3.11 pickle members of an enum, such as DeepSpeed's ZeRO stages, as calls of `getattr`.
+    The first releases of Python 3.11 pickle members of an enum, such as DeepSpeed's ZeRO stages, as calls of
+    `getattr(owner, name)`. Raises UnpicklingError if `owner` is not DeepSpeed's enum of ZeRO stages.
     """
     if owner is not _zero_stage or name not in _STAGES:
         raise pickle.UnpicklingError("GLOBAL getattr, called for something other than DeepSpeed's enum of ZeRO stages")

@@ -38,7 +38,8 @@ _OPTIM = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 def tag_folder(path: Path) -> Path | None:
     """Return the folder with a checkpoint's DeepSpeed files: `path`, or the subfolder that the file `latest` in it names.
 
-    None if `path` contains neither. Raises UserError if `latest` names a folder without these files.
+    Returns None if `path` has neither DeepSpeed files nor a file `latest`. Raises UserError if `latest` names a folder
+    without DeepSpeed files.
     """
     if _has_model(path):
         return path
@@ -65,7 +66,7 @@ def _has_model(folder: Path) -> bool:
 
 
 def detect(path: Path) -> bool:
-    """Return whether `path` contains a checkpoint that DeepSpeed saved. It is False for run directories of this trainer."""
+    """Return whether `path` contains a checkpoint that DeepSpeed saved. Run directories of this trainer do not count."""
     is_run = (path / "checkpoints").is_dir() or any(path.glob("step-*"))  # it has a file `latest` too
     return not is_run and (_has_model(path) or (path / "latest").is_file())
 
@@ -134,7 +135,10 @@ def _shards(folder: Path, world: int) -> list[Path]:
 
 
 def _item(file: Path, tree: Any, key: str | int, kind: type[T]) -> T:
-    """Return the item `key` of an unpickled dict or list. UserError, which names `file`: it is missing or not a `kind`."""
+    """Return the item `key` of `tree`, an unpickled dict or list.
+
+    Raises UserError, which names `file`, if the item is missing or is not of the type `kind`.
+    """
     try:
         value = tree[key]
     except (LookupError, TypeError):
@@ -148,9 +152,10 @@ def _item(file: Path, tree: Any, key: str | int, kind: type[T]) -> T:
 
 
 class _Files:
-    """Finds the positions of all parameters in DeepSpeed's files of one checkpoint.
+    """Finds where the values of all parameters lie in DeepSpeed's files of one checkpoint.
 
-    `spans`: for each (kind, parameter), its parts in the files. `topology`: description of the ranks that wrote them.
+    `spans`: for each (kind, parameter), the parts of files that hold its values. `topology`: description of the ranks that
+    wrote the files, for the user.
     """
 
     def __init__(self, model_file: Path, model: Tree, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -208,7 +213,7 @@ class _Files:
             self._add(file, i, _item(file, masters, i, StoredTensor), states.get(i, {}), spans, size)
 
     def _read_zero0(self) -> None:
-        """Find the positions in a ZeRO-0 file: weights are stored by name, moments in the order of the parameters."""
+        """Record where values lie in a ZeRO-0 file: weights are stored by name, moments in the order of the parameters."""
         file = self._file
         weights, optimizer = _item(file, self._model, "module", dict), _item(file, self._model, "optimizer", dict)
         param_groups, states = _item(file, optimizer, "param_groups", list), _item(file, optimizer, "state", dict)
@@ -224,9 +229,15 @@ class _Files:
             self.spans |= {(k, name): [_item(file, moments, k, StoredTensor)] for k in MOMENTS if k in moments}
 
     def _add(self, file: Path, i: int, master: StoredTensor, moments: Tree, spans: dict[Span, int], size: int) -> None:
-        """Record the positions of the parameters in the flat buffers (fp32 weights and Adam moments) of parameter group `i`.
+        """Record where the values of parameters lie in one rank's flat buffers of the optimizer's parameter group `i`.
 
-        `spans`: the parameters' ranges in a buffer, each with its offset. `size`: elements that a buffer must have at least.
+        Args:
+            file: the rank's file, for messages.
+            i: number of the group, for messages.
+            master: location of the buffer of fp32 weights in the file.
+            moments: the optimizer's state, with the locations of the buffers of Adam moments.
+            spans: ranges of parameters that the buffers contain, each with its offset in a buffer.
+            size: smallest number of elements that a buffer must have.
         """
         flat_moments = {kind: _item(file, moments, kind, StoredTensor) for kind in MOMENTS if kind in moments}
         for kind, flat in {"master": master, **flat_moments}.items():
@@ -241,7 +252,11 @@ class _Files:
     def _rebuild(
         self, file: Path, rank: int, ep_size: int, shapes: Mapping[str, Sequence[int]], state: Tree, i: int
     ) -> Group:
-        """Compute the positions of group `i`'s parameters in a rank's flat buffer. UserError: `file` states other ones."""
+        """Compute where the parameters of the optimizer's group `i` lie in a rank's flat buffer.
+
+        Raises UserError if the rank's file states something else. `shapes`: shapes in the model's file, by parameter name.
+        `state`: the optimizer's state in the rank's file. `ep_size`: number of ranks over which the experts are sharded.
+        """
         unknown = next((name for name in shapes if name not in self._shapes), None)
         if unknown:
             raise UserError(

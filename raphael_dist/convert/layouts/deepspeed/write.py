@@ -158,9 +158,9 @@ def _zero_file(target: _Target, folder: str, rank: int, state: Tree) -> OutFile:
 
 
 def _flat(kind: str, spans: dict[Span, int], size: int) -> Entry:
-    """Return a flat buffer of `size` elements to write. Outside of `spans` (ranges of parameters with offsets) it is zero.
+    """Plan the flat buffer of one rank: `size` elements, which are zero except for ranges of parameters.
 
-    `kind`: kind of the values, such as "master" (fp32 weights).
+    `kind`: kind of the values, such as "master" (fp32 weights). `spans`: the ranges, each with its offset in the buffer.
     """
     pieces, at = [], 0
     for span, offset in spans.items():
@@ -181,9 +181,10 @@ def _state(target: _Target, spans: dict[Span, int], size: int) -> Tree:
 
 
 def _settings(target: _Target, index: int | list[int], ep_size: int = 1) -> Tree:
-    """Return a parameter group as in the `state_dict` of torch's optimizer, with the parameters' numbers `index`.
+    """Return the settings of a parameter group as in the `state_dict` of torch's optimizer.
 
-    `ep_size`: number of ranks over which its experts are sharded; 1: it has no sharded experts.
+    `index`: number of the group's only parameter, or a list of its parameters' numbers. `ep_size`: number of ranks over
+    which the group's experts are sharded; 1: the group has no sharded experts.
     """
     model = torch.nn.Parameter(torch.zeros(1))
     optim = target.config.optim
