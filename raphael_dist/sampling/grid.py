@@ -16,8 +16,8 @@ _COLUMNS = 6
 def caption_grid(images: Sequence[np.ndarray] | np.ndarray, captions: Sequence[str]) -> Image.Image:
     """Return one image that shows `images` in a grid, row by row in up to 6 columns, with a caption below each.
 
-    The images are uint8 [H, W, 3] and may differ in size. If none is more than 64 pixels wide, all are enlarged by the same
-    whole factor.
+    The images are uint8 [H, W, 3] and may differ in size. If no image is more than 64 pixels wide, all are enlarged by the
+    same whole factor, to at most 128 pixels.
     """
     count, height, width = len(images), max(i.shape[0] for i in images), max(i.shape[1] for i in images)
     columns, scale = min(_COLUMNS, count), max(1, 128 // width)

@@ -107,8 +107,8 @@ def load_trained(
         adapters: LoRA adapters and ControlNet to add to the model.
 
     Raises:
-        UserError: there is no checkpoint, it is damaged or lacks these weights, an encoder is missing, or an adapter belongs
-            to another model.
+        UserError: `path` contains no checkpoint, the checkpoint is damaged or lacks the requested weights, an encoder is
+            missing, or an adapter belongs to another model.
     """
     with open_for_sampling(path) as checkpoint:
         config = exported_config(checkpoint, path)
@@ -176,9 +176,11 @@ def exported_config(checkpoint: Checkpoint, path: Path) -> Config:
 
 
 def _kind(checkpoint: Checkpoint, weights: str | None) -> str:
-    """Return which weights to read: "ema" or "master" (fp32 weights). `weights`: --weights; None: the EMA if present.
+    """Return which weights of a checkpoint to read: "ema" (moving average) or "master" (fp32 weights).
 
-    A layout (format on disk) that contains one kind of weights always calls it "master", even if it is the EMA.
+    `weights`: value of the option --weights; None: the EMA if the checkpoint has one. A layout (format on disk) that
+    contains only one kind of weights always calls it "master", even if it is the EMA. Raises UserError if the checkpoint
+    lacks the weights that the option requires.
     """
     kinds = checkpoint.kinds()
     if "ema" not in kinds and (weights is None or (weights == "ema" and not checkpoint.whole)):

@@ -67,7 +67,7 @@ class RaphaelPipeline(LoraLoader, Denoiser):
             unet: a RaphaelUNet2D or UNet2DConditionModel.
             scheduler: any of diffusers' Karras schedulers (`KarrasDiffusionSchedulers`).
             vae: an autoencoder of diffusers. None: the model works on pixels, or only latents are returned.
-            text_encoder: a text encoder of transformers. None: calls pass embeddings.
+            text_encoder: a text encoder of transformers. None: calls must pass embeddings instead of prompts.
             tokenizer: tokenizer of the text encoder.
             max_tokens: largest number of tokens of a caption; longer ones are truncated.
             steps: default number of inference steps.
@@ -110,7 +110,7 @@ class RaphaelPipeline(LoraLoader, Denoiser):
 
     def _vae_for(self, method: str) -> Model:
         if self.vae is None:
-            raise UserError(f"{method}() requires a vae, but the pipeline has none. Leave it out.")
+            raise UserError(f"{method}() requires a vae, but the pipeline has none. Do not call {method}().")
         return self.vae
 
     @torch.no_grad()
@@ -166,7 +166,7 @@ class RaphaelPipeline(LoraLoader, Denoiser):
             callback_on_step_end: called after each step with (pipeline, step, timestep, tensors); returns the tensors to
                 replace.
             callback_on_step_end_tensor_inputs: names of the tensors for the callback: latents, prompt_embeds (with guidance
-                those of negative prompts and then those of prompts), negative_prompt_embeds.
+                the embeddings of the negative prompts, then those of the prompts), negative_prompt_embeds.
             seed: fixes the noise as in `raphael_dist.sample`, if neither `generator` nor `latents` is given.
 
         Raises:
@@ -310,9 +310,9 @@ class RaphaelPipeline(LoraLoader, Denoiser):
         return ImageInputs()
 
     def _encode_images(self, call: CallArguments, rgb_images: Sequence[Image.Image]) -> Tensor:
-        """Return the latents of images, float32 [B, C, h, w]. `rgb_images`: those in `call.images`, converted to RGB."""
+        """Return the latents of images, float32 [B, C, h, w]. `rgb_images`: the images `call.images`, converted to RGB."""
         if not rgb_images:
-            raise UserError("image=None must be a PIL image, or a list of one for each prompt. Pass an image.")
+            raise UserError("image=None must be a PIL image, or a list with one image for each prompt. Pass an image.")
         device = self._execution_device
         images = to_tensor(np.stack([fit_rgb(image, call.size_hw) for image in rgb_images]))
         if self.vae is not None:
@@ -322,7 +322,7 @@ class RaphaelPipeline(LoraLoader, Denoiser):
     def _decode(self, latents: Tensor, small: Tensor | None, output_type: str) -> Any:
         """Decode latents to PIL images, or to values in 0..1: arrays [B, H, W, 3] ("np") or tensors [B, 3, H, W] ("pt").
 
-        `small`: small images of super-resolution, [B, 3, Hs, Ws] in -1..1, or None.
+        `small`: small images of super-resolution, [B, 3, Hs, Ws] in -1..1, which the results must match; or None.
         """
         images = latents.float().clamp(-1, 1)
         if self.vae is not None:

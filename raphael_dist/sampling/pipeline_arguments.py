@@ -77,7 +77,7 @@ class CallArguments:
 
     @property
     def callback_tensors(self) -> Sequence[str]:
-        """Names of the tensors for the callback. A PipelineCallback of diffusers has its own list."""
+        """Names of the tensors that the callback gets. A PipelineCallback of diffusers states them in `tensor_inputs`."""
         return getattr(self.callback_on_step_end, "tensor_inputs", self.callback_on_step_end_tensor_inputs)
 
     def check(self, factor: int, num_timesteps: int) -> None:
@@ -136,7 +136,7 @@ def check_texts(
 
     Args:
         prompt: one prompt or several, or None.
-        negative: negative prompts: one for all prompts, or one for each. They may be None, also without embeddings.
+        negative: negative prompts: one for all prompts, or one for each. None without `negative_embeds`: empty texts.
         prompt_embeds: embeddings of the prompts, [prompts, tokens, width], or None.
         negative_embeds: embeddings of the negative prompts, or None.
         prompt_mask: mask of `prompt_embeds`, or None.
@@ -200,8 +200,8 @@ def for_each(name: str, value: object, count: int) -> list[Any]:
     values = list(value) if isinstance(value, list | tuple) else [value] * count
     if len(values) != count:
         raise UserError(
-            f"{name} must be one value, or a list of one for each prompt ({count}), but the list has {len(values)}. Pass a "
-            f"single value or a list of length {count}."
+            f"{name} must be one value, or a list with a value for each prompt ({count}), but the list has {len(values)}. "
+            f"Pass a single value or a list of length {count}."
         )
     return values
 
@@ -255,19 +255,19 @@ def _check_floats(name: str, embeds: object) -> None:
 
 
 def _kind(value: object) -> str:
-    """Return the shape of a tensor, its dtype if that is no float, or the type of another value, for a message."""
+    """Describe a value in a message: a tensor by its shape, and dtype if it is not floating-point; others by their type."""
     if not isinstance(value, Tensor):
         return f"type {type(value).__name__}"
     return f"shape {list(value.shape)}" if value.is_floating_point() else f"shape {list(value.shape)} and {value.dtype}"
 
 
 def _check_schedule(name: str, values: Any) -> None:
-    """Raise UserError unless `values`, the argument `name`, is a list or array of numbers that is not empty."""
+    """Raise UserError unless `values`, the argument `name`, is a list or array of at least one number, none negative."""
     numbers = values.tolist() if isinstance(values, np.ndarray | Tensor) else values
     if not isinstance(numbers, list | tuple) or not numbers or not all(_is_real(value) for value in numbers):
         raise UserError(
-            f"{name}={values!r} must be a list of numbers from 0, one for each step. Pass at least one number, or leave out "
-            f"{name}."
+            f"{name}={values!r} must be a list of numbers that are not negative: one number for each denoising step, and at "
+            f"least one. Pass such a list, or leave out {name}."
         )
 
 
@@ -280,7 +280,7 @@ def _read_images(name: str, value: Any, count: int) -> list[Image.Image]:
 
 
 def _to_pil(name: str, image: Any) -> Image.Image:
-    """Return a PIL image from one image of the argument `name`, as diffusers converts it. PIL images are not changed."""
+    """Convert one image of the argument `name` to a PIL image, as diffusers does. PIL images are returned unchanged."""
     if isinstance(image, Image.Image):
         return image
     kind = f"its type is {type(image).__name__}. Pass {name}=Image.open(path)"

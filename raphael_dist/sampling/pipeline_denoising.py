@@ -45,9 +45,9 @@ class Prompts(NamedTuple):
     """Text embeddings of B prompts, as diffusers passes them to callbacks. Y: tokens, D: width.
 
     Attributes:
-        embeds: [B, Y, D] without guidance; with guidance [2 B, Y, D], those of negative prompts first.
+        embeds: embeddings of the prompts, [B, Y, D]; with guidance [2 B, Y, D], where those of negative prompts come first.
         mask: mask of `embeds`, bool [B, Y] or [2 B, Y], False at padding.
-        negative_embeds: [B, Y, D], those of negative prompts alone; None without guidance.
+        negative_embeds: embeddings of the negative prompts alone, [B, Y, D]; None without guidance.
     """
 
     embeds: Tensor
@@ -62,9 +62,10 @@ class Prompts(NamedTuple):
         return cls(torch.cat([negative_embeds, embeds]), torch.cat([negative_mask, mask]), negative_embeds)
 
     def with_embeds(self, embeds: Tensor, negative_embeds: Tensor | None, batch: int, guided: bool) -> "Prompts":
-        """Return the prompts with the embeddings that a callback returned.
+        """Return the prompts with `embeds` and `negative_embeds`, the embeddings that a callback returned.
 
-        `batch`: number of images B. `guided`: whether the next step has guidance. Raises UserError for another shape.
+        `batch`: number of images B. `guided`: whether the next step has guidance. Raises UserError if `embeds` has a shape
+        that the next step cannot use.
         """
         if guided and negative_embeds is not None and negative_embeds is not self.negative_embeds:
             embeds = torch.cat([negative_embeds, embeds[-batch:]])
@@ -72,8 +73,8 @@ class Prompts(NamedTuple):
         if len(embeds) not in rows or embeds.shape[1:] != self.embeds.shape[1:]:
             raise UserError(
                 f"callback_on_step_end must return prompt_embeds of shape {[rows[0], *self.embeds.shape[1:]]}, but it is "
-                f"{list(embeds.shape)}. Return those of negative prompts and then those of prompts, or set "
-                "pipeline._guidance_scale = 0 and return those of prompts."
+                f"{list(embeds.shape)}. Return the embeddings of the negative prompts and then those of the prompts, or set "
+                "pipeline._guidance_scale = 0 and return the embeddings of the prompts."
             )
         return self._replace(embeds=embeds, negative_embeds=negative_embeds)
 
@@ -126,7 +127,7 @@ class Denoiser(PipelineFiles):
             return call.latents.to(device, torch.float32)
         if isinstance(generator, list) and len(generator) != shape[0]:
             raise UserError(
-                f"generator must be one generator, or a list of one for each image ({shape[0]}), but the list has "
+                f"generator must be one generator, or a list with a generator for each image ({shape[0]}), but the list has "
                 f"{len(generator)}. Pass one generator, or a list of length {shape[0]}."
             )
         if generator is None and call.seed is not None:
@@ -176,7 +177,7 @@ class Denoiser(PipelineFiles):
     def _call_back(
         self, call: CallArguments, number: int, t: Tensor, latents: Tensor, prompts: Prompts
     ) -> tuple[Tensor, Prompts]:
-        """Call the user's callback after step `number`; return latents and prompts with the tensors that it replaces."""
+        """Call the user's callback after step `number`; return `latents` and `prompts` with the changes that it returns."""
         callback = call.callback_on_step_end
         if callback is None:
             return latents, prompts

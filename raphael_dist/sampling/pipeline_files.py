@@ -31,9 +31,8 @@ class PipelineFiles(_Pipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         """Load a pipeline from a local folder or a model hub, with diffusers' arguments.
 
-        With `text_encoder=None`, no text encoder is loaded, not even one of which the folder has only the name.
-
-        Raises UserError if the local folder does not contain a pipeline, or lacks files.
+        With `text_encoder=None`, no text encoder is loaded, even if model_index.json names one that has no files in the
+        folder. Raises UserError if the local folder does not contain a pipeline, or lacks files.
         """
         if kwargs.get("text_encoder", cls) is None:
             kwargs.setdefault("text", None)
@@ -67,15 +66,15 @@ class PipelineFiles(_Pipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Self:
-        """Return a pipeline of this class that shares components and settings with another.
+        """Return a pipeline of this class that shares components and settings with another pipeline.
 
         Args:
             pipeline: any pipeline with the components that this class requires.
             kwargs: components and settings to replace or add. `dtype` (or `torch_dtype`): dtype to which the shared
-                weights are cast; None: they keep theirs.
+                weights are cast; None: the weights keep their dtype.
 
         Raises:
-            UserError: a component is missing.
+            UserError: a component that this class requires is neither in `pipeline` nor in `kwargs`.
         """
         torch_dtype = kwargs.pop("torch_dtype", None)
         dtype = kwargs.pop("dtype", None) or torch_dtype
@@ -106,8 +105,8 @@ class PipelineFiles(_Pipeline):
         Args:
             save_directory: the folder; it is created if it does not exist.
             safe_serialization: whether to write safetensors files.
-            variant: added to the names of weight files, such as "fp16".
-            max_shard_size: size at which a weight file is divided, in bytes or as in "5GB".
+            variant: text that is added to the names of weight files, such as "fp16"; None: no text.
+            max_shard_size: largest size of a weight file, in bytes or as in "5GB"; None: as in diffusers.
             push_to_hub: whether to upload the pipeline afterwards, as the method `push_to_hub` does.
             kwargs: arguments of `push_to_hub`; by default `repo_id` is the name of the folder.
         """
@@ -145,9 +144,9 @@ class PipelineFiles(_Pipeline):
 
 
 def check_pipeline_folder(folder: Path) -> None:
-    """Raise UserError unless `folder` is that of a saved pipeline: its model_index.json names a class as "_class_name".
+    """Raise UserError unless `folder` contains a saved pipeline: a model_index.json with a valid entry "_class_name".
 
-    The value of "_class_name" is the name of a class, or a list of the names of a module and of a class in it.
+    The entry must be the name of a class, or a list of the name of a module and the name of a class in this module.
     """
     problem = None
     try:
@@ -170,9 +169,9 @@ def check_component(folder: Path, index: JsonObject, name: str, required: bool, 
     Args:
         folder: the pipeline's folder.
         index: content of its model_index.json.
-        name: name of the component.
-        required: whether the pipeline requires it.
-        weights: whether to look for its weight files, too, and whether they are truncated.
+        name: name of the component, such as "unet".
+        required: whether the pipeline requires this component.
+        weights: whether to check also that the component's weight files exist and are not truncated.
     """
     entry, problem = index.get(name) or [None, None], None
     if entry == [None, None]:
@@ -194,7 +193,7 @@ def check_component(folder: Path, index: JsonObject, name: str, required: bool, 
 
 
 def _safetensors_error(path: Path) -> str | None:
-    """Return why a safetensors file is damaged, None if its header is intact and the file has the right size."""
+    """Return why a safetensors file is damaged; None if its header is intact and the file has the size that it states."""
     try:
         with safe_open(path, "pt"):
             return None

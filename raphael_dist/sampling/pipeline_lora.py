@@ -34,9 +34,10 @@ class LoraState:
         adapters: all loaded adapters that are not fused, by name.
         active: factor by which each active adapter is multiplied, by the adapter's name.
         enabled: whether the active adapters are added to the weights.
-        own: for each parameter that active adapters change, by name, its weights without them, on the CPU.
-        fused: for each parameter that `fuse_lora` changed, by name, its weights before that.
-        fused_adapters: adapters that `fuse_lora` added, by name, and the factors that they had.
+        own: for each parameter that active adapters change, by name, its weights without these adapters, on the CPU.
+        fused: for each parameter that `fuse_lora` changed, by name, its weights before the first `fuse_lora`.
+        fused_adapters: for each adapter that `fuse_lora` made part of the weights, by name, the adapter and its factor in
+            `active`, which `unfuse_lora` restores.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -76,13 +77,14 @@ class LoraLoader(LoraFiles):
                 diffusers (pytorch_lora_weights.safetensors), a safetensors file, or tensors by name. The installed package
                 also reads a run directory with trained adapters.
             adapter_name: name for `set_adapters`; None: default_0, default_1, ...
-            hotswap: whether to replace the loaded adapters `adapter_name`, which keep their factor.
+            hotswap: whether to replace the loaded adapters that have the name `adapter_name`. Their factor is kept.
             weight_name: name of the safetensors file in the folder; None: one of the names above.
-            subfolder: folder with the adapters in the folder that is passed first.
-            options: options of diffusers for downloads, which are refused.
+            subfolder: subfolder with the adapters, if the first argument is a folder; None: no subfolder.
+            options: other options of diffusers, such as those for downloads. They must be None or False, except for options
+                that make no difference here.
 
         Raises:
-            UserError: there are no adapters, they do not fit the U-Net, or the name is in use.
+            UserError: there are no adapters, they do not fit the U-Net, the name is in use, or an option is not supported.
         """
         for option, value in options.items():
             if value and option not in _NO_EFFECT:
@@ -105,7 +107,10 @@ class LoraLoader(LoraFiles):
             self.set_adapters(name)
 
     def _name_to_load(self, adapter_name: str | None, hotswap: bool) -> str:
-        """Return the name of adapters to load. Raises UserError if it is in use, or with `hotswap` if it is not."""
+        """Return the name for adapters to load: `adapter_name`, or the first of default_0, default_1, ... that is not used.
+
+        Raises UserError if adapters of this name exist already; with `hotswap`, if no loaded adapters have this name.
+        """
         state = self._lora
         used = state.adapters.keys() | state.fused_adapters
         name = next(n for i in count() if (n := f"default_{i}") not in used) if adapter_name is None else adapter_name
@@ -226,7 +231,7 @@ class LoraLoader(LoraFiles):
         """Restore the U-Net's weights from before the first `fuse_lora`, bit for bit.
 
         Fused LoRA adapters that were not unloaded are active again, with the factors of `set_adapters`, as in diffusers.
-        Adapters that were loaded afterwards and are active stay active. `components`: only ["unet"].
+        Other active adapters, loaded after `fuse_lora`, stay active. `components`: only ["unet"] is allowed.
         """
         _check_components(components)
         state = self._lora

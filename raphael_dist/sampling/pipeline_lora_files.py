@@ -79,11 +79,12 @@ class LoraFiles:
 def read_adapters(path: Path, weight_name: str | None) -> Adapter:
     """Read LoRA adapters from a safetensors file, or from a folder of peft or diffusers.
 
-    The installed package also reads those of a run directory.
+    The installed package also reads the adapters in a run directory.
 
     Args:
         path: the file or folder.
-        weight_name: name of the safetensors file in the folder; None: that of peft, otherwise that of diffusers.
+        weight_name: name of the safetensors file in the folder; None: the name that peft uses if the folder contains peft's
+            adapter_config.json, otherwise the name that diffusers uses.
 
     Raises:
         UserError: there are no adapters, or they are of a kind that is not supported.

@@ -1,6 +1,6 @@
 """Pipelines with image inputs: image-to-image, inpainting, ControlNet, super-resolution.
 
-Each can share the components of a RaphaelPipeline: `RaphaelInpaintPipeline.from_pipe(pipeline)`.
+Each of these pipelines can share the components of a RaphaelPipeline: `RaphaelInpaintPipeline.from_pipe(pipeline)`.
 """
 
 import inspect
@@ -26,9 +26,9 @@ from raphael_dist.text import JsonObject
 
 
 def shows_options(call: Any) -> Any:
-    """Decorate a pipeline's `__call__`: its signature then has RaphaelPipeline's arguments in place of `**options`.
+    """Decorate a pipeline's method `__call__`, so that its signature lists RaphaelPipeline's arguments, not `**options`.
 
-    help(), editors and diffusers read the signature. Returns `call` itself, whose behaviour is unchanged.
+    The signature is for help(), editors and diffusers, which read it. Returns `call` itself; calling it works as before.
     """
     *own, _ = inspect.signature(call).parameters.values()
     names = {parameter.name for parameter in own}
@@ -184,10 +184,10 @@ def small_images(images: Sequence[Image.Image], size_hw: tuple[int, int], factor
     Args:
         images: B PIL images.
         size_hw: height and width of the large images in pixels.
-        factor: `upscale.factor` of the model, by which the small images are smaller.
+        factor: `upscale.factor` of the model: height and width of a large image, divided by those of its small image.
 
     Raises:
-        UserError: there are none, or they have the wrong size.
+        UserError: `images` is empty, or an image has the wrong size.
     """
     small = [np.array(to_rgb(image)) for image in images]
     if not small:

@@ -30,10 +30,10 @@ def read_requests(path: Path, default: Request) -> list[Request]:
 
     Args:
         path: the file.
-        default: the request whose fields are used if a line has none.
+        default: the request from which fields are taken that a line does not state.
 
     Raises:
-        UserError: the file or a line is invalid; the message names them.
+        UserError: the file cannot be read, or a line is invalid; the message names file and line.
     """
     suffix = path.suffix.lower()
     if suffix == ".json":
@@ -149,11 +149,12 @@ def read_edges(path: Path, size_hw: tuple[int, int], kind: str, option: str = "-
 def sample_requests(config: Config, drawn: Container[int] | None = None) -> list[Request]:
     """Return the requests of all images that are sampled during training, one for each caption in `sample.prompts`.
 
-    `sample.images` are their input images: for edge maps (ControlNet), or small images to enlarge (super-resolution).
+    The setting `sample.images` names an input image for each request: an image from which an edge map is computed
+    (ControlNet), or a small image to enlarge (super-resolution).
 
     Args:
         config: the run's configuration.
-        drawn: indices of the requests that this rank draws; only their image files are read. None: all.
+        drawn: indices of the requests that this rank draws; only their image files are read. None: read all image files.
 
     Raises:
         UserError: an image cannot be read or has the wrong size.

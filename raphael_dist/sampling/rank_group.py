@@ -18,8 +18,8 @@ T = TypeVar("T")
 def join_ranks() -> Iterator[tuple[Ranks, torch.device]]:
     """Return a context manager that creates torch.distributed's process group, and destroys it at the end.
 
-    The group's ranks are those of a launcher, or this process alone. It yields `Ranks` (this rank and the number of ranks)
-    and this rank's device. A process group that exists already is used and kept.
+    The group's ranks are those of a launcher, or this process alone. The context yields `Ranks` (this rank and the number of
+    ranks) and this rank's device. A process group that exists already is used and not destroyed.
     """
     if dist.is_initialized():
         rank, world = dist.get_rank(), dist.get_world_size()

@@ -54,7 +54,7 @@ class Request:
 def initial_noise(seed: int, index: int, shape: tuple[int, ...], copy: int = 0) -> Tensor:
     """Return the initial noise of one image, standard normal, float32 of `shape`, on the CPU.
 
-    It depends only on these arguments.
+    The noise depends only on these arguments.
 
     Args:
         seed: seed of the noise.
@@ -73,7 +73,7 @@ def denoiser(model: nn.Module, edge_Bhw: Tensor | None = None, small_B3HsWs: Ten
 
     Args:
         model: the U-Net.
-        edge_Bhw: edge maps in 0..1 at the size of the latents, for the model's ControlNet. None: it is not used.
+        edge_Bhw: edge maps in 0..1 at the size of the latents, for the model's ControlNet. None: do not run the ControlNet.
         small_B3HsWs: small images, float32 in -1..1, for a super-resolution model, which are appended to the latents as
             channels.
     """
@@ -110,7 +110,7 @@ def sample_latents(
         scheduler: a scheduler of diffusers (`model.diffusion.make_scheduler`).
         noise_BChw: initial noise, float32, on the device of the model.
         text: outputs of the text encoder for B captions.
-        null: the same for B negative captions, or for one that is used for all.
+        null: outputs of the text encoder for B negative captions, or for one negative caption that all images use.
         steps: number of denoising steps.
         guidance: guidance scale; 1 turns guidance off.
         dtype: dtype of the model's weights.
@@ -137,12 +137,14 @@ def sample_latents(
 def first_latents(
     scheduler: NoiseScheduler, noise_BChw: Tensor, steps: int, start_BChw: Tensor | None, strength: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the latents with which the first step starts, [B, C, h, w], and the timesteps.
+    """Return the latents with which the first step starts, [B, C, h, w], and the timesteps of the steps to run.
+
+    With start images, the first part of the scheduler's timesteps is left out, and the latents are noised start images.
 
     Args:
         scheduler: a scheduler of diffusers after its `set_timesteps`.
         noise_BChw: initial noise.
-        steps: number of denoising steps.
+        steps: number of denoising steps for which the timesteps were set.
         start_BChw: latents of images to start from. None: start from noise.
         strength: share of the steps, 0 to 1, that are applied to `start_BChw`.
     """
@@ -162,7 +164,7 @@ def first_latents(
 
 
 def add_noise(scheduler: NoiseScheduler, x_BChw: Tensor, noise_BChw: Tensor, timestep: Tensor) -> Tensor:
-    """Return latents with as much noise as they have at `timestep`, one of the scheduler's timesteps."""
+    """Return the latents `x_BChw` plus noise, as they are at `timestep` (one of the scheduler's) in its noise schedule."""
     timestep_B = timestep.expand(len(x_BChw))
     if hasattr(scheduler, "scale_noise"):  # flow matching
         return scheduler.scale_noise(x_BChw, timestep_B, noise_BChw)
@@ -170,7 +172,7 @@ def add_noise(scheduler: NoiseScheduler, x_BChw: Tensor, noise_BChw: Tensor, tim
 
 
 def model_input(scheduler: NoiseScheduler, x: Tensor, timestep: Tensor) -> Tensor:
-    """Return latents `x` scaled as `scheduler` requires for the model; schedulers of flow matching do not scale."""
+    """Return latents `x`, scaled as `scheduler` requires for the model's input. Schedulers of flow matching do not scale."""
     return scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
 
 
