@@ -128,7 +128,7 @@ def escape_control(text: str, keep: str = "") -> str:
 
 
 def shorten(text: str) -> str:
-    """Return `text` unchanged if it has at most 200 characters, otherwise its first 150 characters and its length."""
+    """Return `text` unchanged if it has at most 200 characters, otherwise its first 150 characters and its total length."""
     return text if len(text) <= 200 else f"{text[:150]}... ({len(text)} characters)"
 
 

@@ -97,7 +97,7 @@ def _name(word: str) -> str:
 def command(
     parse: Callable[[Sequence[str]], argparse.Namespace], run: Callable[[argparse.Namespace], int | None]
 ) -> Callable[[Sequence[str]], int]:
-    """Return the function `main` of a command: it takes the command's arguments, and returns the exit code.
+    """Return the function `main` of a command, which takes the command's arguments and returns the exit code.
 
     `parse`: parses the arguments. `run`: does the work, and may return an exit code.
     """

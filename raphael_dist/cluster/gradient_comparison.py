@@ -29,8 +29,8 @@ def pieces(name: str, shape: tuple[int, ...], start: int, numel: int) -> Iterato
 def differs(actual: Tensor, expected: Tensor, floor: float, tolerance: float) -> str:
     """Compare two gradients; return "" if they agree, else a string such as "0.50 times" or "12% away from".
 
-    They agree if the L2 norm of their difference is at most `tolerance` times (the norm of `expected` + `floor`). `floor`:
-    a small norm, so that gradients of pure rounding errors agree.
+    Two gradients agree if the L2 norm of their difference is at most `tolerance` times (the norm of `expected` + `floor`).
+    `floor` is a small norm, so that gradients that are only rounding errors agree.
 
     "0.50 times" means that `actual` is `expected` times 0.5. "12% away from" means that `actual` is not proportional to
     `expected`, and the norm of the difference is 12% of the norm of `expected`.

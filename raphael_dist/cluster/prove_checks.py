@@ -15,8 +15,8 @@ class Check:
         title: title in the report.
         run: the function that a worker process runs on each rank.
         limit_s: time limit in seconds, long enough for a slow CPU. Afterwards the worker process is ended.
-        environment: whether a failure means a bad environment (exit code 2), such as a slow network. Otherwise it means
-            wrong numbers (exit code 3).
+        environment: whether a failure means a bad environment (exit code 2), such as a slow network. Otherwise a failure
+            means wrong numbers (exit code 3).
         alone: whether the check needs worker processes that run no other check.
         ranks: a function from the number of all ranks to the number of ranks on which the check runs.
     """

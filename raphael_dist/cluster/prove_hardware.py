@@ -1,6 +1,6 @@
 """Checks of `prove` that measure speed and memory, and compare a training step with the planner's prediction.
 
-They cover collectives between ranks, CUDA graphs, how often the host waits for the GPU, and the largest micro-batch.
+The checks cover collectives between ranks, CUDA graphs, how often the host waits for the GPU, and the largest micro-batch.
 """
 
 import re

@@ -184,7 +184,7 @@ class Reference:
     def step(self, gradients: dict[str, Tensor]) -> None:
         """Clip gradients, set `norm`, and take an optimizer step.
 
-        `gradients`: those of a whole global batch, by parameter name. They are changed by the clipping.
+        `gradients`: those of a whole global batch, by parameter name. Clipping changes these tensors.
         """
         for name, p in self.weights.items():
             p.grad = gradients[name]

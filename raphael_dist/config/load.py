@@ -89,7 +89,7 @@ def _is_encodable(text: str) -> bool:
 def read_yaml(name_or_path: str) -> ConfigTree:
     """Read a preset or a YAML file, together with the preset or file that it builds on (its key `base`).
 
-    Values of the file override those of its base. If `base` is a path, it is relative to the folder of the file that
+    Values of the file override values of its base. If `base` is a path, it is relative to the folder of the file that
     contains it.
 
     Raises:
@@ -117,7 +117,7 @@ def read_yaml(name_or_path: str) -> ConfigTree:
 
 
 def _merge(upper: ConfigTree, lower: ConfigTree) -> ConfigTree:
-    """Return the values of `upper`, and those values of `lower` that `upper` does not have."""
+    """Return the values of both configurations. Where both have a value, the value of `upper` counts."""
     tree = {**lower.tree, **upper.tree}
     for name, section in lower.tree.items():
         if isinstance(section, dict) and isinstance(tree[name], dict):

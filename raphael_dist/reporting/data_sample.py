@@ -47,7 +47,7 @@ def sample_data(config: Config) -> DataSample:
     """Check 256 samples of a run's data for empty edge maps, images that occur several times, and captions too long.
 
     The samples are divided among the sources of the data (data.sources, or data.shards as the only one) in proportion to
-    their weights, and those of a source are evenly distributed over its first two local shards. Raises UserError if no
+    their weights, and the samples of a source are evenly distributed over its first two local shards. Raises UserError if no
     source has local shards that can be read.
     """
     sources = patterns_of(config, training=True)

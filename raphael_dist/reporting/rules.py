@@ -287,7 +287,7 @@ def diagnose(evidence: RunEvidence) -> list[Finding]:
 
 
 def coverage(evidence: RunEvidence) -> tuple[list[str], list[str]]:
-    """Return (names of the problems that the rules can detect in a run, names of those that they cannot detect).
+    """Return (names of the problems that the rules can detect in a run, names of the other problems).
 
     A problem cannot be detected if the run has no data about this problem, e.g. if the run has no log.
     """

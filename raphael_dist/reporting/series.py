@@ -76,7 +76,7 @@ CHARTS = (
 def buckets_for(runs: Sequence[RunFiles]) -> int:
     """Return into how many intervals to divide each curve, so that all curves together have at most POINTS points.
 
-    Of each interval, two points are shown: those with the smallest and the largest value.
+    Of each interval, two points are shown: the points with the smallest and the largest value.
     """
     curves = sum(tag in run.series for chart in CHARTS for tag in chart.tags for run in runs)
     return min(BUCKETS, max(MIN_BUCKETS, POINTS // (2 * max(1, curves))))

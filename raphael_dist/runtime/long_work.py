@@ -227,7 +227,7 @@ class Watch:
     def _pause(self, elapsed: float) -> float:
         """Return the seconds until the next poll of the store, `elapsed` seconds after the work began.
 
-        They are an eighth of `elapsed`, at most 1 s; but longer if there are many ranks.
+        The pause is an eighth of `elapsed`, at most 1 s, but longer if there are many ranks.
         """
         return min(self._silence / 8, max(self._world * POLL_S_PER_RANK, min(elapsed / 8, 1.0)))
 

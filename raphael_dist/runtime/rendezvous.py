@@ -119,7 +119,7 @@ def join_first(names: Sequence[str], separator: str) -> str:
 def master_address() -> tuple[str, int]:
     """Return host and port of rank 0 from MASTER_ADDR and MASTER_PORT.
 
-    Raises UserError if one of them is missing or not valid.
+    Raises UserError if a variable is missing or not valid.
     """
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     missing = [name for name, value in (("MASTER_ADDR", address), ("MASTER_PORT", port)) if not value]

@@ -236,7 +236,7 @@ class Watchdog:
         os._exit(EXIT_HUNG)  # the training thread is stuck: nothing less ends it
 
     def _describe_links(self, heartbeats: list[Heartbeat]) -> str:
-        """Return which ranks cannot be reached although they write heartbeats; "" if there are none."""
+        """Return a text that names ranks that write heartbeats but cannot be reached; "" if there are no such ranks."""
         # Ranks that wait at the same place time out within one tick of each other.
         seconds = self._tick + rendezvous.ANSWER_S
         missing = rendezvous.unreachable(self._ranks.rank, self._ranks.world_size, seconds)

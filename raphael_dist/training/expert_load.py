@@ -68,7 +68,8 @@ class DeadExperts:
     """Detects experts that get almost no work, and creates a warning with a remedy.
 
     An expert is dead if its load is below 1% (DEAD_SHARE) of the mean load of its transformer block. Loads are recorded at
-    every log line of the run. They are summed over the most recent log lines that together have 100 samples per expert.
+    every log line of the run, and summed over the most recent log lines that together have 100 samples per expert. With
+    fewer samples, an expert could get no work by chance.
     """
 
     SAMPLES = 100

@@ -130,8 +130,8 @@ class Telemetry:
     def end_step(self, step: int, updated: bool) -> None:
         """End the recording of optimizer step `step`.
 
-        `updated`: whether the step changes the weights. If so, its losses and expert loads are kept for the next log line;
-        otherwise they are dropped.
+        `updated`: whether the step changes the weights. The losses and expert loads of such a step are kept for the next log
+        line; those of other steps are dropped.
         """
         if updated:
             self._steps.append((step, self._current_step))
@@ -213,7 +213,7 @@ class Telemetry:
     def log_images(self, step: int, images: dict[str, Image.Image]) -> None:
         """On rank 0, write images to TensorBoard and the trackers (`run.trackers`, e.g. Weights & Biases).
 
-        `step`: the optimizer step in which they were drawn. `images`: PIL images by tag (the name they are shown under).
+        `step`: the optimizer step after which the images were drawn. `images`: PIL images by tag (the name in the tracker).
         """
         for sink in self._sinks:
             for tag, image in images.items():

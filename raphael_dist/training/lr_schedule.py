@@ -35,7 +35,7 @@ def gate_noise_deviation(config: Config, step: int) -> float:
     """Return the standard deviation of the noise on the gates' logits in optimizer step `step` (from 1).
 
     Gates select experts; the noise varies this selection. The deviation is `model.gate_noise` at the start and falls to 0 in
-    `model.gate_noise_steps` steps. If `model.gate_noise_steps` is 0, it stays constant.
+    `model.gate_noise_steps` steps. If `model.gate_noise_steps` is 0, the deviation stays constant.
     """
     model = config.model
     done = (step - 1) / model.gate_noise_steps if model.gate_noise_steps else 0.0

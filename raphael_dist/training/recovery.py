@@ -130,8 +130,8 @@ def _return_to(run: Run, saved: Progress, samples_seen: int) -> None:
     if run.guard.record_rollback(saved.guard, saved.step):
         raise NonFiniteError(
             f"The run returned to step {saved.step} too often without reaching a new checkpoint: {run.guard.rollbacks} "
-            f"times, and train.max_skipped={run.config.train.max_skipped} is the limit. Lower optim.lr, or remove the faulty "
-            "samples, which the log names."
+            f"times, and train.max_skipped={run.config.train.max_skipped} is the limit. Lower optim.lr, or remove the "
+            "faulty samples, which the log names."
         )
     run.progress.step, run.progress.samples_seen = saved.step, samples_seen
     # In the checkpoint, too: a run that is stopped now must not use the same samples again.

@@ -62,8 +62,8 @@ class RunProgress:
     def timeout_factor(self, micro_step: int) -> float:
         """Return the factor on the timeout of the watchdog, which ends a run that hangs, during a micro-step.
 
-        It is 5 for the first micro-step of this process, which compiles kernels and allocates memory, and 1 for the others.
-        `micro_step`: number of the micro-step in the current optimizer step, from 0.
+        The factor is 5 for the first micro-step of this process, which compiles kernels and allocates memory, and 1 for the
+        others. `micro_step`: number of the micro-step in the current optimizer step, from 0.
         """
         return SLOW if self.step == self.first_step and micro_step == 0 else 1.0
 
@@ -74,8 +74,8 @@ class StopState:
 
     Attributes:
         request: whether this rank has been asked to stop, e.g. by a signal.
-        agreed: whether all ranks have agreed to stop. They agree at the end of a step.
-        data_failure: the error because of which this rank cannot get another batch; None: there was none.
+        agreed: whether all ranks have agreed to stop, which they do at the end of a step.
+        data_failure: the error because of which this rank cannot get another batch; None: there was no such error.
     """
 
     request: StopRequest

@@ -127,7 +127,7 @@ def throughput(
 
     Args:
         samples: number of samples that all ranks together processed.
-        seconds: the time in which they were processed.
+        seconds: the time in which these samples were processed.
         flops: model FLOPs per sample, forward and backward.
         device: this rank's device, for its peak.
         dtype: precision that the peak is for.

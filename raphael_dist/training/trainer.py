@@ -145,7 +145,7 @@ def accumulate(run: Run, batches: Iterator[Batch]) -> tuple[torch.Tensor, recove
 def next_batch(run: Run, batches: Iterator[Batch], micro_step: int) -> Batch:
     """Return the next micro-batch on the device. `micro_step`: its number in the optimizer step, from 0.
 
-    If this rank's data fails (UserError), it returns dummy batches from then on, so that no other rank waits for this one.
+    If this rank's data fails (UserError), this function returns dummy batches from then on, so that no other rank waits.
     `reduce_step_stats` of the same step then ends the run on all ranks, before the weights change.
     """
     if run.stop.data_failure is None:
