@@ -67,7 +67,8 @@ def find_duplicates(model: RaphaelUNet, rows: int = 256) -> list[Finding]:
 
     All experts get the same random inputs: `rows` vectors from a normal distribution, as after a LayerNorm. The mean over
     the inputs is subtracted from each expert's outputs e. The distance of experts j and k is ||e_j - e_k|| / max(||e_j||,
-    ||e_k||), and they are duplicates if it is below 0.05 (DUPLICATE_DISTANCE). So are two experts with zero output.
+    ||e_k||). The experts are duplicates if their distance is below 0.05 (DUPLICATE_DISTANCE). Two experts whose outputs are
+    zero are duplicates, too.
     """
     findings = []
     for number, block in enumerate(ordered_blocks(model)):

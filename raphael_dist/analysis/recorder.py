@@ -51,8 +51,8 @@ class Record:
 class Recorder:
     """A context manager that records which experts a `RaphaelUNet` chooses for one sample of each batch.
 
-    It also records the region of each text token: the image tokens with much attention to it. Run the forward passes inside
-    the `with` block. The constructor's argument `sample` is the index of the sample in each batch, by default 0.
+    It also records the region of each text token: the image tokens with much attention to this token. Run the forward passes
+    inside the `with` block.
 
     Attributes:
         record: the experts and regions of this sample, complete when the `with` block has ended.
@@ -64,7 +64,7 @@ class Recorder:
         Args:
             model: the U-Net.
             sample: index of the sample in each batch.
-            at: the forward pass, counted from 0, whose regions are recorded.
+            at: number of the forward pass (counted from 0) whose regions are recorded. Experts are recorded in all passes.
             maps: whether to record the attention maps of that pass, too.
         """
         self._model, self._sample, self._maps = model, sample, maps

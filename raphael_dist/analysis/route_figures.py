@@ -27,7 +27,8 @@ def expert_colour(expert: int) -> tuple[int, int, int]:
 def draw_routes(words: Sequence[str], route_WL: np.ndarray, title: str) -> Image.Image:
     """Draw a table of W words (rows) and L transformer blocks (columns) that shows the space expert of each word.
 
-    A cell has the number and the colour of the expert. `route_WL`: int [W, L], number of the expert. `title`: text above.
+    A cell has the number and the colour of the expert. `route_WL`: number of the expert of each word in each block, int
+    [W, L]. `title`: text above the table.
     """
 
     def cell(word: int, block: int) -> tuple[tuple[int, int, int], str]:
@@ -40,7 +41,8 @@ def draw_routes(words: Sequence[str], route_WL: np.ndarray, title: str) -> Image
 def draw_heat_map(values_LK: np.ndarray, title: str) -> Image.Image:
     """Draw values [L, K] as a table: one row per transformer block, one column per expert, from white (0) to blue (2).
 
-    It is made for loads divided by the mean load, of which 1 is an even share.
+    `values_LK`: the load of each expert divided by the mean load of its block, so that 1 is an even share. `title`: text
+    above the table.
     """
 
     def cell(block: int, expert: int) -> tuple[tuple[int, int, int], str]:
@@ -82,7 +84,7 @@ def draw_bands(route_LT: np.ndarray, timesteps: Sequence[float], title: str) -> 
     """Draw which time expert each block uses at each timestep: a horizontal band per block, in the experts' colours.
 
     `route_LT`: int [L, T], number of the expert in each of L blocks at each of T timesteps. `timesteps`: the T timesteps in
-    any order. In the figure they grow to the right, and so does the noise. `title`: text above.
+    any order. In the figure timesteps, and with them the noise, increase to the right. `title`: text above the figure.
     """
     font, left, width, row = ImageFont.load_default(size=11), 30, 500, 16
     blocks, experts = route_LT.shape[0], int(route_LT.max()) + 1
@@ -114,9 +116,10 @@ def draw_overlays(
     experts_WL: np.ndarray,
     title: str,
 ) -> Image.Image:
-    """Draw an image repeatedly, for each word (row) and block (column), with the word's region in its expert's colour.
+    """Draw a table of copies of an image: rows are words, columns are blocks, and each copy shows the word's region.
 
-    Outside of the region the image is pale.
+    The region has the colour of the word's expert in that block. Outside of the region the copy is pale. The first column
+    has the unchanged image.
 
     Args:
         image_HW3: the image, uint8.

@@ -47,7 +47,7 @@ class Report:
     agreement: dict[str, float] = field(default_factory=dict)
 
     def add_time(self, route_LT: Tensor) -> None:
-        """Add to the results which time expert each of L blocks uses at each of T timesteps. `route_LT`: int [L, T]."""
+        """Add the time expert of each of L blocks at each of T timesteps to the results. `route_LT`: int [L, T]."""
         self.routes["time"] = [_stretches(row) for row in route_LT.tolist()]
 
     def add_prompt(self, prompt: str, trace: PromptTrace, regions: list[Coverage], agreement: float) -> None:
@@ -131,7 +131,7 @@ def trace_values(prompt: str, trace: PromptTrace, side: int = 192) -> JsonObject
 def _region(region_hw: np.ndarray, side: int = 32) -> list[int | str]:
     """Return [height, width, cells] of a bool map, with the cells as a string of 0 and 1, row by row.
 
-    Of a map larger than `side`, only every n-th row and column is used.
+    If the map is larger than `side` x `side`, only every n-th row and column is used, with the smallest n that makes it fit.
     """
     step = -(-max(region_hw.shape) // side)
     small = region_hw[::step, ::step]

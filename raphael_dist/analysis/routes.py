@@ -36,7 +36,7 @@ class Words:
 def time_routes(model: RaphaelUNet, num_timesteps: int) -> Tensor | None:
     """Return the time expert (chosen by the timestep) of each block for the timesteps 0 .. T-1, int64 [L, T].
 
-    It is t_router(t) of Sec. 7.3. Returns None if the model has no Time-MoE. There are L transformer blocks.
+    This is t_router(t) of Sec. 7.3. Returns None if the model has no Time-MoE. There are L transformer blocks.
 
     `num_timesteps`: T.
     """
@@ -52,7 +52,7 @@ def time_routes(model: RaphaelUNet, num_timesteps: int) -> Tensor | None:
 def word_routes(model: RaphaelUNet, tokens_BYD: Tensor) -> Tensor | None:
     """Return the space expert (chosen by the text token) of each token in each block, int64 [B, L, Y].
 
-    It is route(y_i) of Sec. 3.1. Returns None if the model has no Space-MoE.
+    This is route(y_i) of Sec. 3.1. Returns None if the model has no Space-MoE.
 
     `tokens_BYD`: outputs of the text encoder for B captions with Y text tokens each. There are L transformer blocks.
     """
@@ -81,7 +81,8 @@ def _text_logits(model: RaphaelUNet, tokens_BYD: Tensor) -> Tensor:
 def split_words(tokenizer: "PreTrainedTokenizerBase", caption: str, max_tokens: int) -> Words:
     """Divide a caption into words, and find the text tokens of each. Punctuation is left out.
 
-    `max_tokens`: number of tokens that the text encoder reads; words after them are left out.
+    `tokenizer`: the tokenizer of the text encoder. `max_tokens`: number of tokens that the text encoder reads; words beyond
+    these tokens are left out.
     """
     encoded = tokenizer(caption, truncation=True, max_length=max_tokens)
     texts: list[str] = []
@@ -111,6 +112,7 @@ def _tokens_by_prefix(
     """Yield (first token, last token + 1, word) for tokenizers that do not map tokens to characters, such as ByT5's.
 
     The indices are found by tokenizing the caption twice for each word: up to the word's beginning and up to its end.
+    `encoded`: the tokenized caption; words beyond its end are left out.
     """
 
     def count(text: str) -> int:
@@ -130,7 +132,7 @@ def collect_word_paths(
     """Return (word, number of its caption, path) for each word of each caption. The model must have a Space-MoE.
 
     A path is the list of the space experts in all blocks for the first token of the word. Captions that differ only in
-    spaces and capitals have the same number. `batch`: number of captions that are encoded at a time.
+    spaces and capitals have the same number. `text`: the text encoder. `batch`: number of captions encoded at a time.
     """
     paths = []
     numbers: dict[str, int] = {}

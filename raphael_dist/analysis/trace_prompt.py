@@ -59,10 +59,10 @@ def trace_prompt(
 
 
 def make_trace(pixels: np.ndarray, words: Words, record: Record) -> PromptTrace:
-    """Return the experts and image regions of each word: those that were recorded for the word's first text token.
+    """Build a `PromptTrace`. A word gets the experts and regions that were recorded for its first text token.
 
     Args:
-        pixels: the drawn image, uint8 [H, W, 3].
+        pixels: the drawn image, uint8 [H, W, 3]; stored in the result without change.
         words: the words of the prompt, with their text tokens.
         record: the experts and regions of all text tokens, recorded while the image was drawn.
     """

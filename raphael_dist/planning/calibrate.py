@@ -108,7 +108,7 @@ def _seconds_per_row_difference(work: Callable[[Tensor], object]) -> float:
 
 
 def measure_rates() -> dict[str, ClassRate]:
-    """Measure the speed of each class of torch operations on this machine; return it by name, e.g. "convolution"."""
+    """Measure the speed of each class of torch operations on this machine; return a dict by class, e.g. "convolution"."""
     size = 2.0 * ROWS * WIDTH * 4  # bytes read and written by the large operation
     compute = {
         "product": (_product(4), _product(512), 2 * 512**3),
@@ -214,7 +214,7 @@ def predicted_step(config: Config, cluster: ClusterSpec) -> float:
 
 
 def calibrate(path: Path) -> str:
-    """Measure this machine, write its cluster description (YAML) to `path`, and return a report for the user.
+    """Measure the speed of this machine, write its cluster description (YAML) to `path`, and return a report for the user.
 
     Raises:
         UserError: the file cannot be written.
@@ -243,10 +243,11 @@ def calibrate(path: Path) -> str:
 def fit_recomputed(cluster: ClusterSpec) -> float:
     """Return how many times longer a forward operation takes when the backward pass runs it again.
 
-    The factor is computed from measured training steps with and without recomputation of the transformer blocks, compared
-    with predictions. It follows from a small difference of two long times, so it is not precise.
+    Training steps with and without recomputation of the transformer blocks are measured and predicted. The factor is the
+    measured difference of their times divided by the predicted difference. Both differences are small compared with the
+    times, so the factor is not precise.
 
-    `cluster`: description of this machine, in which the factor is 1. The predictions are made with it.
+    `cluster`: description of this machine for the predictions; its own number `recomputed` is 1.
     """
     steps = []
     for recompute in ("none", "blocks"):
@@ -257,7 +258,7 @@ def fit_recomputed(cluster: ClusterSpec) -> float:
 def fit_reference(rates: dict[str, ClassRate]) -> tuple[float, float]:
     """Compute how much longer operations take within a training step than alone, from measured training steps.
 
-    Steps with one image and with eight images are measured. They run the same operations with different sizes.
+    Steps with one image and with eight images are measured. Both run the same operations, with different sizes.
 
     Args:
         rates: measured speed of each class of operations (e.g. "convolution"), each operation repeated alone.

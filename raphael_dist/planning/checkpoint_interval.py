@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SavePlan:
-    """The best interval between two checkpoints, and the cost of saving them.
+    """The best interval between two checkpoints, and the cost of saving checkpoints.
 
     Attributes:
         bytes: size of a checkpoint.
@@ -48,8 +48,8 @@ def daly(save_s: float, mtbf_s: float) -> float:
 def lost_share(interval_s: float, stall_s: float, write_s: float, mtbf_s: float, restart_s: float) -> float:
     """Return the share of the time (0..1) that is lost to saves and failures, to first order.
 
-    Training waits `stall_s` seconds for a save after each `interval_s`. Each failure (every `mtbf_s` on average) loses half
-    an interval of work, the save that was being written (`write_s`), and the time of the restart.
+    Training waits `stall_s` seconds for a save after every `interval_s` seconds. Each failure (every `mtbf_s` seconds on
+    average) loses half an interval of work, the `write_s` seconds until a save is on disk, and `restart_s` seconds.
     """
     return stall_s / (interval_s + stall_s) + (interval_s / 2 + write_s + restart_s) / mtbf_s
 
@@ -62,8 +62,8 @@ def plan_saves(
     Args:
         num_bytes: size of a checkpoint.
         stall_s: time that training waits for a save.
-        write_s: time until a checkpoint is on disk. The interval is at least as long, because a save waits for the previous
-            one.
+        write_s: time until a checkpoint is on disk. The interval is at least as long, because a save waits for the end of
+            the previous save.
         mtbf_s: mean time between two failures of the run.
         restart_s: time from a failure to the next step.
         shortest_s: lower limit of the interval, such as the time of one step.

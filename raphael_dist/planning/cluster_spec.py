@@ -50,7 +50,8 @@ class ClusterSpec(BaseModel):
         per_node: devices in a node.
         memory_gb: GB (1e9 bytes) of a device; on a CPU, of the host.
         peak_tflops: peak TFLOP/s in the data sheet, by `train.dtype`.
-        rates: achieved rates, by `train.dtype` and class of operations. Missing classes use `product` or `other`.
+        rates: achieved rates, by `train.dtype` and class of operations. A class that is not listed has the rates of the
+            class "product" (if it has FLOPs) or "other".
         launch_us: microseconds that the host needs to launch one operation.
         node_gb_s, net_gb_s: GB/s from a device to others of its node, and through its network card.
         node_hop_us, net_hop_us: latency in microseconds between two devices of a node, and of different nodes.

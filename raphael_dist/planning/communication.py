@@ -92,7 +92,7 @@ def ring(
 
     Args:
         name: label in tables.
-        hidden_by: the pass that it overlaps with, see `Communication`.
+        hidden_by: the pass with which the communication can overlap, as in `Communication`.
         size: bytes of the whole tensor.
         ranks: members of the ring.
         cluster: the links.
@@ -118,8 +118,9 @@ def one_pass(
 ) -> Communication:
     """Predict the time of a reduce-scatter or an all-gather. Arguments and result are those of `ring`.
 
-    On gloo it has one stage inside each node and one between the ranks of equal index on all nodes
-    (`parallel/gloo_collectives.py`). With NCCL, one rank per node, or unequal numbers of ranks per node it is a ring.
+    On gloo the collective has one stage inside each node and one between the ranks of equal index on all nodes
+    (`parallel/gloo_collectives.py`). With NCCL, one node, one rank per node, or unequal numbers of ranks per node, it is the
+    ring that the function `ring` predicts.
     """
     lanes = _ranks_in_node(ranks, cluster, stride)
     nodes = ranks // lanes
@@ -132,7 +133,7 @@ def one_pass(
 
 
 def _ranks_in_node(ranks: int, cluster: Cluster, stride: int) -> int:
-    """Return how many of `ranks` ranks share a node, if the numbers of two neighbours differ by `stride`."""
+    """Return how many of `ranks` ranks share a node, if the rank numbers of two neighbours differ by `stride`."""
     return min(ranks, max(1, cluster.per_node // stride))
 
 
@@ -145,9 +146,9 @@ def gathered_again(parameters: int, recomputes: bool, distance: int = MAX_REUSE_
         distance: DeepSpeed's stage3_max_reuse_distance, in elements.
 
     After a module's forward pass DeepSpeed frees its weights, unless they are used again before `distance` elements of other
-    weights have been used. Let n be the elements of all later modules. They are used twice before the module's backward
-    pass: in their forward and in their backward pass (three times with recomputation). So a module keeps its weights if
-    2 n (or 3 n) is at most `distance`.
+    weights have been used. Let n be the number of elements in all later modules. These are used twice before the module's
+    backward pass: in their forward and in their backward pass (three times with recomputation). So a module keeps its
+    weights if 2 n (or 3 n) is at most `distance`.
     """
     return max(0.0, 1 - distance / ((3 if recomputes else 2) * parameters))
 
@@ -170,7 +171,8 @@ def communications(
         cluster: the links.
         parameters: number of parameters of the whole model.
         scheme: how weights and gradients are divided over ranks and reduced, e.g. "reduce_scatter" (docs/scale.md).
-        reductions: how many times a step reduces gradients (under ZeRO-3 also: gathers weights), once or per micro-step.
+        reductions: how many times a step reduces gradients (and, under ZeRO-3, gathers weights): 1, or the number of
+            micro-steps.
         persistent: total elements of the small parameters (up to 100,000 elements each), which ZeRO-3 gathers only once
             in a step.
         buckets: with "reduce_scatter", number of collectives that reduce the gradients.
@@ -245,7 +247,8 @@ def _synchronisation(
 def _zero3(config: Config, cluster: Cluster, parameters: int, persistent: int, scheme: Scheme) -> list[Communication]:
     """Return the communication of a micro-step under ZeRO-3, in which every rank gathers all weights.
 
-    `persistent`: total elements of the small parameters, which are gathered only once in a step.
+    `parameters`: number of parameters of the model. `persistent`: elements of the small ones among them, which are gathered
+    only once in a step. `scheme`: "zero3", or "zero3_hpz", which gathers for the backward pass within a node.
     """
     width, ranks = bytes_per_element(config.train.dtype), cluster.ranks
     again = gathered_again(parameters, config.model.checkpoint_activations != "none")

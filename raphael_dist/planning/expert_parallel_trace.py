@@ -42,8 +42,8 @@ class DummyGroup(ExpertGroup):
 def shard_for_trace(config: Config, plan: BatchPlan) -> Callable[[RaphaelUNet, int], Traffic]:
     """Return a function `shard(model, samples)` that shards a model's experts over a simulated group of ranks.
 
-    In each sharded layer, that function removes all experts but those of the group's first rank. `samples` is the number of
-    samples per rank. It returns a counter of the bytes that this rank would send to the others.
+    In each sharded layer, `shard` removes all experts but those of the group's first rank. Its argument `samples` is the
+    number of samples per rank. It returns a counter of the bytes that this rank would send to the others.
 
     Args:
         config: the run's configuration. `config.parallel` states over how many ranks experts are sharded.
@@ -67,10 +67,10 @@ def shard_for_trace(config: Config, plan: BatchPlan) -> Callable[[RaphaelUNet, i
 def _even_counts(
     onehot_LBK: Tensor, group: ExpertGroup, samples: int, sharded: Sequence[bool]
 ) -> list[expert_dispatch.SampleCounts]:
-    """Replace `expert_dispatch.count_samples`: return how many samples each time expert gets if all get equally many.
+    """Return what `expert_dispatch.count_samples` returns if all time experts get equally many samples.
 
     Args:
-        onehot_LBK: the time expert of each sample in each layer, one-hot [layers, samples, experts], without data.
+        onehot_LBK: one-hot time expert of each sample in each layer, [layers, samples, experts]. Only its shape is used.
         group: the simulated group.
         samples: samples per rank.
         sharded: for each layer, whether its time experts are sharded.

@@ -72,9 +72,10 @@ class RankMemory:
         return self.states.total + max(self.activations + self.buffers + self.slack, self.update)
 
     def by_kind(self) -> dict[str, int]:
-        """Return the bytes of each kind of memory at the peak: "weights", "master", "moments", "ema", "gradients", others.
+        """Return the bytes of each kind of memory at the peak, by name.
 
-        The others are "activations", "buffers" and "slack"; but only "update" if the peak is in the optimizer update.
+        The names are "weights", "master", "moments", "ema" and "gradients", and in addition "activations", "buffers" and
+        "slack" if the peak is in the backward pass, or "update" if it is in the optimizer update.
         """
         kinds = {f.name: getattr(self.states, f.name) for f in fields(self.states)}
         if self.update > self.activations + self.buffers + self.slack:
@@ -91,7 +92,7 @@ class MemoryFootprint:
         elements: number of parameters in the rank's copy of the model.
         stage: ZeRO stage.
         contiguous: whether gradients lie in flat buffers that are reduced without copies (`engine.zero.Zero12Contiguous`).
-        buffer_elements: elements in DeepSpeed's buckets for gradients; under ZeRO-3 in the gathered weights.
+        buffer_elements: elements in DeepSpeed's buckets for gradients, and under ZeRO-3 in the gathered weights.
         update_bytes: bytes of the copies that the update of ZeRO-1 to 3 makes of the rank's gradients (flat, and in
             float32), and with `overlap_comm` of the weights, which are gathered at once.
         persistent: elements of the small parameters, which ZeRO-3 never frees.
@@ -127,7 +128,7 @@ def model_states(
         where: how these parameters are divided over the ranks, and the ZeRO stage.
         accumulation: micro-steps per optimizer step.
         rank: the rank.
-        contiguous: whether all gradients lie in one buffer and are reduced at once. It matters for ZeRO-1 and 2 only.
+        contiguous: whether all gradients lie in one buffer and are reduced at once; used for ZeRO-1 and 2 only.
     """
     width = bytes_per_element(config.train.dtype)
     moments = 8 if config.optim.has_moments else 0  # bytes per element: two in float32

@@ -16,7 +16,8 @@ def memory_table(name: str, search: Search) -> str:
 
     Args:
         name: label of the rows, e.g. the name of the preset.
-        search: the model and the cluster. `search.allowed["stage"]` lists the stages; without it the only one is stage 2.
+        search: the model and the cluster. `search.allowed["stage"]` lists the ZeRO stages of the rows; without this entry
+            there is one row, for stage 2.
     """
     header = [
         "| preset | GPUs | ZeRO | " + " | ".join(f"{size} GB" for size in SIZES_GB) + " |",
@@ -32,7 +33,10 @@ def _row(name: str, search: Search, stage: int) -> str:
 
 
 def _by_micro_batch(search: Search, stage: int, recompute: Recompute) -> list[Outcome]:
-    """Return the predictions for all possible micro-batches, the largest first, with this ZeRO stage and recomputation."""
+    """Return the predictions for all possible micro-batches, the largest first.
+
+    `stage`: the ZeRO stage. `recompute`: which activations are recomputed.
+    """
     choices = [Choice(1, 1, stage, False, micro, recompute, "auto") for micro in reversed(MICRO_BATCHES)]
     return [outcome for choice in choices if (outcome := search.evaluate(choice))]
 

@@ -94,7 +94,7 @@ class LiveBytes(TorchDispatchMode):
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def restart(self) -> int:
-        """Return the largest number of live bytes since the last call, and set `peak` to the current number."""
+        """Return the largest number of live bytes since the last call, and set `peak` to the current number, `live`."""
         peak, self.peak = self.peak, self.live
         return peak
 
@@ -107,9 +107,10 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def track(self, arguments: object, result: object) -> None:
-        """Start to count the memory (storages) of an operation's result, until it is freed.
+        """Start to count the memory (storages) of an operation's `result`, until this memory is freed.
 
-        Unknown storages of its `arguments` were created before this context was entered, and are not counted.
+        `arguments`: the operation's arguments. Storages that are seen first among them were created before this context was
+        entered, and are not counted.
         """
         for tree, counts in ((arguments, False), (result, True)):
             for tensor in tree_leaves(tree):

@@ -50,8 +50,10 @@ class Recorder(LiveBytes):
             (into PHASES), class such as convolution (into op_costs.CLASSES), number of the segment or -1, FLOPs, and
             bytes of inputs and outputs.
         phase: the current pass, "forward" or "backward".
-        segments: (whether it is a transformer block, bytes that its forward pass saved) of each segment.
-        peaks: for the forward and the backward pass, {number of segments started: most live bytes}.
+        segments: for each segment, (whether it is a transformer block, bytes that its forward pass saved for the backward
+            pass).
+        peaks: two dicts, for the forward and the backward pass. The key i has the largest number of live bytes while i
+            segments have been started.
     """
 
     def __init__(self) -> None:
@@ -108,8 +110,8 @@ class Recorder(LiveBytes):
 
         Args:
             kind: the module's part of the model, one of KINDS.
-            is_segment: whether the module is a segment, i.e. a transformer block or a residual block. If the backward pass
-                recomputes a segment, this does not start another one.
+            is_segment: whether the module is a segment, i.e. a transformer block or a residual block. If this forward pass
+                is a recomputation in the backward pass, no new segment is recorded.
         """
         self._kinds.append(kind)
         if is_segment and self.phase == "forward":
@@ -132,7 +134,7 @@ class Recorder(LiveBytes):
 
 
 class TracedUNet(RaphaelUNet):
-    """A U-Net whose routing (the choice of experts) is recorded as a part of its own."""
+    """A U-Net whose routing (the choice of experts) is recorded as the part "routing" of the model."""
 
     def __init__(self, config: Config, recorder: Recorder) -> None:
         super().__init__(config)
@@ -157,7 +159,7 @@ class _FusedAttention(TorchFunctionMode):
 
 
 class _FusedProcessor(AttnProcessor2_0):
-    """diffusers' attention processor, which runs attention as one kernel (`_FusedAttention`), also in recomputation."""
+    """diffusers' attention processor, changed to run attention as one kernel (`_FusedAttention`), also in recomputation."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         with _FusedAttention():
@@ -190,5 +192,5 @@ def observe_modules(model: RaphaelUNet, recorder: Recorder) -> None:
 
 
 def free_gradient(p: Tensor) -> None:
-    """Set the gradient of the parameter `p` to None, to free its memory. It is used as a hook of autograd."""
+    """Set the gradient of the parameter `p` to None, to free its memory. This function is used as a hook of autograd."""
     p.grad = None

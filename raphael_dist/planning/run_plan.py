@@ -23,7 +23,8 @@ class RunPlan:
         ranked: all possible settings (ZeRO stage, micro-batch, ...) with predicted memory and time, the best first.
         images: number of images to train on.
         parameters: number of parameters of the model.
-        active: number of parameters that process one image token, if it uses one space expert and one time expert per layer.
+        active: number of parameters that process one image token, if this token uses one space expert and one time expert
+            in each block.
         saves: how often to save a checkpoint, and what this costs.
         price: dollars per device hour.
     """
@@ -108,11 +109,12 @@ def make_plan(
 
 
 def active_parameters(shapes: dict[str, tuple[int, ...]]) -> int:
-    """Return how many parameters process one image token, if it uses one expert of each kind in each layer.
+    """Return how many parameters process one image token, if this token uses one expert of each kind in each block.
 
-    `shapes`: shapes of all parameters of the whole model, by name. All parameters outside of experts count. A token that
-    lies in the image regions of several words is processed by the experts of all of them. How many these are depends on the
-    trained gates, so they are not counted.
+    All parameters outside of experts count. A token that lies in the image regions of several words is processed by the
+    experts of all these words. The number of these experts depends on the trained gates, so only one is counted.
+
+    `shapes`: shapes of all parameters of the whole model, by name.
     """
     total = 0
     for name, shape in shapes.items():

@@ -120,8 +120,9 @@ class Search:
         config: the configuration of the run.
         cluster: devices and links.
         world: number of devices.
-        allowed: the values to consider, for those fields of `Choice` that the user restricts.
-        profile: traced operations of the model; None: trace it when needed. Searches for the same model can share it.
+        allowed: for those fields of `Choice` that the user restricts, the values to consider, by the name of the field.
+        profile: traced operations of the model; None: trace the model when needed. Searches for the same model can share
+            this object.
     """
 
     config: Config
@@ -170,8 +171,9 @@ class Search:
     def check(self, choice: Choice) -> tuple[Config, BatchPlan] | None:
         """Return the configuration with the settings `choice`, and the division of the batch over ranks.
 
-        None if the choice is not possible (e.g. the micro-batch is too large). Also None if placement "auto" shards all
-        experts or none, because the choice with placement "shard", or without expert parallelism, is then the same.
+        Returns None if the choice is not possible (e.g. the micro-batch is too large), or if it repeats another choice: if
+        placement "auto" shards all experts or none, the choice with placement "shard", or without expert parallelism, has
+        the same effect.
         """
         config = choice.apply(self.config)
         if choice.micro_batch_size > -(-config.train.global_batch_size // self.world):
@@ -212,9 +214,8 @@ class Search:
     def ranked(self) -> list[Outcome]:
         """Predict memory and time of all possible choices of settings, and return the predictions, the best first.
 
-        Choices that fit into memory come first, the fastest first. Those within 1% of the fastest count as equally fast: of
-        them, the one with the least recomputation and then the least memory is first. Choices that do not fit follow, by
-        memory.
+        Choices that fit into memory come first, ordered by speed. Choices within 1% of the fastest count as equally fast and
+        are ordered by the least recomputation, then by the least memory. Choices that do not fit follow, ordered by memory.
 
         Raises:
             UserError: no choice is possible.
@@ -259,8 +260,8 @@ def exchange_bytes(config: Config, plan: BatchPlan) -> int:
 def reasons(best: Outcome, ranked: list[Outcome], limit_gb: float) -> list[str]:
     """Return lines that compare the best choice of settings with choices that differ from it in one setting.
 
-    There is a line for each setting, e.g. for the micro-batch: "micro-batch 8 instead: -3.1% images/s, 60.2 GB". It is about
-    the fastest of the choices that differ from the best one in this setting only.
+    There is a line for each setting, e.g. for the micro-batch: "micro-batch 8 instead: -3.1% images/s, 60.2 GB". The line
+    describes the fastest of the choices that differ from the best choice in this setting only.
 
     Args:
         best: the best choice, with predicted memory and speed.
@@ -304,6 +305,6 @@ def restriction(text: str) -> tuple[str, tuple[int | str, ...]]:
         return name, tuple(_RESTRICTABLE[name](value) for value in values.split(","))
     except (KeyError, ValueError):
         raise UserError(
-            f"--only {text} must be one of {', '.join(_RESTRICTABLE)} with a value, e.g. --only stage=2 or "
-            "--only micro_batch_size=4,8."
+            f"--only {text} must have the form NAME=VALUE or NAME=VALUE,VALUE, where NAME is {', '.join(_RESTRICTABLE)}. "
+            "Write e.g. --only stage=2 or --only micro_batch_size=4,8."
         ) from None

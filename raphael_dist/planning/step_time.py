@@ -82,7 +82,8 @@ class StepTime:
 def operation_times(trace: Trace, cluster: ClusterSpec, dtype: str) -> NDArray[np.float64]:
     """Predict the seconds that the device takes for each operation of a micro-step, float64 [ops].
 
-    `trace`: the operations of the micro-step. `dtype`: `train.dtype`, for which `cluster` lists the speed of the device.
+    `trace`: the operations. `cluster`: the description with the speed of the device. `dtype`: `train.dtype`; the speed
+    depends on it.
     """
     seconds = np.zeros(trace.launches)
     for i, name in enumerate(CLASSES):
@@ -108,7 +109,7 @@ def device_times(trace: Trace, cluster: ClusterSpec, dtype: str) -> tuple[float,
 
 
 def update_time(config: Config, footprint: MemoryFootprint, cluster: ClusterSpec) -> float:
-    """Predict the seconds that gradient norm, optimizer and moving average take in a step. Memory bandwidth limits them.
+    """Predict the seconds for gradient norm, optimizer and moving average in a step, which memory bandwidth limits.
 
     `footprint`: memory of a rank, e.g. of weights and moments. These bytes are read and written:
 
@@ -160,8 +161,8 @@ def step_time(
         cluster: devices and links.
         parameters: number of parameters of the whole model.
         num_tensors: number of the model's parameter tensors.
-        overlap: whether gradients are reduced during the backward pass (`zero2_overlap.json`), in buckets of which the last
-            is complete only when that pass ends. ZeRO-3 always does that.
+        overlap: whether gradients are reduced during the backward pass (`zero2_overlap.json`), in buckets. The reduction of
+            the last bucket starts when that pass ends. With ZeRO-3 gradients are always reduced during the backward pass.
     """
     dtype, micro_steps = config.train.dtype, plan.accumulation
     products, traffic = (micro_steps * seconds for seconds in device_times(trace, cluster, dtype))

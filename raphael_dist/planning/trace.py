@@ -86,7 +86,8 @@ class Trace:
         """Return a trace in which the backward pass recomputes segments, from a trace without recomputation.
 
         A segment is a transformer block or a residual block. The forward operations of recomputed segments are repeated, and
-        what they keep for the backward pass is freed. Real recomputation skips a few last operations; here they are counted.
+        the memory that they keep for the backward pass is freed. Real recomputation skips the last few operations of a
+        segment; this trace counts them.
 
         `recompute`: "none", "blocks" (transformer blocks) or "all" (all segments).
         """
