@@ -15,7 +15,8 @@ _BUFFERS, _COMPRESSION = 2, 3  # fields of RecordBatch
 def expanded_bytes(pyarrow: Any, source: Any) -> int:
     """Return how many bytes the content of an Arrow stream has when it is decompressed, as its messages state.
 
-    `source`: the opened file, which is read to its end. Raises ValueError or pyarrow.ArrowException if it is damaged.
+    `pyarrow`: the module. `source`: the opened file with the stream, which is read to its end. Raises ValueError or
+    pyarrow.ArrowException if the stream is damaged.
     """
     total = 0
     try:

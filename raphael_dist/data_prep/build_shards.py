@@ -50,7 +50,7 @@ class Report:
 
     Attributes:
         written: Number of samples in the shard.
-        bad: (name of its source file or key, reason) of each sample that was left out.
+        bad: (name of the source file, or else key; reason) of each sample that was left out.
         skipped: Input files that belong to no sample: from the reason to (how many, name of the first one).
     """
 
@@ -86,7 +86,7 @@ class Preparer:
         """Return the stored report about the shard of `part`; None if this shard is not completely written yet.
 
         `part`: the input of one shard. Raises UserError if the shard was written with other settings or from other input.
-        A report of an earlier version does not record the input, which is then not compared.
+        The input is not compared if the report is of an earlier version, which did not record it.
         """
         try:
             about = json.loads((self.out / f"{part.name}.json").read_text())
@@ -111,7 +111,7 @@ class Preparer:
         """Read the input samples that `part` describes, write them as one shard with a report file, and return the report.
 
         `report_progress`: called once for each input sample. Raises UserError if a file cannot be written, or the machine
-        fails while the samples are read; the part then has no report, so the next start makes it again.
+        fails while the samples are read. The shard then has no report, so the next start writes it again.
         """
         bad: list[BadSample] = []
         fingerprint = part.fingerprint()  # before reading: a file that changes meanwhile is noticed at the next start
@@ -143,7 +143,7 @@ class Preparer:
         return report
 
     def _samples(self, part: Part, bad: list[BadSample], report_progress: Callable[[], None]) -> Iterator[RawSample]:
-        """Yield the samples of a part whose image can be decoded, with their edge maps. Append the others to `bad`."""
+        """Yield those samples of `part` that can be decoded, with edge maps if requested, and append the others to `bad`."""
         with Prefetcher(self._decode, part.read(), depth=16, workers=4) as decoded:
             for sample, image in decoded:
                 report_progress()
@@ -205,9 +205,10 @@ class Preparer:
 
 @contextmanager
 def _work_folder(out: Path, name: str) -> Iterator[Path]:
-    """Yield a temporary folder in `out` for writing the shard `name`. Remove folders that killed processes have left.
+    """Return a context manager that yields a temporary folder in `out` for writing the shard `name`, and removes it.
 
-    Its name begins with a dot, so that no pattern of shards matches it.
+    It also removes such folders of processes that were killed. The name of the folder begins with a dot, so that no pattern
+    of shards matches it.
     """
     for left in out.glob(f".{glob.escape(name)}.*.part"):
         with _locked(left) as is_locked:
@@ -219,7 +220,7 @@ def _work_folder(out: Path, name: str) -> Iterator[Path]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
-    """Lock a folder until the end of the block or of this process. Yield whether this was possible."""
+    """Return a context manager that locks a folder during its block, and yields whether this was possible."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:
@@ -237,7 +238,7 @@ def _locked(folder: Path) -> Iterator[bool]:
 
 
 def _write_tar(path: Path, samples: Iterator[RawSample]) -> int:
-    """Write samples as a webdataset shard and return their number. Equal samples give equal bytes."""
+    """Write samples to the file `path`, a webdataset shard, and return their number. Equal samples give equal bytes."""
     written = 0
     with open(path, "wb") as file, TarWriter(file, encoder=False, mtime=0) as tar:
         for sample in samples:

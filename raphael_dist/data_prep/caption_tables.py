@@ -22,7 +22,8 @@ _EXAMPLE_LINE = '{"file_name": "heart.png", "text": "a red heart"}'
 def find_table(folder: Path, files: Iterable[Path]) -> tuple[Path, Iterable[Row]] | None:
     """Return (path, rows) of the table with the captions of a folder's images; None if there is no table.
 
-    `files`: the files in the folder and its subfolders (`files_below`).
+    If the table has several files, the path is that of the first one. `files`: all files in the folder and its subfolders.
+    Raises UserError if the folder contains several splits of a data set, or several tables.
     """
     if (folder / "dataset_dict.json").is_file():
         raise UserError(
@@ -48,15 +49,18 @@ def find_table(folder: Path, files: Iterable[Path]) -> tuple[Path, Iterable[Row]
 
 
 def _visible(folder: Path, paths: Iterable[Path]) -> list[Path]:
-    """Return the paths in a folder that are not hidden, sorted: an editor or a system writes copies of tables there."""
+    """Return those of `paths`, files in `folder`, that are not hidden, sorted.
+
+    Hidden tables may be copies that an editor or the operating system has made.
+    """
     return sorted(path for path in paths if not is_hidden(str(path.relative_to(folder))))
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
     """Yield the objects in a file with one JSON object per line.
 
-    Keys that only later objects have are added to the first object, with the value None: `_check_columns` looks only at the
-    first object.
+    The first object also gets the keys that only later objects have, with the value None: callers take the names of the
+    table's columns from the first row.
     """
     rows = list(_json_lines(path))
     for number, row in enumerate(rows):

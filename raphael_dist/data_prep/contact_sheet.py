@@ -37,14 +37,14 @@ def contact_sheet(samples: Sequence[tuple[DecodedSample, str]], columns: int = 4
 
 
 def _fit_cell(image: Image.Image) -> Image.Image:
-    """Resize an image to fit a cell; small images are enlarged without smoothing."""
+    """Resize an image so that its longer side has CELL (192) pixels. Small images are enlarged without smoothing."""
     scale = CELL / max(image.size)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     return image.convert("RGB").resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
 
 
 def _wrap(text: str, width: int, font: Font) -> list[str]:
-    """Wrap a text to lines of at most `width` pixels; an ellipsis marks omitted text."""
+    """Wrap a text to at most 3 lines of at most `width` pixels each. An ellipsis marks omitted lines."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

@@ -94,16 +94,21 @@ def find_images(folder: Path, caption: str | None = None) -> tuple[list[SourceIm
 def _with_caption_files(
     folder: Path, files: Sequence[Path], paths: Iterable[Path], caption: str | None
 ) -> list[SourceImage]:
-    """Return the images at `paths`, each with the captions in the .txt or .json of the same name among `files`.
+    """Return the images at `paths`, each with the captions in its .txt or .json file.
 
-    `caption`: the json's field with the captions, or None.
+    `files`: all files in `folder`, among them the caption files. `caption`: name of the json field with the captions; None:
+    search the usual names.
     """
     texts, jsons = CaptionFiles(files, ".txt"), CaptionFiles(files, ".json")
     return [_file_image(path, folder, *_read_captions(texts.of(path), jsons.of(path), caption)) for path in paths]
 
 
 def _read_captions(text_path: Path | None, json_path: Path | None, caption: str | None) -> tuple[list[str], str, Row]:
-    """Return (captions, reason for having none, fields of the json) of an image. The txt has priority over the json."""
+    """Return (captions of an image, why there are none or "", fields of its json). The txt has priority over the json.
+
+    `text_path`, `json_path`: the image's caption files, if they exist. `caption`: name of the json field with the captions;
+    None: search the usual names.
+    """
     problem, captions, meta = "", list[str](), {}
     try:
         if text_path is not None:
@@ -125,16 +130,19 @@ def _read_captions(text_path: Path | None, json_path: Path | None, caption: str 
 
 
 def check_machine(path: object, error: Exception) -> None:
-    """Raise UserError if reading the file `path` failed by a fault of the machine. Otherwise the file itself is bad."""
+    """Raise UserError if `error`, raised by reading the file `path`, is a fault of the machine, not of the file."""
     if is_machine_fault(error):
         raise UserError(
-            f"SOURCE: {path} cannot be read now ({reason_of(error)}), which is no fault of the file. Start the same command "
-            "again when the machine can read it; finished shards are kept."
+            f"SOURCE: {path} cannot be read now ({reason_of(error)}). The cause is the machine, not the file. Start the "
+            "same command again when the machine can read the file; finished shards are kept."
         ) from error
 
 
 def _file_problem(kind: str, error: Exception) -> str:
-    """Return a text about an error in an image's txt or json. Equal problems have equal texts, since they are counted."""
+    """Return a text about an error in reading an image's caption file. `kind`: "txt" or "json".
+
+    The text has no details of the file, so that equal problems have equal texts and can be counted.
+    """
     if isinstance(error, OSError):
         return f"{kind} cannot be read ({error.strerror})"
     return f"{kind} cannot be parsed" if isinstance(error, JSONDecodeError) else f"{kind} is {str(error).partition(' (')[0]}"
@@ -182,7 +190,10 @@ def _table_path(folder: Path, name: str) -> Path:
 
 
 def _check_columns(table: Path, row: Row, caption: str | None) -> None:
-    """Raise UserError if a table has no column for captions or none for images. `row`: its first row."""
+    """Raise UserError if a table has no column for captions or none for images.
+
+    `table`: path of the table. `row`: its first row. `caption`: value of the option --caption; None: the usual names count.
+    """
     if caption is not None and caption not in row and caption.partition(".")[0] not in row:
         raise UserError(
             f"--caption={caption} must be a column of {table}{did_you_mean(caption, map(str, row))}. "
@@ -199,9 +210,10 @@ def _check_columns(table: Path, row: Row, caption: str | None) -> None:
 
 
 def _captions(row: Row, caption: str | None, problem: str = "") -> tuple[list[str], str]:
-    """Return the captions in a table row or json, and the reason for having none.
+    """Return (captions in a table row or json; "", or the reason if there are none).
 
-    `problem`: why an earlier source, such as the txt file, had no captions. It is returned as the reason if it is not "".
+    `row`: the values of the row or json, by name. `caption`: name of the column or field with the captions; None: search the
+    usual names. `problem`: why an earlier source, such as the txt file, had no captions; if it is not "", it is the reason.
     """
     if caption is None or caption in row:
         captions, row_problem = first_texts(row, CAPTION_COLUMNS if caption is None else (caption,))

@@ -50,7 +50,8 @@ class Part:
         name: File name of the shard to write, without .tar.
         read: Function that yields the samples, with a `BadSample` in place of a sample that cannot be used.
         held_out: Whether the shard is for validation.
-        file_of: From the key (name) of a sample to the name of its source file, for messages. Without it they show the key.
+        file_of: From the key (name) of a sample to the name of its source file, for messages. A message shows the key of a
+            sample that is not in it.
         skipped: Counts of the input files that belong to no sample; complete when the iterator of `read` has ended.
         fingerprint: Function that returns a hash of the options and input files which determine the samples.
     """
@@ -72,8 +73,8 @@ def parts_of(
         sources: Paths, URLs or patterns of shards, a folder with tar files, or a folder with images. Each existing
             shard becomes one part, or two if `held_out` is above 0.
         per_shard: For a folder of images: number of images in a part.
-        held_out: Fraction of the samples for validation; 0: none. These samples are taken at equal distances, at least one,
-            and become the shards val-*; the others become train-*.
+        held_out: Fraction of the samples for validation; 0: none. Otherwise at least one sample is selected, at equal
+            distances. The selected samples become the shards val-*, the others train-*.
         caption: For a folder of images: name of the column or json field with the captions. None: search the usual names.
         out: The output folder, which must not be a source.
 
@@ -127,7 +128,7 @@ def _folder_parts(folder: Path, per_shard: int, held_out: float, caption: str | 
 def _select_held_out(count: int, share: float) -> list[bool]:
     """Return for each of `count` samples whether it is for validation.
 
-    `share`: the fraction of samples for validation. If it is above 0 and `count` above 1, at least one is selected.
+    `share`: the fraction of samples for validation. If it is above 0, at least one of two or more samples is selected.
     """
     if not share or count < 2:
         return [False] * count
@@ -136,7 +137,10 @@ def _select_held_out(count: int, share: float) -> list[bool]:
 
 
 def _part_of_folder(name: str, images: list[tuple[int, SourceImage]], held_out: bool, options: Sequence[object]) -> Part:
-    """Return the input of one new shard: `images`, each with its number. `options`: the command's, for the fingerprint."""
+    """Return the input of the new shard `name`, made from `images`: (number, image) of each sample.
+
+    `held_out`: whether the shard is for validation. `options`: values of the command's options, for the fingerprint.
+    """
 
     def read() -> Iterator[RawSample | BadSample]:
         for number, image in images:
@@ -154,7 +158,10 @@ def _part_of_folder(name: str, images: list[tuple[int, SourceImage]], held_out: 
 
 
 def _identity(image: SourceImage) -> list[object]:
-    """Return what changes with an image, its captions or its edge map, without reading the files of images."""
+    """Return values that change if an image, its captions or its edge map change, without reading image files.
+
+    Of a file, these are its size and modification time. Of an image in a table, it is the checksum of the image.
+    """
     content = zlib.crc32(image.read()) if image.path is None else _stamp(image.path)
     return [image.name, content, image.captions, image.meta, None if image.edge is None else _stamp(image.edge)]
 
@@ -217,10 +224,10 @@ def _shard_parts(paths: Sequence[str], held_out: float, skipped: SkipCounts) -> 
 
 
 def _part_of_shard(name: str, path: str, held_out: float, validation: bool = False) -> Part:
-    """Return the input of one new shard: the samples of the shard `path` that are held out, or those that are not.
+    """Return the input of one new shard: the validation samples of the existing shard `path`, or its other samples.
 
-    `name`: name of the new shard. `held_out`: share of the samples that is held out for validation. `validation`: whether to
-    return these samples. Damaged samples are never held out.
+    `name`: name of the new shard. `held_out`: fraction of the samples for validation. `validation`: whether the new shard
+    has these samples, or the others. Unusable samples are only reported with the others.
     """
     skipped = SkipCounts()
 

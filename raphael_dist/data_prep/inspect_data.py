@@ -29,7 +29,7 @@ class Findings:
     """Statistics of the samples that `inspect` has decoded, and images for a contact sheet.
 
     Attributes:
-        num_inspected: Number of samples that `inspect` has read, with those that cannot be decoded.
+        num_inspected: Number of samples that `inspect` has read, including those that cannot be decoded.
         members: From a file extension, such as "json", to the number of samples that have such a file.
         fields: From the name of a json field to the types of its values, and how often each type occurs.
         errors: ("SHARD:KEY", reason) of each sample that cannot be decoded.
@@ -115,9 +115,11 @@ def difference_hash(thumbnail: np.ndarray) -> int:
 def find_duplicates(thumbnails: Sequence[tuple[str, int, np.ndarray]]) -> list[list[str]]:
     """Return groups of images that look the same, each group as the list of its images' keys.
 
-    In a group, the hash of each image differs from that of the first in at most 4 of 64 bits, and the thumbnail by less than
-    6 (of 255) on average. Images without a duplicate are in no group. `thumbnails`: (key, which is the image's name;
-    `difference_hash` of the thumbnail; thumbnail float32 [8, 9, 3] in 0..255) of each image.
+    In a group, the hash of each image differs from the hash of the first image in at most 4 of 64 bits, and its thumbnail
+    from the first thumbnail by less than 6 (of 255) on average. Images without a duplicate are in no group.
+
+    `thumbnails`: (key, which is the image's name; `difference_hash` of the thumbnail; thumbnail float32 [8, 9, 3] in 0..255)
+    of each image.
     """
     codes = np.array([code for _, code, _ in thumbnails], np.uint64)
     groups, is_grouped = [], np.zeros(len(codes), bool)

@@ -1,4 +1,4 @@
-"""Implements tools/prepare_data.py: divides the shards to write over processes, writes them, and prints a summary."""
+"""Implements tools/prepare_data.py: divides the shards among processes, writes them, and prints a summary."""
 
 import sys
 from collections.abc import Sequence
@@ -125,7 +125,10 @@ def _load_encoders(config: Config, device: torch.device, edges: EdgeEncoder | No
 def _make_shards(
     preparer: Preparer, parts: Sequence[Part], finished: Sequence[Report | None], show_progress: bool
 ) -> list[Report]:
-    """Write the shards of `parts`, and return a report for each. `finished`: the reports of those that are complete."""
+    """Write a shard for each of `parts`, unless it is complete, and return the reports of all of them.
+
+    `finished`: for each part, the report of its shard if the shard is complete, else None.
+    """
     reports = []
     with _Progress(len(parts), enabled=show_progress) as progress:
         for part, report in zip(parts, finished, strict=True):

@@ -224,12 +224,12 @@ def test_truncated_shard_keeps_its_complete_samples(tmp_path: Path) -> None:
     assert list(index.damaged) == [1]
     check_damage(index, "skip", 0.05)
     with pytest.raises(
-        UserError, match=r"on_error=stop requires that every shard can be read, but 1 of them cannot.*1\.tar"
+        UserError, match=r"on_error=stop requires that every shard can be read, but 1 of 4 shards cannot be read.*1\.tar"
     ):
         check_damage(index, "stop", 0.05)
     mute = build_index([write_shard(tmp_path / "mute.tar", [good(1), ("mute", {"png": png()})])])
     with pytest.raises(
-        UserError, match=r"on_error=stop .* but 1 of them cannot, the first one is mute\.tar:'mute': no caption"
+        UserError, match=r"on_error=stop .* but 1 of 2 samples cannot be used: the first one is mute\.tar:'mute': no caption"
     ):
         check_damage(mute, "stop", 0.05)
     paths[2].write_bytes(b"no tar at all" * 99)

@@ -35,7 +35,7 @@ class Encoders:
         text: The text encoder.
         image: The image encoder (VAE).
         edges: The edge detector HED; None if the run does not compute edge maps.
-        device: Device on which they run.
+        device: Device on which the encoders run.
         upscale: Factor per side by which the model enlarges small images (super-resolution); 0: no super-resolution.
         null: The encoded empty caption (batch of one), on the device; None until `null_text` is called.
     """
@@ -250,9 +250,10 @@ def _images_of(samples: Sequence[StreamSample]) -> Tensor:
 
 
 def fill_rows(rows: Sequence[Tensor | None], inputs: Sequence[T], compute: Callable[[list[T]], Iterable[Tensor]]) -> Tensor:
-    """Stack the tensors of a batch; those that are None are computed first.
+    """Stack the rows of a batch, a tensor for each sample. Rows that are None are computed first.
 
-    `inputs`: for each row, from what it is computed. `compute`: gets the inputs of the missing rows, and returns the rows.
+    `inputs`: for each row, the value from which it can be computed. `compute`: returns the missing rows; its argument is the
+    list of their inputs.
     """
     missing = [value for row, value in zip(rows, inputs, strict=True) if row is None]
     computed = iter(compute(missing) if missing else ())
@@ -260,6 +261,6 @@ def fill_rows(rows: Sequence[Tensor | None], inputs: Sequence[T], compute: Calla
 
 
 def _stack(rows: Sequence[Tensor]) -> Tensor:
-    """Stack tensors that lie on the host or on the device. If one of them is on the device, the result is there, too."""
+    """Stack tensors that are in host memory or on the device. The result is on the device if at least one tensor is."""
     device = next((row.device for row in rows if row.device.type != "cpu"), rows[0].device)
     return torch.stack([row.to(device) for row in rows])

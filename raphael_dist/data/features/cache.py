@@ -114,12 +114,15 @@ class FeatureCache(FeatureSource):
         return self._fill_thread is not None
 
     def close(self) -> None:
-        """Stop the thread of `fill_in_background`, if any; unfinished shards get no file. UserError: the thread failed."""
+        """Stop the thread of `fill_in_background`, if it was started. Raises UserError if the thread has failed.
+
+        A shard whose samples are not all encoded by then gets no cache file.
+        """
         if self._fill_thread is not None:
             self._fill_thread.stop()
 
     def get(self, sample_id: int, bucket: int, pick: Pick, flip: bool) -> SampleFeatures:
-        """Return a sample with one of its captions. It is encoded, or raw (image and caption) if the cache does not have it.
+        """Return the features of a sample, with one of its captions. If the cache lacks the sample, they are raw.
 
         Args:
             sample_id: Number of the sample, counted over all shards.
@@ -149,9 +152,10 @@ class FeatureCache(FeatureSource):
 
     @contextmanager
     def _quarantine_if_damaged(self, shard: int) -> Iterator[None]:
-        """Return a context manager that suppresses errors of a missing or damaged cache file of a shard inside it.
+        """Return a context manager that suppresses exceptions in its block that mean: this file is missing or damaged.
 
-        A damaged file is renamed to damaged-NAME, with a warning unless another process has done so.
+        The file is the cache file of `shard`. If it is damaged, it is renamed to damaged-NAME, and a warning is logged
+        unless another process has renamed it already.
         """
         try:
             yield
@@ -189,7 +193,10 @@ class FeatureCache(FeatureSource):
 
     @cached_property
     def known_bad(self) -> dict[int, BadSample]:
-        """The samples that could not be encoded, with the reason, by sample id. Those rejected by indexing are left out."""
+        """The samples that could not be encoded, with the reason, by sample id.
+
+        Samples that were rejected when the shards were indexed have no id, and are left out.
+        """
         bad: dict[int, BadSample] = {}
         for number, first in enumerate(self.index.starts[:-1].tolist()):
             with self._quarantine_if_damaged(number):
@@ -223,8 +230,8 @@ class FeatureCache(FeatureSource):
 class _FillThread(threading.Thread):
     """A thread that computes the cache files of `shards` during training. It can be stopped after any batch of images.
 
-    If a file cannot be written, training only becomes slower. After any other failure `check` raises the error, which ends
-    training: otherwise the cache would stay empty without notice.
+    If a file cannot be written, the thread logs a warning and ends; training continues, but more slowly. After any other
+    failure `check` raises an error, which ends training: otherwise the cache would stay empty without notice.
     """
 
     def __init__(self, cache: FeatureCache, shards: Sequence[int]) -> None:
@@ -260,7 +267,7 @@ class _FillThread(threading.Thread):
             raise self._failure
 
     def stop(self) -> None:
-        """Stop the thread, and log how many of its shards have no file yet. Raises UserError if the thread has failed."""
+        """Stop the thread, and log for how many shards it has not written a file. UserError: the thread has failed."""
         self._stop_requested.set()
         self.join()
         self.check()

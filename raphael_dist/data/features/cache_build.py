@@ -62,7 +62,7 @@ class _Rows:
 
 
 class ShardBuilder:
-    """Encodes the samples of a shard (tar file) into the tensors of its file in the feature cache; one shard per call."""
+    """Encodes the samples of a shard (tar file) into the tensors of the shard's file in the feature cache."""
 
     def __init__(self, dataset: ImageDataset, encoders: Encoders, flip: bool, with_text: bool) -> None:
         """Create the builder. `dataset`: loads the samples. `encoders`: encode them.
@@ -119,7 +119,10 @@ class ShardBuilder:
         return {**tensors, **self._tables(rows, report)}, sorted(rows.bad)
 
     def _add_images(self, rows: _Rows, bucket: int, batch: list[tuple[int, DecodedSample]]) -> None:
-        """Encode a batch of one bucket (image size) into `rows`; samples with latents that overflow float16 are bad."""
+        """Encode a batch of samples, (number in the shard, sample) each, of one bucket (image size), and add it to `rows`.
+
+        A sample whose latents exceed the range of float16 is added to `rows.bad` instead.
+        """
         if not batch:
             return
         images = torch.from_numpy(np.stack([sample.image for _, sample in batch]))
@@ -199,7 +202,7 @@ def sample_of(tensors: Mapping[str, Tensor], number: int) -> dict[str, Tensor] |
 
 
 def _checksums(stacks: Mapping[str, Tensor]) -> Tensor:
-    """Return a CRC-32 for each row number, int64 [rows]: over the bytes of this row in all tensors, in their order."""
+    """Return a CRC-32 for each row number, int64 [rows]: that of the bytes of this row in all tensors of `stacks`."""
     count = len(next(iter(stacks.values())))
     return torch.tensor([checksum(stack[row] for stack in stacks.values()) for row in range(count)], dtype=torch.int64)
 

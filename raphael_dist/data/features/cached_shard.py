@@ -17,15 +17,19 @@ from raphael_dist.errors import UserError
 
 
 def layout_sum(layout: dict[str, tuple[str, list[int]]], bad: list[tuple[int, str]]) -> int:
-    """Return the CRC-32 of a file's header: of the dtype and shape of each tensor, and of the list of bad samples."""
+    """Return the CRC-32 of the header of a cache file.
+
+    `layout`: (dtype, shape) of each tensor in the file, by name. `bad`: (number in the shard, reason) of each sample that
+    cannot be used.
+    """
     return zlib.crc32(json.dumps([layout, bad], sort_keys=True).encode())
 
 
 def _check_open(path: Path) -> None:
     """Raise FileNotFoundError if a file is missing, UserError if it exists but cannot be opened.
 
-    The safetensors library raises FileNotFoundError for both. Without the difference each step would encode the samples
-    again, without a message.
+    The safetensors library raises FileNotFoundError in both cases. A file that cannot be opened would then count as missing,
+    and each step would encode its samples again without a message.
     """
     try:
         os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
@@ -48,9 +52,9 @@ class CachedShard:
         """Open the file.
 
         Raises:
-            FileNotFoundError: It is missing.
-            UserError: It exists, but this process cannot open it.
-            OSError, SafetensorError, KeyError, ValueError: It is damaged.
+            FileNotFoundError: The file is missing.
+            UserError: The file exists, but this process cannot open it.
+            OSError, SafetensorError, KeyError, ValueError: The file is damaged.
         """
         _check_open(path)
         self._file = safe_open(path, framework="pt")

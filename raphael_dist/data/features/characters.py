@@ -159,7 +159,7 @@ def _clamped(value: int) -> int:
 
 @lru_cache(maxsize=1 << 16)
 def embed(number: int) -> list[float]:
-    """Return the embedding of a token, a list of WIDTH (256) numbers. That of padding is all zeros.
+    """Return the embedding of a token, a list of WIDTH (256) numbers. The embedding of padding is all zeros.
 
     `number`: the token's number in the output of `CharacterTokenizer`. It contains everything that the embedding depends on:
     the character and its place in the quoted text, or hashes of the word and of the word before it.
@@ -177,7 +177,10 @@ def embed(number: int) -> list[float]:
 
 
 def _signs(key: str) -> list[float]:
-    """Return a vector of BLOCK (64) numbers, 1 or -1, from the SHA-256 of `key`. Those of two keys are nearly orthogonal."""
+    """Return a vector of BLOCK (64) numbers, 1 or -1, from the SHA-256 of `key`.
+
+    The vectors of two different keys are nearly orthogonal.
+    """
     bits = int.from_bytes(hashlib.sha256(key.encode()).digest(), "big")
     return [1.0 if bits >> i & 1 else -1.0 for i in range(BLOCK)]
 
@@ -185,7 +188,7 @@ def _signs(key: str) -> list[float]:
 def _place(place: int, length: int) -> list[float]:
     """Return BLOCK (64) numbers that encode the index `place` of a character in a text of `length` characters.
 
-    They depend on the character's distances from the start, the end and the middle, and on its relative position.
+    They depend on the character's distances from the start, the end and the middle of the text, and on `place` / `length`.
     """
     after = length - 1 - place
     one_hots = [2.0 * (i == value) for value in (place, after) for i in range(ONE_HOT)]

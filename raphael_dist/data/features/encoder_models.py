@@ -108,10 +108,7 @@ def _load_without_data(kind: Any, config: Any, paths: Iterable[Path]) -> tuple[M
 
 @contextmanager
 def _one_loading_thread() -> Iterator[None]:
-    """Return a context manager in which transformers loads weights in the calling thread.
-
-    By default it starts other threads, in which FakeTensorMode has no effect.
-    """
+    """Return a context manager in which transformers loads weights in the calling thread, where FakeTensorMode works."""
     name = "HF_DEACTIVATE_ASYNC_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"
@@ -162,8 +159,7 @@ def text_model(spec: str, dtype: torch.dtype | str, layer: TextLayer = "last") -
 def _without_pooler(model: Model, info: Mapping[str, Iterable[Any]]) -> Mapping[str, Iterable[Any]]:
     """Remove a BERT model's pooler, which is never used, if the files lack it; return `info` without the pooler's weights.
 
-    The files of a masked language model usually have no pooler. `info`: loading info of `from_pretrained`, whose
-    "missing_keys" are the weights that the files lack.
+    Files of masked language models usually have no pooler. `info`: loading info of `from_pretrained`, with "missing_keys".
     """
     missing = set(info["missing_keys"])
     pooler = {name for name in missing if name.startswith("pooler.")}
@@ -173,9 +169,7 @@ def _without_pooler(model: Model, info: Mapping[str, Iterable[Any]]) -> Mapping[
 
 
 def _without_last_layer(model: Model, spec: str) -> Model:
-    """Remove the last layer of `model`; return the model, which then outputs the penultimate layer's result.
-
-    A final norm is still applied to this result, if the model has one.
+    """Remove the last layer of `model`; return the model, which then outputs the penultimate layer (after any final norm).
 
     `spec`: value of the setting text.encoder, for messages. UserError: the model has no stack of at least two layers.
     """

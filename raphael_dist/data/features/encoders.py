@@ -58,8 +58,8 @@ class TextFacts:
             layer: "last" or "penultimate": the layer whose output is the tokens.
 
         Raises:
-            UserError: The folder or package does not exist, is not a text encoder, has no weights, or has fewer positions
-                than `max_tokens`.
+            UserError: The folder or package does not exist, is not a text encoder, has no weights, or does not support
+                captions of `max_tokens` tokens.
         """
         config = empty_text_model(spec, layer).config
         with reported("text.encoder", spec):
@@ -86,7 +86,10 @@ class TextFacts:
 
 
 class _Frozen(Generic[T]):
-    """Base class of a frozen model. The function `load` loads it once: when it is first used, or by `load_weights`."""
+    """Base class of a frozen model, which is loaded once: when it is first used, or by `load_weights`.
+
+    `load`: function that loads and returns the model. `fingerprint`: hash that identifies the model.
+    """
 
     def __init__(self, load: Callable[[], T], fingerprint: str) -> None:
         self._loaded = lru_cache(maxsize=1)(load)
@@ -133,7 +136,8 @@ class TextEncoder(_Frozen[tuple[Model, Tokenizer]]):
             layer: "last" or "penultimate": the layer whose output is the tokens.
 
         Raises:
-            UserError: The encoder cannot be read, is no text encoder, or has fewer positions than `max_tokens`.
+            UserError: The encoder cannot be read, is not a text encoder, or does not support captions of `max_tokens`
+                tokens.
         """
         return cls.lazy(spec, TextFacts.read(spec, max_tokens, dtype, layer), device, dtype, layer).load_weights()
 
@@ -241,7 +245,7 @@ NO_IMAGE_ENCODER = ImageFacts(factor=1, channels=3, fingerprint="none", determin
 
 
 class ImageEncoder(_Frozen[Model]):
-    """A frozen autoencoder (VAE). It may also have no model (image.vae=none): then latents are the pixels.
+    """A frozen autoencoder (VAE). With image.vae=none there is no autoencoder, and the pixels are the latents.
 
     Attributes:
         factor: Number of image pixels per side of a latent position.
@@ -278,7 +282,7 @@ class ImageEncoder(_Frozen[Model]):
 
     @classmethod
     def of(cls, model: Model, fingerprint: str = "") -> Self:
-        """Make an image encoder from a loaded autoencoder of diffusers. `model` None: latents are the pixels.
+        """Make an image encoder from a loaded autoencoder of diffusers. If `model` is None, the pixels are the latents.
 
         `fingerprint`: hash of the autoencoder's files. Cached latents are only used if they were made with an equal hash.
         """

@@ -1,7 +1,7 @@
 """The three sources from which training gets a sample's features: the encoded image (latents), caption and edge map.
 
 - online: images and captions are read raw, and encoded before each step (`batch_encoder.py`).
-- cached: a file for each shard contains the features (`cache.py`). Samples without a file are treated as in online.
+- cached: a file for each shard contains the features (`cache.py`). Without this file, a shard is treated as in online.
 - stored: the shard itself contains the features, as a file KEY.features in each sample (tools/prepare_data.py --features).
 
 All three give the same numbers, up to the rounding in `packing.py`.
@@ -25,10 +25,10 @@ from raphael_dist.text import parse_json, reason_unreadable
 
 
 class FeatureSource:
-    """Object from which training gets samples. This base class is that of data.features=online: `get` decodes them.
+    """Source of the samples for training. This base class implements data.features=online; its `get` encodes nothing.
 
-    The features of a sample are its image and one caption, each encoded or raw; `BatchEncoder` encodes the raw ones later.
-    Subclasses return encoded ones. Threads and forked processes may share an object.
+    The features of a sample are its image, one of its captions and its edge map. Subclasses return an encoded image and
+    caption. `BatchEncoder` later encodes what is still raw. Threads and forked processes may share a source.
 
     Attributes:
         dataset: Loads and decodes the samples.
@@ -65,7 +65,7 @@ class FeatureSource:
         """Stop the threads of this source, if it has any."""
 
     def get(self, sample_id: int, bucket: int, pick: Pick, flip: bool) -> SampleFeatures:
-        """Return a sample with one of its captions; image and caption are encoded if they are stored so, otherwise raw.
+        """Return a sample with one of its captions. Image and caption are encoded if the source stores them so, else raw.
 
         Args:
             sample_id: Number of the sample, counted over all shards.
@@ -75,7 +75,7 @@ class FeatureSource:
 
         Raises:
             BadSampleError: The sample cannot be used.
-            UserError: Its features cannot be used with the settings of this run.
+            UserError: The stored features of the sample cannot be used with the settings of this run.
         """
         sample = self.dataset.load(sample_id, bucket, flip)
         began = time.monotonic()

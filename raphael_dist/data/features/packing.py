@@ -5,17 +5,17 @@ The tensors of one sample with K captions of Y tokens and width D, and latents [
 | tensor | type and shape | content |
 |---|---|---|
 | mean | float16 [C, h, w] | mean of the latents' distribution |
-| std | uint8 [C, h, w] | its standard deviation on a logarithmic scale; absent if the encoder is deterministic |
-| mean_flip, std_flip | the same | those of the mirrored image, with data.flip |
+| std | uint8 [C, h, w] | standard deviation of this distribution, on a logarithmic scale; absent if it is always 0 |
+| mean_flip, std_flip | the same | mean and std of the mirrored image, with data.flip |
 | edge | float16 [h, w] | edge map at the latents' size, in 0..1 |
 | small | uint8 [3, Hs, Ws] | the downscaled image, with upscale.factor |
 | weights | float32 [K] | relative probability of each caption |
 | tokens, mask, end | 16 bits [K, Y, D], bool [K, Y], int64 [K] | tokens, attended tokens, index of the end-of-text token |
-| captions, caption_ends | uint8 [bytes], int64 [K] | instead of tokens: the captions as UTF-8, and where each of them ends |
+| captions, caption_ends | uint8 [bytes], int64 [K] | instead of tokens: the captions as UTF-8, the byte after each caption |
 
-Tokens are bfloat16 where the text encoder computes in it, which loses nothing, otherwise float16. Padding is stored: the
-model's cross-attention reads it, and an encoder gives different numbers there for each caption. The edge loss uses averages
-of the edge map over a latent's pixels and larger areas (model/edge_supervision.py), so the latents' size suffices for it.
+Tokens are bfloat16 if the text encoder computes in bfloat16, so that nothing is lost, otherwise float16. The tokens of the
+padding are stored, too: the model's cross-attention reads them, and they differ between captions. Edge maps have the size of
+the latents, since the edge loss uses averages over a latent's pixels or larger areas (model/edge_supervision.py).
 """
 
 import json
@@ -36,7 +36,7 @@ _STEPS, _LOWEST = 8, -26
 
 @dataclass
 class SampleFeatures:
-    """A sample with one of its captions. Image and caption are each encoded (if they are stored so) or raw.
+    """The features of a sample: its image and one of its captions, each encoded or raw, and its edge map.
 
     Attributes:
         image: RGB image, uint8 [3, H, W]; None if `mean` and `std` are set.
@@ -114,12 +114,15 @@ def unpack(tensors: dict[str, Tensor], pick: Pick, flip: bool) -> SampleFeatures
 
 
 def seal(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of one sample with their CRC-32, also over their names, types and shapes, as the tensor `crc`."""
+    """Return the tensors of one sample and a tensor `crc`: the CRC-32 of their names, types, shapes and contents."""
     return {**tensors, "crc": torch.tensor(_crc(tensors))}
 
 
 def check_seal(tensors: dict[str, Tensor]) -> None:
-    """Remove the tensor `crc` and raise ValueError if it is not that of the others. Earlier versions stored none."""
+    """Remove the tensor `crc` from `tensors`; raise ValueError if the other tensors do not have this CRC-32 (see `seal`).
+
+    If there is no tensor `crc`, nothing is checked: earlier versions stored none.
+    """
     crc = tensors.pop("crc", None)
     if crc is not None and int(crc) != _crc(tensors):
         raise ValueError("they do not match their checksum")

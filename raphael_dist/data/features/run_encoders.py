@@ -1,4 +1,4 @@
-"""Applies loaded encoders: captions' token numbers to text features, images to latents and back.
+"""Applies loaded encoders: converts token ids of captions to text features, images to latents, and latents to images.
 
 Shape legend: B samples, Y text tokens, D text width, C latent channels, h and w latent height and width, H and W of images.
 """
@@ -84,7 +84,7 @@ def encode_images(vae: Model, images: Tensor, device: torch.device) -> tuple[Ten
 def decode_latents(vae: Model, latents: Tensor, device: torch.device) -> Tensor:
     """Decode latents [B, C, h, w] to images, float32 [B, 3, H, W] in -1..1, with `vae`, an autoencoder of diffusers.
 
-    The latents are shifted and scaled, as `encode_images` returns them. `device`: on which the VAE runs.
+    The latents are shifted and scaled, as `encode_images` returns them. `device`: the device on which the VAE runs.
     """
     shift, scale = latent_shift_and_scale(vae, device)
     latents = (latents.to(device).float() / scale + shift).to(vae.dtype)

@@ -73,7 +73,7 @@ def open_index(names: Sequence[str], store: ShardStore, columns: Sequence[str] =
 def unindexed(names: Sequence[str], store: ShardStore, report: Reporter = no_report) -> list[tuple[str, int]]:
     """Return (name, size in bytes) of each shard that was never indexed, has changed since then, or cannot be reached.
 
-    A shard has also changed if the parquet file next to it has changed, or is new or missing.
+    A shard also counts as changed if the parquet file next to it has changed, or is new or missing.
     `names`: paths and URLs of the shards (tar files). `store`: provides the shards; its folder contains the index.
     `report`: called with lines of progress. The size of a shard that cannot be reached is 0.
     """
@@ -95,8 +95,8 @@ def unindexed(names: Sequence[str], store: ShardStore, report: Reporter = no_rep
 def scan_shards(names: Sequence[str], store: ShardStore, report: Reporter = no_report) -> list[ShardRecord]:
     """Read the shards with these names (paths or URLs) from start to end, and return a record of each.
 
-    A record has the byte range, image size and key (name) of each sample. It is also written into the folder of `store`, if
-    that has one. A missing shard gets a record without samples, which is not written, so that the next start looks for the
+    A record has the byte range, image size and key (name) of each sample. If `store` has a folder, the record is also
+    written there. A missing shard gets a record without samples, which is not written, so that the next start looks for the
     shard again. `report`: called with a line of progress for each shard.
 
     Raises:
@@ -161,7 +161,10 @@ def _records(folder: Path, names: Sequence[str], report: Reporter) -> Iterator[S
 
 
 def _digest_of(records: Iterable[ShardRecord], names: Sequence[str], columns: Sequence[str]) -> str:
-    """Return a hash of the table that these records give. Raises UserError if they have no sample that can be used."""
+    """Return a hash that identifies the index that is made from these records, with these columns.
+
+    `names`: paths and URLs of the shards, for messages. Raises UserError if the records have no sample that can be used.
+    """
     digest = hashlib.sha256(json.dumps([VERSION, sorted(columns)]).encode())
     num_samples = denied = 0
     first_damage = first_bad = ""
@@ -201,13 +204,13 @@ def build_index(
 ) -> DatasetIndex:
     """Return the index of shards (tar files): a table with the byte range and image size of each sample.
 
-    Shards that are not indexed yet are read first. It is for a single process: the ranks of a run call `open_order` instead.
+    Shards that are not indexed yet are read first, by this process alone. The ranks of a run call `open_order` instead.
 
     Args:
         paths: Paths and URLs of the shards.
         folder: Folder in which the index is stored and .tar.gz shards are unpacked. None: the index exists in memory only.
         report: Called with lines of progress.
-        store: Provides the shards. It is an alternative to `folder`.
+        store: Alternative to `folder`: provides the shards, and its folder contains the index.
         columns: Names of the columns (values from the samples' metadata) that the index gets: those that filters use. An
             index in memory gets all columns.
 

@@ -42,7 +42,7 @@ class ColumnCollector:
     def add(self, meta: Mapping[str, object]) -> None:
         """Add a row for the next sample. `meta`: the fields of its json file, by name.
 
-        Numbers and strings of up to 64 characters are kept, of at most 64 different fields.
+        Only numbers and strings of up to 64 characters are stored, and only for the first 64 fields that have such values.
         """
         for name, value in meta.items():
             number = self._number(name, value)
@@ -124,7 +124,10 @@ def parquet_columns(data: bytes, keys: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def import_pyarrow(user: str) -> Arrow:
-    """Return the module pyarrow, with parquet and ipc. UserError: it is not installed. `user`: what requires it."""
+    """Return the module pyarrow, with its modules parquet and ipc imported. UserError: it is not installed.
+
+    `user`: what requires pyarrow, with which the message begins.
+    """
     try:
         import pyarrow.ipc
         import pyarrow.parquet
@@ -148,9 +151,9 @@ def check_expansion(file: Arrow, num_bytes: int) -> None:
 
 
 def _rows_of(batches: Iterable[Arrow], keys: Sequence[str]) -> dict[str, dict[str, object]]:
-    """Return the rows of a parquet file that belong to samples of the shard, by the key in the row.
+    """Return the rows of a parquet file (read as `batches`) that belong to samples of the shard, by the key in the row.
 
-    They are those whose key is in `keys`, or is the base name of one of `keys`.
+    A row belongs to a sample if its key is one of `keys`, or the last part of one of `keys` without the folders.
     """
     known = {*keys, *map(_base, keys)}
     rows: dict[str, dict[str, object]] = {}

@@ -9,7 +9,7 @@ usable samples in S shards:
 | size.npy | uint16 [N, 2] | width and height in pixels; if one exceeds 65,535, both are scaled down by the same factor |
 | column.NAME.npy | float32 [N] | values of a column that data.filters use, NaN for a sample without a value |
 | keys.bin | bytes | the keys (names) of the samples of each shard, compressed; 2 to 3 bytes per sample for LAION |
-| bad.bin | bytes | for each shard (key, reason) of each sample that cannot be used, as compressed JSON |
+| bad.bin | bytes | for each shard, the list of (key, reason) of the samples that cannot be used, as compressed JSON |
 | shards.npy | int64 [S + 1, 5] | see below |
 | shards.json | | name, stamp, digests and damage of each shard; number of skipped files; digests of the data set |
 | sums.json | | size and SHA-256 of the files above, which are checked when the table is opened (storage/checksummed.py) |

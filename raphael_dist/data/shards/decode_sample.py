@@ -108,7 +108,10 @@ class ImageDataset:
         return {ext: members[ext] for ext in exts if ext in members}
 
     def _read_span(self, number: int, row: int) -> bytes:
-        """Return the bytes of sample `row` of shard `number`. A shard that failed raises its error again for 600 s."""
+        """Return the bytes of sample `row` of shard `number`. If the shard cannot be read, ShardError is raised.
+
+        For the next 600 s, the same error is then raised again without another attempt to read the shard.
+        """
         failed_at, error = self._failed_shards.get(number, (0.0, None))
         if error is not None and time.monotonic() - failed_at < RETRY_AFTER_S:
             raise error
@@ -121,7 +124,8 @@ class ImageDataset:
     def load(self, sample_id: int, bucket: int, flip: bool = False) -> DecodedSample:
         """Return a decoded sample at the image size `buckets[bucket]`, mirrored left to right if `flip`.
 
-        `sample_id`: number of the sample, counted over all shards. A function from `set_decoder`, if any, decodes.
+        `sample_id`: number of the sample, counted over all shards. If `set_decoder` has set a function, this function
+        decodes the sample.
 
         Raises:
             BadSampleError: The image cannot be decoded or has too many pixels, there is no caption, or the sample lacks the

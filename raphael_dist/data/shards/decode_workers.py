@@ -118,7 +118,7 @@ class DecodePool:
     def _drive_worker(self) -> None:
         """Send requests to one worker process until the pool is closed, and replace the process when it is lost.
 
-        It runs in a thread for each worker.
+        The pool has a thread for each worker, which runs this method.
         """
         worker: _Worker | None = None
         while (task := self._tasks.get()) is not None:
@@ -157,7 +157,7 @@ class DecodePool:
 
 
 class _WorkerLostError(Exception):
-    """A worker process that died or did not answer.
+    """Raised if a worker process cannot be started, has died, stalls or lacks memory.
 
     Attributes:
         is_crash: Whether the decoder crashed the process, as opposed to a fault of the machine.
@@ -288,7 +288,10 @@ def _serve(pipe: Connection, dataset: ImageDataset, shared: _SharedMemory) -> No
 
 
 def _pack(sample: DecodedSample, memory: memoryview) -> tuple[bytes, list[int]]:
-    """Pickle a sample without its arrays, which are copied to the shared memory; return (pickle, bytes of each array)."""
+    """Pickle a sample without its arrays, which are copied to `memory`; return (pickle, size of each array in bytes).
+
+    If `memory` is too small, the pickle contains the arrays, and the list of sizes is [].
+    """
     buffers: list[pickle.PickleBuffer] = []
     data = pickle.dumps(sample, protocol=5, buffer_callback=buffers.append)
     views = [buffer.raw() for buffer in buffers]

@@ -99,8 +99,8 @@ def open_order(config: Config, ranks: Ranks, *, training: bool) -> Order:
     use the training shards; False: the validation shards.
 
     Raises:
-        UserError: On all ranks, if shards are missing or too many of them damaged; no sample can be used; there is too much
-            to index within a run; or the filters drop every sample.
+        UserError: On all ranks, if shards are missing, or too many of them are damaged; no sample can be used; the shards
+            that are not indexed yet are too large to index within a run; or the filters drop every sample.
     """
     with name_option(_field(training)):
         by_source = run_on_rank0("finding shards", lambda _: names_of(config, training))
@@ -208,13 +208,15 @@ def check_damage(index: DatasetIndex, on_error: str, max_bad_fraction: float) ->
 
     Args:
         index: The index: a table of all samples of the shards (tar files), with the shards that could not be read.
-        on_error: data.on_error. "stop" allows none. "skip" allows some shards; samples are checked by `TrainStream`.
-        max_bad_fraction: data.max_bad_fraction: the allowed fraction of unreadable shards. One shard is always allowed.
+        on_error: data.on_error. "stop": no shard and no sample may be unreadable. "skip": `max_bad_fraction` of the shards
+            may be unreadable; unreadable samples are allowed here, and limited by `TrainStream`.
+        max_bad_fraction: data.max_bad_fraction. One unreadable shard is always allowed with "skip".
     """
     if on_error == "stop" and index.num_bad:
         raise UserError(
-            f"data.on_error=stop requires that every sample can be used, but {index.num_bad} of them cannot, the first one "
-            f"is {next(index.iter_bad())}. Replace these samples, or set data.on_error=skip."
+            f"data.on_error=stop requires that every sample can be used, but {index.num_bad} of "
+            f"{index.num_samples + index.num_bad} samples cannot be used: the first one is {next(index.iter_bad())}. "
+            "Replace these samples, or set data.on_error=skip."
         )
     if not index.damaged:
         return
@@ -222,8 +224,8 @@ def check_damage(index: DatasetIndex, on_error: str, max_bad_fraction: float) ->
     first = f"the first one is {hide_secrets(index.shards[number].source)}, which {damage}"
     if on_error == "stop":
         raise UserError(
-            f"data.on_error=stop requires that every shard can be read, but {len(index.damaged)} of them cannot: {first}. "
-            "Write or copy these shards again, or remove them from data.shards."
+            f"data.on_error=stop requires that every shard can be read, but {len(index.damaged)} of {len(index.shards)} "
+            f"shards cannot be read: {first}. Write or copy these shards again, or remove them from data.shards."
         )
     if len(index.damaged) > max(1.0, max_bad_fraction * len(index.shards)):
         raise UserError(

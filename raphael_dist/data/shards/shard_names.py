@@ -27,7 +27,9 @@ _BRACES = re.compile(rf"(\{{{_END}\.\.{_END}(?:\.\.(-?\d+))?\}}|[{{}},])")
 
 @contextmanager
 def name_option(option: str) -> Iterator[None]:
-    """Return a context manager that replaces "data.shards" by `option` at the start of UserErrors raised inside it.
+    """Return a context manager that replaces "data.shards" by `option` in messages of UserErrors raised in its block.
+
+    The text is only replaced at the start of a message.
 
     `option`: the option or setting in which the user named the shards, such as "data.val_shards".
     """
@@ -80,7 +82,10 @@ def expand_shards(patterns: Sequence[str], retry: RetryPolicy = DEFAULT_RETRY) -
 
 
 def _expand_braces(pattern: str) -> list[str]:
-    """Expand braces with the rules of bash and webdataset."""
+    """Return the names to which the braces of `pattern` expand by the rules of bash and webdataset.
+
+    Raises UserError if the braces cannot be parsed, a range descends, or there are too many names.
+    """
     try:
         _check_ranges(pattern)
         return list(braceexpand(pattern, escape=False))
@@ -88,13 +93,16 @@ def _expand_braces(pattern: str) -> list[str]:
         raise
     except ValueError:
         raise UserError(
-            f"data.shards={shorten(pattern)!r} must have matching braces, but they cannot be read. Use {{0000..0011}} or "
-            "{a,b}."
+            f"data.shards={shorten(pattern)!r} must have matching braces, at most {_MAX_DEPTH} deep, but its braces cannot "
+            "be parsed. Use {0000..0011} or {a,b}."
         ) from None
 
 
 def _check_ranges(pattern: str) -> None:
-    """Raise UserError if a range {first..last} descends or braces give too many names; ValueError if they cannot be read."""
+    """Raise UserError if a range {first..last} descends or the braces of `pattern` expand to too many names.
+
+    Raises ValueError if the braces are nested too deeply.
+    """
     for first, last in _BACKWARDS.findall(pattern):
         if int(first) > int(last):
             raise UserError(
@@ -164,9 +172,10 @@ def _expand_url(url: str, retry: RetryPolicy) -> list[str]:
 
 
 def _without_hidden(pattern: str, matches: Iterable[tuple[str, str]]) -> list[str]:
-    """Return the names among `matches` that are not hidden files, and log how many are. The user may name a hidden folder.
+    """Return the paths or URLs in `matches` that do not belong to hidden files, and log how many do.
 
-    `matches`: (path or URL, its part from the first wildcard of `pattern` on) of each file.
+    `matches`: (path or URL, path relative to the folder before the first wildcard of `pattern`) of each file. Only the
+    relative path is checked, so the user may name a hidden folder in `pattern`.
     """
     names, skipped = [], SkipCounts()
     for name, relative in matches:
@@ -194,8 +203,8 @@ def _expand_home(name: str, pattern: str) -> Path:
         return Path(name).expanduser()
     except RuntimeError as error:
         raise UserError(
-            f"data.shards={pattern!r} must begin with a home folder that exists, but it does not ({error}). Write the "
-            "whole path."
+            f"data.shards={pattern!r} must begin with a home folder that exists, but this folder is unknown ({error}). "
+            "Write the whole path."
         ) from None
 
 
@@ -222,8 +231,8 @@ def _expand_path(folder: Path, name: str, pattern: str) -> list[Path]:
             files = [match for match in folder.glob(rest) if match.is_file()]
         except ValueError as error:
             raise UserError(
-                f"data.shards={pattern!r} must be a valid pattern, but it is not ({error}). Use ** only as a whole folder "
-                "name."
+                f"data.shards={pattern!r} must be a valid pattern, but its wildcards are invalid ({error}). Use ** only as "
+                "a whole folder name."
             ) from None
         names = _without_hidden(pattern, ((str(file), str(file.relative_to(folder))) for file in files))
         if not names:

@@ -176,7 +176,7 @@ class _Rows:
         self._columns = ColumnCollector()
 
     def add(self, descriptor: int, sample: TarSample) -> None:
-        """Check a sample, and add it to the usable or to the bad samples. `descriptor`: of the open tar."""
+        """Check a sample, and add it to the usable or to the bad samples. `descriptor`: file descriptor of the tar."""
         try:
             if sample.key in self._seen:
                 raise ValueError("duplicate key")
@@ -232,10 +232,16 @@ def _content(fingerprint: str, texts: str, sizes: np.ndarray, members: list[dict
 
 
 def parquet_stamp(store: ShardStore, name: str) -> Stamp | None:
-    """Return the present version of the parquet file that img2dataset writes next to a shard; None if there is none.
+    """Return the present version of the parquet file that img2dataset writes next to a shard.
 
-    `store`: provides the shard. `name`: path or URL of the shard. A URL with a query has no parquet file. DENIED: the server
-    does not tell whether there is one. Raises ShardError if the server fails.
+    `store`: provides the shard. `name`: path or URL of the shard.
+
+    Returns:
+        The version. None: there is no parquet file; a URL with a query never has one. DENIED: the server denies access, so
+        it is unknown whether there is a parquet file.
+
+    Raises:
+        ShardError: The server fails.
     """
     if not name.endswith(base_name(name)):
         return None
@@ -257,7 +263,10 @@ def _parquet_name(name: str) -> str:
 
 
 def _read_parquet(store: ShardStore, name: str, stamp: Stamp, keys: Sequence[str]) -> dict[str, np.ndarray]:
-    """Return the columns in the parquet file next to a shard, by name. `stamp`: the version of this file."""
+    """Return the columns in the parquet file next to the shard `name`, by name, with a row for each of its samples.
+
+    `stamp`: version of the parquet file. `keys`: keys (names) of the samples, in the order of the rows.
+    """
     parquet = _parquet_name(name)
     try:
         if stamp.num_bytes > MAX_PARQUET_BYTES:

@@ -51,7 +51,7 @@ class SkipCounts:
 
 
 def most_common_reasons(bad: Iterable[tuple[str, str]]) -> list[tuple[str, int, str]]:
-    """Count samples that cannot be used by the reason for it. Reasons that differ only in numbers count as one.
+    """Count unusable samples for each reason why they are unusable. Reasons that differ only in numbers count as one.
 
     `bad`: (name, reason) of each sample.
 

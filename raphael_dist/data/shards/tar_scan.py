@@ -259,7 +259,7 @@ def check_sample(
 
     Args:
         fd: File descriptor of the uncompressed tar.
-        sample: Where the files of the sample lie in it.
+        sample: Where the files of the sample lie in the tar.
         hash_text: Called once with the bytes of the sample's json file followed by those of its txt file.
 
     Returns:

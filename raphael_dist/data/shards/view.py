@@ -160,7 +160,10 @@ def _write(folder: Path, index: DatasetIndex, buckets: Buckets, filters: Sequenc
 
 
 def _compute(index: DatasetIndex, buckets: Buckets, filters: Sequence[Filter], bucket_of: np.ndarray) -> View:
-    """Compute the view. `bucket_of`: array that the bucket numbers are written to, [num_samples]."""
+    """Apply the filters to all samples of `index`, and return the view.
+
+    `bucket_of`: array [num_samples], to which the bucket numbers are written. It becomes a part of the view.
+    """
     rules = [_FilterRule(rule, index) for rule in filters]
     size, digest = index.arrays["size"], hashlib.sha256(json.dumps(buckets).encode())
     for first in range(0, index.num_samples, _ROWS):
@@ -213,7 +216,7 @@ class _FilterRule:
             )
 
     def passes(self, rows: slice, sizes: np.ndarray, is_kept: np.ndarray) -> np.ndarray:
-        """Return which samples pass this filter, bool [rows]. Count those that it drops and no earlier filter has dropped.
+        """Return which samples pass this filter, bool [rows]. Count the samples that this filter is the first to drop.
 
         Args:
             rows: Numbers of the samples.
