@@ -27,7 +27,7 @@ def read_manifest(path: Path, layout: str | None = None) -> Manifest:
             no layout, as in the checkpoints of a run.
 
     Raises:
-        UserError: the manifest is missing, unreadable, or of another layout or format; it lacks a key, does not match its
+        UserError: the manifest is missing or cannot be read, has another layout or format, lacks a key, does not match its
             own checksum, or names files outside its folder.
     """
     try:
@@ -68,10 +68,10 @@ def _problem(manifest: object, layout: str | None) -> str | None:
             "updates must not exceed step"
         )
     if not _is_guard(manifest["guard"]):
-        return f"guard={str(manifest['guard'])[:80]} must contain finite losses and counts from 0"
+        return f"guard={str(manifest['guard'])[:80]} must contain finite losses, and counts that are not negative"
     tensors, files = manifest.get("tensors", {}), manifest["files"]
     if not isinstance(tensors, dict) or not all(_is_shape(shape) for shape in tensors.values()):
-        return "each entry of tensors must be a shape of integers from 0"
+        return "each entry of tensors must be a shape, a list of integers that are not negative"
     if not isinstance(files, dict) or not all(_is_entry(entry) for entry in files.values()):
         return "each entry of files must have a size (bytes), a checksum (sha256) and valid ranges"
     outside = next((name for name in files if Path(name).is_absolute() or ".." in Path(name).parts), None)

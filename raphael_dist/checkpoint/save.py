@@ -243,7 +243,7 @@ class CheckpointStore:
         return total, problem
 
     def _write(self, save: Save, values: Tensor) -> WrittenFile:
-        """Write `values`, the copy of this rank's training state, as its file of the checkpoint. Runs in the thread."""
+        """Write this rank's file of the checkpoint `save`. `values`: the copy of its training state. Runs in the thread."""
         name = f"rank-{self._ranks.rank:05d}.safetensors"
         ranges = self._snapshot.ranges
         layout = [(key, numel) for key, (_, numel) in ranges.items()]

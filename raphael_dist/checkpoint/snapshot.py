@@ -108,7 +108,10 @@ def write_snapshot(
 
 
 def _finite(layout: list[tuple[str, int]], values: Tensor, report: Reporter) -> Iterator[Tensor]:
-    """Yield the buffer `values` in blocks. Raises OSError, which names the tensor, at a NaN or infinite value."""
+    """Yield the buffer `values` in blocks. If a value is NaN or infinite, raise OSError, which names its tensor.
+
+    `layout`: (key, number of elements) of each tensor in the buffer.
+    """
     for i, piece in enumerate(torch.split(values, tensorfile.CHUNK)):
         report(f"{i * tensorfile.CHUNK} of {values.numel()} numbers written")
         # One pass without a mask: if a tensor holds NaN or infinity, its minimum or maximum does.

@@ -50,7 +50,8 @@ def open_run(path: Path, config_name: str, option: str) -> CheckpointReader:
 def trained_weights(reader: CheckpointReader, weights: str | None) -> dict[str, Tensor]:
     """Return the parameters in the checkpoint of a run that trained adapters or a ControlNet, by name, float32.
 
-    `weights`: "ema" (moving average) or "master" (fp32 weights). None: the EMA if the checkpoint has one.
+    `reader`: the opened checkpoint. `weights`: "ema" (moving average) or "master" (fp32 weights). None: the EMA if the
+    checkpoint has one.
     """
     kind = "master" if weights == "master" else default_weights(reader.kinds())
     return {name: reader.whole(kind, name) for name in reader.shapes}

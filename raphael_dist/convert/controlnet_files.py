@@ -46,7 +46,7 @@ def read_control(path: Path, config: Config, weights: str | None = None) -> Cont
             has one. A folder in diffusers' format has only one kind of weights.
 
     Raises:
-        UserError: there is no ControlNet at `path`, or it belongs to another model.
+        UserError: `path` contains no ControlNet, or the ControlNet does not fit the base model.
     """
     if (path / CONFIG).is_file():
         values = _read_folder(path)
@@ -95,7 +95,10 @@ def write_control(values: dict[str, Tensor], config: Config, folder: Path) -> No
     Args:
         values: the weights of the ControlNet, by parameter name.
         config: the configuration of the base model.
-        folder: the new folder. UserError: it exists already, or cannot be written.
+        folder: the new folder.
+
+    Raises:
+        UserError: `folder` exists already, or cannot be written.
     """
     with export_folder(folder) as temporary:
         content = control_json(config)

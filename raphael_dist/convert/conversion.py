@@ -192,7 +192,7 @@ def _prepare(
 def _create(target: Path, temporary: Path, plan: ConversionPlan) -> None:
     """Create the folder `temporary`, in which files are written before it is renamed to `target`.
 
-    Raises UserError if the folder cannot be created, or the planned files do not fit on the disk.
+    Raises UserError if the folder cannot be created, or the files of `plan` do not fit on the disk.
     """
     shutil.rmtree(temporary, ignore_errors=True)  # of a conversion that was killed
     try:
@@ -209,7 +209,9 @@ def _write(
 ) -> dict[str, FileEntry]:
     """Write this rank's share of the planned files, while a second thread verifies this rank's share of the source's files.
 
-    Returns the size and SHA-256 of the files that all ranks have written, by name. Collective.
+    Collective. Returns the size and SHA-256 of the files that all ranks have written, by name. `checksummed_files`: size and
+    SHA-256 of each file of the source, by path. `temporary`: folder for the written files. Raises UserError if a file of the
+    source is damaged.
     """
     files = _share([(f.bytes, f) for f in plan.files], ranks)
     to_check = _share([(entry["bytes"], (file, entry)) for file, entry in checksummed_files.items()], ranks)
@@ -260,8 +262,8 @@ def _share(weighted: list[tuple[int, T]], ranks: MpiRanks) -> list[T]:
 def _publish(layout: str, plan: ConversionPlan, entries: dict[str, FileEntry], temporary: Path, target: Path) -> None:
     """Write the manifest and other small files, check that the result can be opened, and rename it to its final name.
 
-    `entries`: size and SHA-256 of each file of the plan, by name. `temporary`: the folder with these files. `target`: its
-    final name.
+    `layout`: name of the target's layout. `entries`: size and SHA-256 of each file with tensors, by name. `temporary`: the
+    folder with these files. `target`: the folder's final path.
     """
     missing = {f.name for f in plan.files} ^ entries.keys()
     assert not missing, f"not written: {missing}"

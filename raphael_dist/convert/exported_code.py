@@ -148,7 +148,10 @@ def _bound(node: ast.stmt) -> list[str]:
 
 
 def _first_line(node: ast.AST, lines: list[str]) -> int:
-    """Return the index (from 0) of a statement's first line, including its decorators and the comments above it."""
+    """Return the index (from 0), in a module's `lines`, of the first line of the statement `node`.
+
+    Decorators of the statement and comments directly above it count as part of it.
+    """
     first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))]) - 1  # type: ignore[attr-defined]
     while first and lines[first - 1].lstrip().startswith("#") and not lines[first - 1].lstrip().startswith("# ----"):
         first -= 1

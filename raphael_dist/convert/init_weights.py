@@ -238,6 +238,7 @@ def _widened_input(source: Source, kind: str, config: Config) -> Tensor:
     """Return the flat weights of a super-resolution model's first convolution, from those of a model without small images.
 
     The weights for the channels of the small image are zero. `kind`: which weights of `source` to read, such as "ema".
+    `config`: configuration of the super-resolution model.
     """
     shape = source.shapes[INPUT_CONV]
     # Zeros for the channels of the small image: at first the new model computes what the old one does.

@@ -63,7 +63,10 @@ def open_for_inspection(path: Path, unpickle: bool, config: Config | None) -> Ch
 
 
 def _check_pickles(path: Path, pickles: list[Path], layout: str) -> None:
-    """Raise UserError unless the manifest of the checkpoint `path` has a correct checksum for each of its pickle files."""
+    """Raise UserError unless the manifest of the checkpoint `path` has a correct checksum for each of its pickle files.
+
+    `pickles`: these files. `layout`: name of the layout (format on disk) that the manifest must state.
+    """
     manifest = pickles[0].parent / MANIFEST
     is_listed = path.is_dir() and manifest.is_file()
     files = checksummed_files(manifest.parent, read_manifest(manifest, layout)) if is_listed else {}

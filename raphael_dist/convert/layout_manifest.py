@@ -29,7 +29,7 @@ def base_manifest(layout: str, source: Source) -> Manifest:
 
 
 def read_optional_manifest(folder: Path, layout: str) -> Manifest | None:
-    """Return the content of a folder's manifest.json; None if the folder has none, because another program wrote it.
+    """Return the content of a folder's manifest.json; None if there is no such file, as in folders of other programs.
 
     `layout`: name of the layout (format on disk) that the manifest must state. Raises UserError if the manifest states
     another layout, or is damaged.

@@ -138,7 +138,7 @@ def read_adapter(path: Path, weights: str | None = None, option: str = "--lora")
         option: name of the command line option that gave `path`, for messages.
 
     Raises:
-        UserError: there are no adapters at `path`, or they are of a kind that is not supported.
+        UserError: `path` contains no adapters, or adapters of a kind that is not supported.
     """
     if (path / CONFIG).is_file():
         return read_peft_folder(path, option)
@@ -176,7 +176,10 @@ def write_adapter(adapter: Adapter, lora: Lora, base: str, folder: Path) -> None
         adapter: the adapters.
         lora: the run's settings of LoRA (rank, alpha, adapted layers).
         base: name or path of the base model, which adapter_config.json states.
-        folder: the new folder. UserError: it exists already, or cannot be written.
+        folder: the new folder.
+
+    Raises:
+        UserError: `folder` exists already, or cannot be written.
     """
     attention, experts = "attention" in lora.targets, "experts" in lora.targets
     config = import_peft().LoraConfig(
@@ -253,8 +256,8 @@ def adapter_of_tensors(tensors: Mapping[str, Tensor], config: JsonObject | None,
         rank = rows if config is None else int(config["r"])
         if parameter is None or pair.keys() != {"A", "B"} or rows != pair["B"].shape[1] or not rows or rows % rank:
             raise UserError(
-                f"{option}: the adapter of {module} in {file} must match {source}, but it does not. Use the files of one "
-                "training run."
+                f"{option}: the adapter of {module} in {file} must match {source}: one matrix A and one matrix B, with the "
+                "rank and for a layer that are stated there. But it does not match. Use the files of one training run."
             )
         if not stacked(parameter) and rows != rank:
             raise UserError(

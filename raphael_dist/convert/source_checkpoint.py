@@ -101,7 +101,7 @@ class Checkpoint:
     def set_prediction(self, prediction: str | None) -> None:
         """Set the prediction type (epsilon, v_prediction, ...) from the option --prediction, if the files do not state it.
 
-        `prediction`: value of the option; None: it was not given.
+        `prediction`: value of the option; None: the user did not give the option.
 
         Raises:
             UserError: the files state another type, or neither the files nor the option state one.

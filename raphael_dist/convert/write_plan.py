@@ -188,7 +188,10 @@ class ConversionPlan:
 
 
 def check_complete(plan: ConversionPlan, source: Source) -> None:
-    """Raise UserError unless the planned files contain every element of every parameter of the source exactly once."""
+    """Raise UserError unless the files of `plan` contain every element of every parameter of `source` exactly once.
+
+    This is required for each kind of values that the plan contains, such as "master" (fp32 weights).
+    """
     spans = defaultdict(list)
     for entry in (entry for file in plan.files for entry in file.entries):
         assert sum(p.span.numel for p in entry.pieces) == prod(entry.shape), entry.key
@@ -248,7 +251,7 @@ def entries_of(tree: object) -> Iterator[Entry]:
 
 
 def parts(entries: Iterable[Entry], stem: str, part_bytes: int) -> tuple[list[OutFile], dict[str, bytes]]:
-    """Divide planned tensors over safetensors files of about `part_bytes` bytes, named as Hugging Face's libraries do.
+    """Divide `entries` (planned tensors) over safetensors files of about `part_bytes` bytes, named as Hugging Face does.
 
     With `stem` = "model" the names are model-00001-of-00003.safetensors, and so on, or model.safetensors if one file is
     enough.

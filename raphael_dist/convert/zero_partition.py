@@ -109,8 +109,9 @@ class Group:
 def local(name: str, shape: tuple[int, ...], topology: Topology, rank: int) -> tuple[tuple[int, ...], int]:
     """Return which part of a parameter a rank has under expert parallelism, before ZeRO divides it further.
 
-    `name` and `shape` are those of the whole parameter. Returns the part's shape, and its first element in the flattened
-    parameter: (shape, 0) unless the parameter has sharded experts.
+    `name` and `shape` are those of the whole parameter. `topology`: over how many ranks experts are sharded. Returns the
+    part's shape, and the index of its first element in the flattened parameter: (shape, 0) unless the parameter has sharded
+    experts.
     """
     ep_size = topology.ep_size(name)
     if ep_size == 1:

@@ -25,8 +25,8 @@ def frechet_distance(a_ND: Tensor, b_MD: Tensor) -> float:
 def _trace_of_root(a_ND: Tensor, b_MD: Tensor) -> Tensor:
     """Return tr((S_a S_b)^(1/2)) for the covariances S_a = a^T a and S_b = b^T b, where `a_ND` and `b_MD` are a and b.
 
-    It is the sum of the singular values of a b^T. It is computed from this matrix [N, M], or from matrices [D, D] if these
-    are not larger.
+    This trace is the sum of the singular values of a b^T. It is computed from this matrix, [N, M], if N or M is less than D,
+    and otherwise from matrices [D, D].
     """
     if min(len(a_ND), len(b_MD)) < a_ND.shape[1]:
         return torch.linalg.svdvals(a_ND @ b_MD.T).sum()
@@ -83,7 +83,7 @@ def precision_recall(drawn_ND: Tensor, true_MD: Tensor, neighbours: int = 3, row
 
 
 def _covered_share(points_ND: Tensor, manifold_MD: Tensor, neighbours: int, rows: int) -> float:
-    """Return the share (0..1) of the points that lie in a ball around at least one row of `manifold_MD`.
+    """Return the share (0..1) of `points_ND` that lie in a ball around at least one row of `manifold_MD`.
 
     The radius of a ball is the distance from its centre to the `neighbours`-th nearest other row of `manifold_MD`. `rows`:
     number of points whose distances are computed at a time, to limit memory.

@@ -54,7 +54,8 @@ def load_features(spec: str, device: torch.device) -> Features:
 def make_inception_features(path: Path, device: torch.device) -> Features:
     """Return a function that computes the Inception features of FID: uint8 [B, 3, H, W] to float32 [B, 2048], on the CPU.
 
-    Images may have any size. Raises UserError if the weights in `path`, which torch-fidelity publishes, cannot be loaded.
+    Images may have any size. `path`: file with the weights that torch-fidelity publishes. `device`: where the network runs.
+    Raises UserError if the weights cannot be loaded.
     """
     if not path.is_file():
         raise UserError(

@@ -68,7 +68,10 @@ def _check_count(count: int | None, available: int, where: str) -> None:
 
 
 def _coco_captions(path: Path, seed: int) -> list[str]:
-    """Return one caption, randomly chosen, of each image in a file of COCO annotations, in the order of the image ids."""
+    """Return one caption of each image in the file `path` of COCO annotations, in the order of the image ids.
+
+    The caption is chosen randomly from those of the image; `seed` determines the choice.
+    """
     try:
         by_image: dict[int, list[str]] = {}
         for annotation in read_json(path)["annotations"]:
@@ -149,8 +152,8 @@ def read_lettering(spec: str, cache_dir: Path, size_hw: tuple[int, int]) -> list
             images.append((sample.image.transpose(1, 2, 0).copy(), text))
     if not images:
         raise UserError(
-            f"--reference={spec} must have captions with quoted text, but none has any. Use shards with captions such as: a "
-            'sign with the text "open".'
+            f"--reference={spec} must have captions with quoted text, but no caption has any. Use shards with captions such "
+            'as: a sign with the text "open".'
         )
     return images
 
@@ -163,7 +166,7 @@ def list_images(folder: Path, option: str) -> list[Path]:
     `option`: the command line option that named the folder, e.g. "--reference", for messages.
     """
     if not folder.is_dir():
-        raise UserError(f"{option}=folder={folder} must be a folder, but there is none. Correct the path.")
+        raise UserError(f"{option}=folder={folder} must be a folder, but there is no such folder. Correct the path.")
     paths, skipped = image_files(folder, files_below(folder))
     if skipped.counts and rank_of() == "0":
         _log.warning("%s=folder=%s: files that are left out: %s", option, folder, "; ".join(skipped.lines()))

@@ -56,7 +56,7 @@ class Prompts(NamedTuple):
 
     @classmethod
     def of(cls, embeds: Tensor, mask: Tensor, negative_embeds: Tensor | None, negative_mask: Tensor | None) -> "Prompts":
-        """Return the prompts of a call from what `encode_prompt` returns."""
+        """Return the prompts of a call, from the four values that `RaphaelPipeline.encode_prompt` returns."""
         if negative_embeds is None or negative_mask is None:
             return cls(embeds, mask, None)
         return cls(torch.cat([negative_embeds, embeds]), torch.cat([negative_mask, mask]), negative_embeds)
@@ -136,7 +136,10 @@ class Denoiser(PipelineFiles):
         return cast(Tensor, randn_tensor(shape, generator=generator, device=device, dtype=torch.float32))
 
     def _begin(self, call: CallArguments, noise: Tensor, inputs: ImageInputs) -> tuple[Tensor, Tensor]:
-        """Return the latents with which the first step starts, float32 [B, C, h, w], and the timesteps [steps]."""
+        """Set the scheduler's timesteps, and return the latents with which the first step starts and the steps' timesteps.
+
+        The latents are float32 [B, C, h, w]: the initial noise `noise`, or with an image to change, its noised latents.
+        """
         scheduler = self.scheduler
         try:
             _, steps = retrieve_timesteps(
@@ -156,7 +159,7 @@ class Denoiser(PipelineFiles):
         return first_latents(scheduler, noise, steps, start, call.strength)
 
     def _denoise(self, call: CallArguments, noise: Tensor, inputs: ImageInputs, prompts: Prompts) -> Tensor:
-        """Return the latents after all denoising steps, float32 [B, C, h, w]."""
+        """Run all denoising steps from the initial noise `noise`; return the latents after them, float32 [B, C, h, w]."""
         latents, timesteps = self._begin(call, noise, inputs)
         self._num_timesteps, options = len(timesteps), self._step_options(call)
         with self.progress_bar(total=len(timesteps)) as bar:
@@ -220,7 +223,10 @@ class Denoiser(PipelineFiles):
         return {k: v for k, v in {"eta": call.eta, "generator": self._generator(call)}.items() if k in known}
 
     def _predict(self, call: CallArguments, latents: Tensor, t: Tensor, inputs: ImageInputs, prompts: Prompts) -> Tensor:
-        """Return the prediction with guidance, eps_null + guidance * (eps_text - eps_null), float32 [B, C, h, w]."""
+        """Return the prediction for `latents` at timestep `t`, float32 [B, C, h, w].
+
+        With guidance it is eps_null + guidance * (eps_text - eps_null), from predictions for negative prompts and prompts.
+        """
         x = model_input(self.scheduler, latents, t).to(self.unet.dtype)
         batch, text, mask = len(x), prompts.embeds, prompts.mask
         if not self._is_guided(prompts):
@@ -237,7 +243,8 @@ class Denoiser(PipelineFiles):
     ) -> Tensor:
         """Return the U-Net's prediction for latents `x` at timestep `t`, float32 in the shape of `x`.
 
-        `x` and `text` have B samples, or 2 B: those with prompts, then those with negative prompts.
+        `x`, `text` (embeddings) and `mask` (of the embeddings) have B samples, or with guidance 2 B: B samples with prompts,
+        then the same with negative prompts.
         """
         unet, options = self.unet.eval(), JsonObject()
         text, timestep = text.to(unet.dtype), torch.full((len(x),), t.item(), device=x.device)

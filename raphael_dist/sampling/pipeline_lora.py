@@ -261,7 +261,8 @@ class LoraLoader(LoraFiles):
         names = {name for adapter in added for name in state.adapters[adapter].factors}
         if any(parameters[name].is_meta for name in names | state.own.keys()):
             raise UserError(
-                "adapters must be loaded before enable_sequential_cpu_offload(), which moves the weights. Load them first."
+                "adapters must be loaded before enable_sequential_cpu_offload(), which moves the weights, but it has been "
+                "called already. Load the adapters first."
             )
         for name, value in state.own.items():
             parameters[name].copy_(value)

@@ -60,7 +60,8 @@ class LoraFiles:
         }
         if name := next((name for name, given in unsupported.items() if given), None):
             raise UserError(
-                f"{name} is not supported: only the U-Net has adapters, and only safetensors files are read. Leave it out."
+                f"{name} is not supported: only the U-Net has adapters, and only safetensors files are read. Leave out "
+                f"{name}."
             )
         if not unet_lora_layers:
             raise UserError(
@@ -87,7 +88,7 @@ def read_adapters(path: Path, weight_name: str | None) -> Adapter:
             adapter_config.json, otherwise the name that diffusers uses.
 
     Raises:
-        UserError: there are no adapters, or they are of a kind that is not supported.
+        UserError: `path` contains no adapters, or adapters of a kind that is not supported.
     """
     option = "load_lora_weights"
     if weight_name in (None, WEIGHTS) and (path / CONFIG).is_file():

@@ -101,7 +101,7 @@ def _request(fields: JsonObject, index: int, default: Request, where: str) -> Re
 
 
 def check_sizes(requests: Sequence[Request], factor: int) -> None:
-    """Raise UserError unless height and width of every request (image to draw) are multiples of `factor`.
+    """Raise UserError unless height and width of all images to draw, `requests`, are multiples of `factor`.
 
     `factor`: image pixels per latent position, in height and in width.
     """

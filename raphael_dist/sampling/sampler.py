@@ -181,7 +181,10 @@ def _to(text: TextFeatures, device: torch.device, dtype: torch.dtype) -> TextFea
 
 
 def _both(text: TextFeatures, null: TextFeatures, batch: int, device: torch.device, dtype: torch.dtype) -> TextFeatures:
-    """Join captions and negative captions to one batch of 2 `batch`, on the device and with tokens in `dtype`."""
+    """Join the features `text` of captions and `null` of negative captions to one batch of 2 `batch` captions.
+
+    The result is on `device`, and its tokens have the dtype `dtype`.
+    """
     pairs = ((text.tokens, null.tokens), (text.mask, null.mask), (text.end, null.end))
     parts = [torch.cat([own.to(device), other.to(device).expand(batch, *other.shape[1:])]) for own, other in pairs]
     return _to(TextFeatures(*parts), device, dtype)
@@ -208,7 +211,7 @@ class Sampler:
 
     @classmethod
     def of(cls, model: nn.Module, text: TextEncoder, image: ImageEncoder) -> "Sampler":
-        """Return a sampler for the U-Net `model` and its encoders. Device and dtype are those of the model's weights."""
+        """Return a sampler for the U-Net `model` and the encoders `text` and `image`, with device and dtype of the U-Net."""
         weight = next(model.parameters())
         return cls(model, text, image, weight.device, weight.dtype, cast(Upscale, model.upscale))
 

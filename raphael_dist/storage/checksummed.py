@@ -32,7 +32,7 @@ _verified: set[tuple[str, int]] = set()  # (path, inode) of the large files that
 def write_sealed(path: Path, data: bytes) -> None:
     """Write `data`, followed by the 32 bytes of its SHA-256, as one file. A reader sees the whole file or none.
 
-    Raises OSError if it cannot be written.
+    Raises OSError if the file cannot be written.
     """
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         file.write(data)

@@ -56,7 +56,7 @@ def weight_files(folder: Path, stems: tuple[str, str] = DIFFUSERS) -> WeightFile
 
 
 def _variants(folder: Path, stems: tuple[str, str]) -> list[str]:
-    """Return the variants that occur in the weight files' names: fp32, bf16 and fp16 in this order, then others by name."""
+    """Return the variants in the names of the weight files in `folder`: fp32, bf16 and fp16 first, then others by name."""
     either = "|".join(map(re.escape, dict.fromkeys(stems)))
     names = re.compile(rf"(?:{either})\.(?:([\w-]+)\.(?:safetensors|bin)|(?:safetensors|bin)\.index\.([\w-]+)\.json)")
     matches = [names.fullmatch(path.name) for path in folder.iterdir()] if folder.is_dir() else []

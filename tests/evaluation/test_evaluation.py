@@ -272,7 +272,7 @@ def test_damaged_shard_and_bad_samples_are_counted_in_a_warning(tmp_path: Path, 
     ("spec", "message"),
     [
         ("coco=nothing.json", "--captions=coco=nothing.json .*nothing.json"),
-        ("folder=/nothing", "--captions=folder=/nothing must be a folder, but there is none"),
+        ("folder=/nothing", "--captions=folder=/nothing must be a folder, but there is no such folder"),
         ("shards=/nothing/*.tar", "--captions='/nothing/\\*.tar' matches no file"),
         ("what", "--captions=what .*coco=FILE"),
     ],

@@ -36,15 +36,16 @@ class Layout:
     Attributes:
         name: the name of its module.
         holds: "everything" that a run needs to continue, or only "weights".
-        detect: called with a path; returns whether the files there have this layout. It is called only if no manifest.json
-            has `"layout": NAME`, so most layouts return False. It may look at file names, but not into files.
+        detect: called with a path; returns whether the files there have this layout, judging by their names only. This
+            function is called only if `path` has no manifest.json that states a layout. So a layout whose files always
+            have such a manifest returns False.
         open: called with a path and the configuration that the user gave (usually None); returns the checkpoint after
             reading headers only. Raises UserError for missing or duplicate tensors, wrong shapes and files of another kind.
             Any other exception is a bug in the layout.
         plan: called with a source checkpoint, options and the target's path; returns which files a conversion must write
             (`ConversionPlan`). Raises UserError if the layout cannot represent the source's model, or does not allow these
             options.
-        options: names of the fields of `write_plan.Options` that it supports as the target of a conversion.
+        options: names of the fields of `write_plan.Options` that this layout supports as the target of a conversion.
         takes_config: whether `open` needs the configuration if the files have no manifest of this project.
         pickles: called with a path; returns the files that `open` would unpickle (weights only). Inspection requires their
             checksums.

@@ -65,7 +65,8 @@ def _open_file(path: Path) -> Checkpoint:
 def _from_ldm(stored: dict[str, StoredTensor], where: Path) -> dict[str, StoredTensor]:
     """Return those tensors of an LDM file that belong to its U-Net, by diffusers' names.
 
-    Raises UserError, which names the file `where`, if the U-Net does not have the structure of Stable Diffusion 2.
+    `stored`: the tensors of the file, by their names in the file. `where`: path of the file, for messages. Raises UserError
+    if the U-Net does not have the structure of Stable Diffusion 2.
     """
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
@@ -99,7 +100,7 @@ def weights_by_name(
         folder: the path that was opened.
         config: configuration of the model.
         stored: where each tensor is in its file, by the name of the parameter in the trainer's model.
-        manifest: content of the folder's manifest.json; None: it has none.
+        manifest: content of the folder's manifest.json; None: there is no such file.
         diffusion: settings of the section `diffusion` that the folder's scheduler states (`scheduler_settings`).
 
     Raises:
@@ -163,7 +164,7 @@ def scheduler_settings(folder: Path) -> JsonObject:
 
 
 def unet_files(source: Source, options: Options, folder: str) -> tuple[list[OutFile], dict[str, bytes], str]:
-    """Plan the weight files of a U-Net of diffusers. Each parameter is one tensor in them, under the parameter's name.
+    """Plan the weight files of a U-Net of diffusers, with each parameter as one tensor under the parameter's name.
 
     Args:
         source: the checkpoint to convert.

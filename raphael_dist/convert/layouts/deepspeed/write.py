@@ -183,8 +183,9 @@ def _state(target: _Target, spans: dict[Span, int], size: int) -> Tree:
 def _settings(target: _Target, index: int | list[int], ep_size: int = 1) -> Tree:
     """Return the settings of a parameter group as in the `state_dict` of torch's optimizer.
 
-    `index`: number of the group's only parameter, or a list of its parameters' numbers. `ep_size`: number of ranks over
-    which the group's experts are sharded; 1: the group has no sharded experts.
+    `target`: its configuration has the settings of the optimizer. `index`: number of the group's only parameter, or a list
+    of its parameters' numbers. `ep_size`: number of ranks over which the group's experts are sharded; 1: the group has no
+    sharded experts.
     """
     model = torch.nn.Parameter(torch.zeros(1))
     optim = target.config.optim
