@@ -64,7 +64,7 @@ def measure_coverage(
         record: a recorded forward pass of a model with Space-MoE, with attention maps and without gate noise.
         noisy_LY: space expert of each text token in each block with the gate noise of training, int64 [L, Y] for L
             transformer blocks and Y text tokens.
-        mask_Y: bool [Y], False at padding tokens.
+        mask_Y: bool [Y], False at padding tokens, which are measured separately.
         num_experts: number of space experts of a block.
         alphas: the thresholds.
 
@@ -100,7 +100,7 @@ def route_agreement(record: Record, noisy_LY: Tensor, mask_Y: Tensor) -> float:
     Args:
         record: a recorded forward pass without gate noise, with the space expert of each text token.
         noisy_LY: space expert of each of Y text tokens in each of L blocks with gate noise, int64.
-        mask_Y: bool [Y], False at padding tokens.
+        mask_Y: bool [Y], False at padding tokens, which are left out.
     """
     assert record.space_LY is not None
     return float((noisy_LY == record.space_LY)[:, mask_Y].float().mean())

@@ -100,7 +100,7 @@ class Recorder:
         self._order, self._time = [], [*self._time, []]
 
     def _route_hook(self, number: int) -> Callable[[nn.Module, Arguments], None]:
-        """Return a hook that records the experts that a transformer block uses. `number`: its index in `self._blocks`."""
+        """Return a hook that records the experts of a transformer block. `number`: index of the block in `self._blocks`."""
 
         def record_route(block: nn.Module, args: Arguments) -> None:
             plan, size_hw = args[3], args[4]

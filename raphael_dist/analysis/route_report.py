@@ -54,10 +54,10 @@ class Report:
         """Add the results for one prompt.
 
         Args:
-            prompt: its text.
-            trace: the experts of its words, and their regions in the image.
+            prompt: the text of the prompt.
+            trace: the space experts of the prompt's words.
             regions: for each threshold alpha, how much of the image the regions of words cover.
-            agreement: share (0..1) of its word tokens that have the same expert with and without gate noise.
+            agreement: share (0..1) of the prompt's word tokens that have the same expert with and without gate noise.
         """
         assert trace.route_WL is not None
         self.routes.setdefault("words", {})[prompt] = dict(zip(trace.words, trace.route_WL.tolist(), strict=True))
@@ -90,7 +90,7 @@ def _describe(stretches: list[list[int]]) -> str:
 
 
 def _stretches(row: list[int]) -> list[list[int]]:
-    """Return [first index, last index, expert] for each group of equal neighbours in `row`, a list of experts."""
+    """Return [first index, last index, expert] for each stretch of consecutive equal experts in the list `row`."""
     edges = [0, *(t for t in range(1, len(row)) if row[t] != row[t - 1]), len(row)]
     return [[first, end - 1, row[first]] for first, end in pairwise(edges)]
 

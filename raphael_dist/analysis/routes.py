@@ -25,7 +25,7 @@ class Words:
 
     Attributes:
         texts: the words.
-        spans: for each word, its text tokens: from index `first` up to, but not including, index `last`.
+        spans: for each word, the pair (first, end): the word's text tokens have the indices from `first` to `end` - 1.
     """
 
     texts: list[str]
@@ -38,7 +38,7 @@ def time_routes(model: RaphaelUNet, num_timesteps: int) -> Tensor | None:
 
     This is t_router(t) of Sec. 7.3. Returns None if the model has no Time-MoE. There are L transformer blocks.
 
-    `num_timesteps`: T.
+    `num_timesteps`: number of timesteps, T.
     """
     if not model.config.time_experts:
         return None

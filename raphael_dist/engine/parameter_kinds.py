@@ -9,8 +9,9 @@ _NOT_HIDDEN = {"conv_in", "conv_out", "time_embedding"}
 def decays(name: str) -> bool:
     """Return whether weight decay (optim.weight_decay) applies to the parameter `name`.
 
-    It applies to matrices and convolution kernels, but not to norms, biases and gates. The name decides, because shapes
-    cannot: biases of stacked experts [K, F] have two axes, and ZeRO's flattened parameters have one.
+    Weight decay applies to matrices and convolution kernels, but not to norms, biases and gates. This function looks at the
+    name, because the shape is not sufficient: biases of stacked experts [K, F] have two axes, and ZeRO's flattened
+    parameters have one.
     """
     owner, _, leaf = name.rpartition(".")
     norm = owner.rpartition(".")[2].removeprefix("conv_").startswith("norm")

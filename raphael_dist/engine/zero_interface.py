@@ -53,7 +53,7 @@ class FlatPart:
 
 @dataclass(frozen=True)
 class FlatLayout:
-    """A flat tensor that holds whole parameters one after another, and of which the ranks of a group store a part each.
+    """A flat tensor that holds whole parameters one after another. Each rank of a group stores a part of this tensor.
 
     Attributes:
         part: this rank's part of the fp32 weights, float32 [numel].

@@ -137,7 +137,7 @@ def _view(memory: Tensor, start: int, like: Tensor) -> Tensor:
 
 
 def _copy_on_side_stream(memory: Tensor, device: torch.device) -> Tensor:
-    """Copy pinned memory to a GPU on a separate stream, so that the copy does not queue behind the last micro-step."""
+    """Return a copy of pinned `memory` on the GPU `device`, made on a stream that does not wait for the last micro-step."""
     side, current = _side_stream(device), torch.cuda.current_stream(device)
     with torch.cuda.stream(side):
         copy = memory.to(device, non_blocking=True)

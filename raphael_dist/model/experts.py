@@ -197,7 +197,7 @@ class Experts(nn.Module):
         return sparse_experts(x_RD, w_RK, self.w1, self.b1, self.w2, per_row)
 
     def dense_by_kernel(self, x_RD: Tensor, w_RK: Tensor) -> Tensor:
-        """Return the result of `dense`, computed by Triton kernels that write and read hidden units once."""
+        """Return the result of `dense` for the same arguments, by Triton kernels that write and read hidden units once."""
         from raphael_dist.model.kernels.dense_experts import dense_experts
 
         if not x_RD.shape[0]:
@@ -207,9 +207,9 @@ class Experts(nn.Module):
     def dense(self, x_RD: Tensor, w_RK: Tensor) -> Tensor:
         """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)` for each row r, [R, D]: the weighted outputs without the last bias.
 
-        Here e_k is expert k, b2_k the bias of its second layer, and `w_RK` its weight for each row (token). Every expert
-        processes every row, so shapes are static. The weights are multiplied with the experts' outputs and not with their
-        hidden units, because the outputs are narrower.
+        e_k is expert k, b2_k the bias of its second layer, x = `x_RD` the rows (tokens), and w = `w_RK` the weight of each
+        expert for each row. Every expert processes every row, so shapes are static. The weights are multiplied with the
+        experts' outputs and not with the hidden units, because the outputs are narrower.
         """
         fused_RKF = torch.unflatten(F.linear(x_RD, self.w1.flatten(0, 1), self.b1.flatten()), 1, self.b1.shape)
         fused_KRF = fused_RKF.transpose(0, 1)

@@ -38,7 +38,7 @@ class BlockSpec:
         shared_hidden: hidden width of the Space-MoE's shared expert, which processes all tokens; 0: none.
         time_activation: activation of the time experts, "gelu" or "geglu".
         expert_backend: how the experts are computed (`model.expert_backend`).
-        megablocks_folder: where the product of the backend megablocks is (`model.megablocks_folder`).
+        megablocks_folder: folder with the matrix product of the backend "megablocks"; None: the package grouped_gemm.
         mask_threshold: alpha of Sec. 3.1: an image token is in a text token's region if its attention is at least alpha
             times the maximum.
         edge_channels: width of the module that predicts edges; 0: none.
@@ -98,7 +98,7 @@ class MapProcessor:
             hidden_states: image tokens [B, N, D].
             encoder_hidden_states: text tokens [B, Y, text width].
             attention_mask: not used; diffusers passes it.
-            use_kernel: whether to use the Triton kernel, which stores no map for single heads.
+            use_kernel: whether to use the Triton kernel, which never stores the attention maps of single heads.
 
         Returns:
             The output [B, N, D], and the attention of each image token to each text token, float32 [B, N, Y].

@@ -1,7 +1,7 @@
 """`model.expert_backend=megablocks`: the grouped matrix product of MegaBlocks, for bfloat16 on a GPU.
 
-It comes from the package grouped_gemm, which is built with nvcc, or from a folder with a finished build, which the package
-`kernels` loads (`model.megablocks_folder`).
+The product comes from the package grouped_gemm, which is built with nvcc, or from a folder with a finished build, which the
+package `kernels` loads (`model.megablocks_folder`).
 
 Shape legend: R rows (token vectors), K experts.
 """
@@ -24,10 +24,11 @@ def megablocks_product(counts_K: Tensor, folder: str | None) -> Callable[[Tensor
     """Return a function (x, w) that multiplies each row of x with the matrix of its expert k, `x w_k^T`, [R, out].
 
     x is [R, in] with rows sorted by expert, and w is [K, out, in]. `counts_K` is the number of rows of each expert, int64.
-    The counts stay on the device. `folder`: as in `require_megablocks`.
+    The counts stay on the device. `folder`: the setting `model.megablocks_folder`, a local folder from which the product is
+    loaded; None: the package grouped_gemm.
 
     Raises:
-        UserError: the product is not installed.
+        UserError: the package is not installed, or the folder cannot be loaded.
     """
     gmm = _gmm_of_package() if folder is None else _gmm_of_folder(folder)
     return lambda x, w: gmm(x.contiguous(), w, counts_K, trans_b=True)
@@ -70,7 +71,7 @@ def _gmm_of_folder(folder: str) -> Callable[..., Tensor]:
 def require_megablocks(folder: str | None) -> None:
     """Raise UserError if `model.expert_backend=megablocks` cannot run.
 
-    It requires a product that reads the number of rows of each expert on the device.
+    This backend requires a matrix product that reads the number of rows of each expert on the device.
 
     `folder`: the setting `model.megablocks_folder`, a local folder whose build is used; None: the package grouped_gemm.
     """

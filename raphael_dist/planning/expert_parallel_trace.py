@@ -47,7 +47,7 @@ def shard_for_trace(config: Config, plan: BatchPlan) -> Callable[[RaphaelUNet, i
 
     Args:
         config: the run's configuration. `config.parallel` states over how many ranks experts are sharded.
-        plan: how the batch is divided over ranks. It determines on which U-Net levels sharding saves communication.
+        plan: how the batch is divided over ranks. This determines on which U-Net levels sharding saves communication.
     """
 
     def shard(model: RaphaelUNet, samples: int) -> Traffic:

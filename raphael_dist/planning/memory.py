@@ -31,7 +31,7 @@ class States:
 
     Attributes:
         weights: weights that the model computes with, in `train.dtype`.
-        master: this rank's fp32 weights of the optimizer.
+        master: the part of the fp32 weights that this rank's optimizer updates; 0 with ZeRO-0, which updates `weights`.
         moments: optimizer moments.
         ema: moving average of the weights.
         gradients: gradients after the last backward pass of a step, before the update.
@@ -93,8 +93,8 @@ class MemoryFootprint:
         stage: ZeRO stage.
         contiguous: whether gradients lie in flat buffers that are reduced without copies (`engine.zero.Zero12Contiguous`).
         buffer_elements: elements in DeepSpeed's buckets for gradients, and under ZeRO-3 in the gathered weights.
-        update_bytes: bytes of the copies that the update of ZeRO-1 to 3 makes of the rank's gradients (flat, and in
-            float32), and with `overlap_comm` of the weights, which are gathered at once.
+        update_bytes: bytes of temporary copies in the optimizer update of ZeRO-1 to 3: copies of the rank's gradients (flat,
+            and in float32), and with `overlap_comm` of the weights, which are gathered at once.
         persistent: elements of the small parameters, which ZeRO-3 never frees.
     """
 
@@ -127,7 +127,7 @@ def model_states(
         shapes: shapes of the whole model's parameters, by name.
         where: how these parameters are divided over the ranks, and the ZeRO stage.
         accumulation: micro-steps per optimizer step.
-        rank: the rank.
+        rank: the rank whose memory is computed.
         contiguous: whether all gradients lie in one buffer and are reduced at once; used for ZeRO-1 and 2 only.
     """
     width = bytes_per_element(config.train.dtype)

@@ -60,7 +60,7 @@ def op_class(func: OpOverload) -> int:
 
 
 def launches_work(func: OpOverload) -> bool:
-    """Return whether an operation launches work on the device. Operations that only return a view, or allocate, do not."""
+    """Return whether an operation launches work on the device; False if it only returns a view or allocates memory."""
     is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
     return not is_view and op_name(func) not in FREE
 
@@ -109,8 +109,8 @@ class LiveBytes(TorchDispatchMode):
     def track(self, arguments: object, result: object) -> None:
         """Start to count the memory (storages) of an operation's `result`, until this memory is freed.
 
-        `arguments`: the operation's arguments. Storages that are seen first among them were created before this context was
-        entered, and are not counted.
+        `arguments`: the operation's arguments. If their storages are not known yet, they were created before this context
+        was entered, and are not counted.
         """
         for tree, counts in ((arguments, False), (result, True)):
             for tensor in tree_leaves(tree):

@@ -52,8 +52,8 @@ class Recorder(LiveBytes):
         phase: the current pass, "forward" or "backward".
         segments: for each segment, (whether it is a transformer block, bytes that its forward pass saved for the backward
             pass).
-        peaks: two dicts, for the forward and the backward pass. The key i has the largest number of live bytes while i
-            segments have been started.
+        peaks: two dicts, for the forward and the backward pass, from a number i of segments to the largest number of live
+            bytes at a time when i segments had started.
     """
 
     def __init__(self) -> None:

@@ -15,7 +15,9 @@ SHOWN = 5  # choices with a bar
 
 
 def draw(plan: RunPlan, path: Path) -> None:
-    """Draw the plan of a run as a PNG file: memory by kind, timeline of a step, images per second by number of devices.
+    """Draw the plan of a run: memory by kind, timeline of a step, images per second by number of devices.
+
+    `path`: the PNG file that is written.
 
     Raises:
         UserError: matplotlib is not installed, or the file cannot be written.

@@ -60,10 +60,10 @@ def _choices(best: list[Outcome], peak: float) -> list[str]:
 
 
 def run_so_far(choice: Choice, device: str, world: int) -> str:
-    """Return a phrase that names the hardware on which runs with such settings have been tried, e.g. "one H200".
+    """Return a phrase that names the hardware on which runs with given settings have been tried, e.g. "one H200".
 
-    `choice`: the settings, of which only ZeRO stage and overlap matter. `device`: "gpu" or "cpu". `world`: number of
-    devices. The phrase must agree with docs/proven.md.
+    The phrase must agree with docs/proven.md. `choice`: the settings; only ZeRO stage and overlap are used. `device`: "gpu"
+    or "cpu". `world`: number of devices.
     """
     if device == "gpu" and world == 1 and choice.stage > 0 and not choice.overlap:
         return "one H200"

@@ -245,7 +245,7 @@ def exchange_bytes(config: Config, plan: BatchPlan) -> int:
 
     On each U-Net level with sharded space experts, a transformer block stores the tokens of the other ranks three times: as
     received, concatenated, and their outputs. All tokens are counted, as in exchanges of fixed size. With recomputation
-    only one block at a time stores them. `plan`: how the batch is divided over ranks.
+    only one block at a time stores tokens. `config`: the run's configuration. `plan`: how the batch is divided over ranks.
     """
     recomputes = config.model.checkpoint_activations != "none"
     sizes = [0]

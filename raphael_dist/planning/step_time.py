@@ -111,7 +111,8 @@ def device_times(trace: Trace, cluster: ClusterSpec, dtype: str) -> tuple[float,
 def update_time(config: Config, footprint: MemoryFootprint, cluster: ClusterSpec) -> float:
     """Predict the seconds for gradient norm, optimizer and moving average in a step, which memory bandwidth limits.
 
-    `footprint`: memory of a rank, e.g. of weights and moments. These bytes are read and written:
+    `config`: the run's configuration. `footprint`: memory of a rank, e.g. of weights and moments. `cluster`: the description
+    with the bandwidth. These bytes are read and written:
 
     - The norm reads the gradients, and converts them to float32 if they are in bfloat16.
     - The optimizer reads gradients, and reads and writes fp32 weights and moments.

@@ -37,13 +37,13 @@ class Trace:
         samples: images of the micro-step.
         kind, phase, op_class: int64 [ops], for each operation in order of execution: the part of the model (index into
             KINDS), the pass (into PHASES: forward, backward, recomputed), and the class such as convolution (into CLASSES).
-        segment: int64 [ops], the segment of each operation, or -1. A backward operation belongs to the segment that it
-            differentiates.
+        segment: int64 [ops], the number of each operation's segment; -1 outside of segments. A backward operation belongs to
+            the segment of the forward operation that it differentiates.
         flops, bytes: int64 [ops]. Bytes are those of inputs and outputs by their shapes, as if nothing stayed in a cache.
         is_block: bool [segments], True for transformer blocks.
         saved_by: int64 [segments], bytes that the forward pass of a segment keeps for its backward pass.
         peaks: int64 [2, segments + 1]. Element [p, i] is the largest number of live bytes in the forward (0) or backward (1)
-            pass while `i` segments have been started. Gradients of weights are freed at once, as ZeRO does.
+            pass at a time when `i` segments had started. Gradients of weights are freed at once, as ZeRO does.
         saved: bytes of activations that are alive after the forward pass.
         sent: bytes that the rank sends to the experts of other ranks.
     """
@@ -169,7 +169,7 @@ def trace(
     recompute: Recompute | None = None,
     shard: Callable[[RaphaelUNet, int], Traffic] | None = None,
 ) -> Trace:
-    """Return FLOPs and bytes of each operation, and the memory, of one micro-step, without computing it (no data exists).
+    """Trace one micro-step on tensors without data; return FLOPs and bytes of each operation, and the memory.
 
     The images have the largest size in `image.buckets`.
 
