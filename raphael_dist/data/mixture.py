@@ -76,7 +76,7 @@ class MixedOrder:
         return self._parts[source].lookup(source_position)
 
     def windows_from(self, position: int, count: int) -> list[list[int]]:
-        """Return `count` lists of shard numbers: the current windows of all sources, then the next window of each, ...
+        """Return `count` lists of shard numbers: the shards in the current window of each source, then in the next windows.
 
         `position`: number of the current sample in the endless order of training. A window is a group of shards (tar files)
         whose samples are shuffled together.

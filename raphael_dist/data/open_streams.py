@@ -225,7 +225,7 @@ def dataset_of(config: Config, index: DatasetIndex, *, training: bool, edges: Ed
 
 
 def source_of(config: Config, index: DatasetIndex, encoders: Encoders, training: bool) -> FeatureSource:
-    """Return the object from which training gets encoded images and captions, by data.features (online, cached, stored).
+    """Return the source of images and captions, raw or encoded, that data.features selects (online, cached or stored).
 
     A feature cache is opened, but not filled. Raises UserError if edge.weight requires edge maps, but data.edge_maps=none.
     `index`: the table of all samples of the shards. `training`: whether these are the training shards, not validation.

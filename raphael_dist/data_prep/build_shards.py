@@ -103,7 +103,7 @@ class Preparer:
             raise UserError(
                 f"--out={self.out} must not mix shards of different inputs, but {part.name}.tar was made from other images "
                 "or captions, or with another --held-out, --per-shard or --caption. Choose another folder, or remove this "
-                "one to prepare all of them again."
+                "folder to prepare all shards again."
             )
         return report if report.written == 0 or (self.out / f"{part.name}.tar").is_file() else None
 

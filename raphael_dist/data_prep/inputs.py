@@ -227,7 +227,7 @@ def _part_of_shard(name: str, path: str, held_out: float, validation: bool = Fal
     """Return the input of one new shard: the validation samples of the existing shard `path`, or its other samples.
 
     `name`: name of the new shard. `held_out`: fraction of the samples for validation. `validation`: whether the new shard
-    has these samples, or the others. Unusable samples are only reported with the others.
+    has these samples, or the others. The unusable samples are only listed in the part with the others.
     """
     skipped = SkipCounts()
 

@@ -171,8 +171,8 @@ def _print_summary(out: Path, parts: Sequence[Part], reports: Sequence[Report], 
 def fill_caches(config: Config, part: int, parts: int) -> None:
     """Fill the feature cache (data.features=cached) before a run: encode the samples that are not in it yet.
 
-    `parts` processes can divide the work. This process encodes the training and validation shards (tar files) of part number
-    `part`, from 0: every `parts`-th shard. Raises UserError if shards cannot be used or the cache cannot be written.
+    `parts` processes can divide the work. This process encodes every `parts`-th training and validation shard (tar file),
+    beginning with shard number `part`. Raises UserError if shards cannot be used or the cache cannot be written.
     """
     device = _device()
     encoders = _load_encoders(config, device, edge_encoder(config, device))

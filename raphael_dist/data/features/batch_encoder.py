@@ -151,7 +151,7 @@ class BatchEncoder:
     def encode(self, samples: Sequence[StreamSample]) -> Encoded:
         """Return the encoded samples as one batch; all must have one image size.
 
-        On a GPU this runs on a CUDA stream of its own, and returns when this stream has finished.
+        On a GPU, the samples are encoded on a separate CUDA stream. The method returns when this stream has finished.
         """
         began = time.monotonic()
         uses_device = any(s.image is not None or s.text is None for s in samples)

@@ -40,7 +40,7 @@ class FeatureCache(FeatureSource):
     """Encoded samples (features), in a safetensors file for each shard (tar file), in the folder `root`/`fingerprint`.
 
     - The fingerprint is a hash of everything that features depend on: encoders, image sizes, flip, captions, edge maps.
-    - A file's name depends on the content of the shard. So shards can be added or moved, and only new ones are computed.
+    - A file's name depends on the content of the shard. So shards can be added or moved, and only new shards are encoded.
     - Several processes may write and read at once: a file appears complete or not at all.
     - If the file of a sample is missing or damaged, the sample is returned raw (image and caption), to be encoded in the
       step as with data.features=online. The next `build` computes the file again.
@@ -152,10 +152,10 @@ class FeatureCache(FeatureSource):
 
     @contextmanager
     def _quarantine_if_damaged(self, shard: int) -> Iterator[None]:
-        """Return a context manager that suppresses exceptions in its block that mean: this file is missing or damaged.
+        """Return a context manager that suppresses exceptions of its block if a cache file is missing or damaged.
 
-        The file is the cache file of `shard`. If it is damaged, it is renamed to damaged-NAME, and a warning is logged
-        unless another process has renamed it already.
+        `shard`: number of the shard whose file the block reads. A damaged file is renamed to damaged-NAME, and a warning is
+        logged unless another process has renamed the file already.
         """
         try:
             yield

@@ -1,8 +1,8 @@
 """The text encoder text.encoder=characters. It has no weights, and encodes text in double quotes letter by letter.
 
 Tokens of subword encoders do not show the spelling. Here, each character in double quotes is a token, whose embedding
-depends on the character and on its place in the quoted text. So each letter has a region of the image and a space expert of
-its own. Every other word is one token, whose embedding is a hash of the word.
+depends on the character and on its place in the quoted text. So the model can assign each letter its own region of the image
+and its own space expert. Every other word is one token, whose embedding is a hash of the word.
 """
 
 import hashlib

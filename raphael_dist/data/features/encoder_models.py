@@ -324,7 +324,7 @@ def save_autoencoder(spec: str, folder: Path) -> None:
 
 @contextmanager
 def _quiet(library: str) -> Iterator[None]:
-    """Return a context manager in which a library logs errors only, so not that a folder has weights that are not used.
+    """Return a context manager in which a library logs only errors, not warnings about unused weights in a folder.
 
     It also turns off the library's progress bars. `library`: "diffusers" or "transformers".
     """

@@ -38,7 +38,7 @@ def _unit(images: Tensor) -> Tensor:
 class Hed(nn.Module):
     """The network HED, holistically-nested edge detection (Xie & Tu, ICCV 2015): a VGG-16 that computes edge maps.
 
-    Each of its five stages has an edge map. A last layer combines them to one.
+    Each of its five stages computes an edge map. The last layer combines these maps to one.
     """
 
     def __init__(self) -> None:

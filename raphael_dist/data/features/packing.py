@@ -11,7 +11,7 @@ The tensors of one sample with K captions of Y tokens and width D, and latents [
 | small | uint8 [3, Hs, Ws] | the downscaled image, with upscale.factor |
 | weights | float32 [K] | relative probability of each caption |
 | tokens, mask, end | 16 bits [K, Y, D], bool [K, Y], int64 [K] | tokens, attended tokens, index of the end-of-text token |
-| captions, caption_ends | uint8 [bytes], int64 [K] | instead of tokens: the captions as UTF-8, the byte after each caption |
+| captions, caption_ends | uint8 [bytes], int64 [K] | instead of tokens: the captions as UTF-8, the end of each (exclusive) |
 
 Tokens are bfloat16 if the text encoder computes in bfloat16, so that nothing is lost, otherwise float16. The tokens of the
 padding are stored, too: the model's cross-attention reads them, and they differ between captions. Edge maps have the size of
@@ -145,7 +145,7 @@ def pack_captions(captions: Sequence[str]) -> dict[str, Tensor]:
     """Store captions as UTF-8 bytes in tensors.
 
     Returns:
-        `captions`, uint8 [bytes], all captions as UTF-8 in a row; `caption_ends`, int64 [K], the byte at which each ends.
+        `captions`, uint8 [bytes], all captions as UTF-8, joined; `caption_ends`, int64 [K], the end of each (exclusive).
     """
     encoded = [caption.encode() for caption in captions]
     data = torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8)

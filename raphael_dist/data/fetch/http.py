@@ -187,7 +187,7 @@ def _check(response: "ClientResponse") -> None:
 
 
 def _stated_size(response: "ClientResponse") -> int | None:
-    """Return the size of the whole file that the headers of a response state; None if they do not state it."""
+    """Return the size of the whole file in bytes, as the headers of a response state it; None if they do not state it."""
     if response.status == 206:
         text = response.headers.get("Content-Range", "").rpartition("/")[2]
     else:

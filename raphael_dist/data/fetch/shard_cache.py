@@ -1,9 +1,9 @@
 """Provides shards as local tar files: downloads remote shards into a cache folder of limited size, and unpacks .tar.gz.
 
 The processes of a node share the folder. One of them downloads a shard under a lock while the others wait. A file appears
-complete or not at all, and has a checksum: a process that starts later reads each file once to compare it, and a damaged
-file is written again. If the folder is full, the least recently used files are deleted; a process that has such a file open
-can still read it.
+complete or not at all, and has a checksum. A process that starts later compares each file with its checksum before the first
+use, and writes a damaged file again. If the folder is full, the least recently used files are deleted; a process that has
+such a file open can still read it.
 """
 
 import contextlib

@@ -29,7 +29,7 @@ _KEY = "key"  # the column of img2dataset's parquet file with the sample's key
 
 
 class ColumnCollector:
-    """Collects the numbers and short strings in the json files of a shard's samples, which data.filters can test.
+    """Collects the values that data.filters can test, numbers and short strings, from the json files of a shard's samples.
 
     Each json field is a column, with one row per sample.
     """

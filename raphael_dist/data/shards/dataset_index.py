@@ -246,7 +246,7 @@ class DatasetIndex:
         return str(self.shards[shard].keys[number])
 
     def bad_sample(self, sample_id: int, reason: str) -> BadSample:
-        """Return a description of the sample with this id, which cannot be used for `reason`."""
+        """Return the `BadSample` for the sample with this id, which cannot be used. `reason`: why it cannot be used."""
         shard, number = self.locate(sample_id)
         return BadSample(self.shards[shard].name, self.shards[shard].keys[number], reason)
 

@@ -118,7 +118,7 @@ class DecodePool:
     def _drive_worker(self) -> None:
         """Send requests to one worker process until the pool is closed, and replace the process when it is lost.
 
-        The pool has a thread for each worker, which runs this method.
+        The pool runs this method in a separate thread for each worker.
         """
         worker: _Worker | None = None
         while (task := self._tasks.get()) is not None:
@@ -251,7 +251,7 @@ class _Worker:
 
 
 class _SharedMemory:
-    """Memory that two processes share, without a file in /dev/shm, whose size would limit it."""
+    """Memory that two processes share. It is not a file in /dev/shm, so the size of /dev/shm does not limit it."""
 
     def __init__(self, size: int, descriptor: int | None = None) -> None:
         self._size, self._descriptor = size, os.memfd_create("decode") if descriptor is None else descriptor

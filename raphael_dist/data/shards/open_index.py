@@ -26,7 +26,7 @@ Order = SampleOrder | MixedOrder
 
 
 def patterns_of(config: Config, training: bool) -> list[tuple[tuple[str, ...], float]]:
-    """Return (patterns of its shards, its weight in the mixture) for each source of samples.
+    """Return, for each source of samples, (patterns of the source's shards, weight of the source in the mixture).
 
     For training, these are the sources in data.sources, or without them data.shards as one source of weight 1. For
     validation (`training` is False), data.val_shards is the only source.

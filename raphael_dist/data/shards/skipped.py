@@ -13,16 +13,17 @@ _SYSTEM_FOLDERS = {
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a part of the path `name` begins with a dot, or is a folder that operating systems create.
+    """Return whether the path `name` contains a hidden file or folder.
 
-    Such folders contain thumbnails or deleted files, for example __MACOSX.
+    A name that begins with a dot is hidden. So is a folder that operating systems create for thumbnails, deleted files and
+    the like, such as __MACOSX.
     """
     parts = [part.lower() for part in name.split("/")]
     return any((part.startswith(".") and part not in (".", "..")) or part in _SYSTEM_FOLDERS for part in parts)
 
 
 class SkipCounts:
-    """Counts the files in a folder or tar that are not used as samples, by the reason for it.
+    """Counts the files in a folder or tar that are not used as samples, by reason.
 
     Attributes:
         counts: From the reason to (number of files, name of the first one).

@@ -49,11 +49,14 @@ TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, RecursionError)
 
 
 class TarHeader(tarfile.TarInfo):
-    """The header of a file in a tar. It limits extended headers (pax, long names of GNU), which are read into the memory."""
+    """The header of a file in a tar. It limits the size of extended headers (pax, long names of GNU) against attacks.
+
+    tarfile reads them into memory, whatever size they state.
+    """
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "TarHeader":
-        """Return the header that a block of the tar holds. ReadError: it announces an extended header of over 1 MiB."""
+        """Return the header in `buf`, a block of the tar. ReadError: an extended header of more than 1 MiB follows."""
         header = super().frombuf(buf, encoding, errors)
         if header.type in _EXTENDED and header.size > MAX_HEADER_BYTES:
             raise tarfile.ReadError(
@@ -207,6 +210,8 @@ def _other_headers(data: bytes) -> list[tarfile.TarInfo]:
 
 def _tar_members(file: io.BufferedReader, skipped: SkipCounts) -> Iterator[tarfile.TarInfo | None]:
     """Yield the regular files of an uncompressed tar and of tars appended to it, and None at the end of each tar.
+
+    `skipped`: object to which links, devices and sparse files are added.
 
     Raises:
         DamagedShardError: The file is compressed, cut short or not a tar.

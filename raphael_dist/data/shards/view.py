@@ -97,8 +97,8 @@ def open_view(
         index: The index: a table of all samples of the shards (tar files).
         buckets: (height, width) of each bucket in pixels.
         filters: The rules that a sample must fulfil.
-        check: Verify the checksums of the stored files, and compute them again if they do not match. False: another process
-            has just done this.
+        check: Verify the checksums of the stored files, and compute the files again if they do not match. False: skip this,
+            since another process has just done it.
 
     Raises:
         UserError: There is no bucket; no sample has the column of a filter; a sample has no value in it and the filter has
@@ -219,9 +219,9 @@ class _FilterRule:
         """Return which samples pass this filter, bool [rows]. Count the samples that this filter is the first to drop.
 
         Args:
-            rows: Numbers of the samples.
-            sizes: [rows, 2], their widths and heights.
-            is_kept: bool [rows], whether the filters before this one keep them.
+            rows: Sample ids, to which the filter is applied.
+            sizes: [rows, 2], width and height of each of these samples.
+            is_kept: bool [rows], whether all earlier filters keep the sample.
         """
         values = self._values(rows, sizes)
         missing = np.isnan(values)
