@@ -45,7 +45,8 @@ def open_index(names: Sequence[str], store: ShardStore, columns: Sequence[str] =
 
     Returns:
         The index. None if it must be built: there is no index of these shards with these columns; a local shard has changed;
-            a shard was missing when the index was written; or the index is damaged.
+        a shard was missing, or a parquet file required for `columns` could not be accessed, when the index was written; or
+        the index is damaged.
     """
     if store.folder is None:
         return None
