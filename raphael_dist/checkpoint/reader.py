@@ -169,7 +169,8 @@ class CheckpointReader:
     def whole(self, kind: str, name: str) -> Tensor:
         """Return the weights, Adam moment or EMA of the whole parameter `name`, float32, in the parameter's shape.
 
-        `kind`: which of them: "master" (weights), "exp_avg", "exp_avg_sq" or "ema". UserError: an element is missing.
+        `kind`: which of these values: "master" (weights), "exp_avg", "exp_avg_sq" (Adam moments) or "ema". Raises UserError
+        if an element is missing.
         """
         shape = self.shapes[name]
         return self.read(kind, name, 0, prod(shape)).view(shape)

@@ -54,8 +54,9 @@ class Restorer:
             The progress (step, ...) that the checkpoint states, or None if there is no checkpoint.
 
         Raises:
-            UserError: all checkpoints are damaged (and run.ignore_damaged is false), the folder cannot be written, or the
-                checkpoint has another architecture, data set or setting that affects results. The state is unchanged then.
+            UserError: all checkpoints are damaged (and run.ignore_damaged is false), the folder of the checkpoints cannot be
+                written, or the architecture, the data set or a setting that affects results differs between checkpoint and
+                run. In this case, weights, moments and EMA are unchanged.
         """
         raise_on_all_ranks(self._check_folder)
         reader, damaged = self._newest_verified(run_on_rank0("looking for checkpoints", lambda _: folders.newest(self.root)))

@@ -79,7 +79,7 @@ class CheckpointStore:
     def save(self, progress: Progress) -> Path:
         """Write a checkpoint of the current training state, wait until it is complete, and return its folder. Collective.
 
-        `progress` (step, ...) is stored in the checkpoint. Raises OSError on all ranks if writing failed on any of them.
+        `progress` (step, ...) is stored in the checkpoint. Raises OSError on all ranks if writing failed on any rank.
         """
         self.begin(progress)
         failure = self.finish()

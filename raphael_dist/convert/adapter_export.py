@@ -23,8 +23,8 @@ def export_adapter(source_layout: str, run: Path, target_format: str, folder: Pa
         One line for the user: the number of exported parameters, and the base model for which they were trained.
 
     Raises:
-        UserError: `source_layout` is another one, the run did not train what `target_format` requires, or the folder cannot
-            be written.
+        UserError: `source_layout` has another value, the run did not train what `target_format` requires, or the folder
+            cannot be written.
     """
     assert target_format in ADAPTER_FORMATS
     if source_layout not in ("auto", "raphael"):

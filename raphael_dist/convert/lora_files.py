@@ -90,7 +90,7 @@ class Adapter:
 class MergedSource:
     """The weights of a checkpoint with merged LoRA adapters, computed when they are read.
 
-    Its progress is that of a new run (step 0), and it has no Adam moments.
+    The object has the interface of a checkpoint at step 0 with the merged weights and without Adam moments.
     """
 
     whole = False

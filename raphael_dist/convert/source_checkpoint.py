@@ -133,7 +133,7 @@ class Checkpoint:
     def integrity_error(self) -> str | None:
         """Compare size and SHA-256 of the files with the manifest; return a message about the first damaged file.
 
-        None: no file is damaged, or there is no manifest.
+        Returns None if no file is damaged, or if there is no manifest.
         """
         return integrity_error(self.files.items())
 

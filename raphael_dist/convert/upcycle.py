@@ -32,7 +32,7 @@ _OF_EXPERTS = {
 class UpcycledSource:
     """The weights of a model with experts, computed from a dense checkpoint (without experts) when they are read.
 
-    It has the interface of a checkpoint at step 0, with the weights of `config`'s model and without Adam moments.
+    The object has the interface of a checkpoint at step 0 with the weights of the new model and without Adam moments.
     """
 
     whole = False
@@ -57,7 +57,7 @@ class UpcycledSource:
     def kinds(self) -> tuple[str, ...]:
         """Return the kinds of values that can be read: only "master" (weights).
 
-        They are computed from the EMA (moving average) of the dense checkpoint if it has one.
+        The weights are computed from the EMA (moving average) of the dense checkpoint if it has one.
         """
         return ("master",)
 

@@ -24,7 +24,7 @@ def draw_curve(results: Sequence[Result], path: Path, title: str) -> None:
     """Plot two measures of image quality, with a point for each guidance scale, and write the figure to `path` as PNG.
 
     The axes are the first two of these measures that `results` contain: CLIP score, Frechet distance, and share of images
-    whose text an OCR engine reads without an error. If there is only one, the x axis is the guidance scale.
+    whose text an OCR engine reads without an error. If `results` contain only one of them, the x axis is the guidance scale.
 
     `results`: the measured values of each guidance scale. `title`: text above the figure.
     """

@@ -1,6 +1,6 @@
 """Distances between two sets of images, computed from their features. Values equal those of torch-fidelity.
 
-They are implemented here so that a benchmark can compute them without torch-fidelity, which requires torchvision.
+This code exists so that a benchmark can compute the distances without torch-fidelity, which requires torchvision.
 
 Shape legend: N and M images, D features.
 """
@@ -13,8 +13,9 @@ from torch import Tensor
 def frechet_distance(a_ND: Tensor, b_MD: Tensor) -> float:
     """Return the Frechet distance between two sets of features [N, D] and [M, D] (Heusel et al. 2017, Eq. 6).
 
-    It is ||mu_a - mu_b||^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), with means mu and covariances S, computed in float64. With
-    Inception features it is called FID. Each set needs at least two images. With fewer than D images it is biased upwards.
+    The distance is ||mu_a - mu_b||^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), with means mu and covariances S. It is computed in
+    float64. With Inception features it is called FID. Each set must have at least two images. If a set has fewer than D
+    images, the distance is biased upwards.
     """
     a, b = a_ND.double(), b_MD.double()
     mean = a.mean(dim=0) - b.mean(dim=0)

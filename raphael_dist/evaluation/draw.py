@@ -22,9 +22,10 @@ PROTOCOL = "protocol.json"
 
 
 def record_protocol(folder: Path, protocol: Mapping[str, object]) -> None:
-    """Write the settings that determine a folder's results to protocol.json. If the file exists, compare them with it.
+    """Write the settings that determine a folder's results to the file protocol.json in it.
 
-    `protocol`: the settings by name. Raises UserError if the file has other settings, or the folder cannot be used.
+    If the file exists already, nothing is written, and UserError is raised if the file has other settings: results of other
+    settings must not be mixed. `protocol`: the settings by name. Raises UserError also if the folder cannot be used.
     """
     path = folder / PROTOCOL
     protocol = json.loads(json.dumps(hide_secrets_in_tree(dict(protocol))))

@@ -19,7 +19,7 @@ _EMOJI = (
 
 
 def requested_text(prompt: str) -> str | None:
-    """Return the text that a prompt asks to render in the image; None if it asks for none.
+    """Return the text that a prompt asks to render in the image; None if the prompt asks for no text.
 
     This is all text in double quotes, or for captions of emoji with letters or digits ("ok button") the text on the emoji.
     """

@@ -61,7 +61,7 @@ def load_reader(spec: str, alphabet: Collection[str]) -> Reader:
 class LineReader:
     """The OCR network PP-OCRv6, without detection of lines: it reads a whole image as one line of text.
 
-    From the package rapidocr only the weights are used, because its code downloads missing weights.
+    Only the weights of the package rapidocr are used and not its code, because the code downloads missing weights.
     """
 
     def __init__(self, alphabet: Collection[str]):
@@ -116,7 +116,7 @@ def line_input(pixels_HW3: np.ndarray) -> np.ndarray:
 
 
 def read_with_tesseract(pixels_HW3: np.ndarray) -> str:
-    """Return the text that tesseract reads in an image, uint8 [H, W, 3]; "" if it reads none.
+    """Return the text that tesseract reads in an image, uint8 [H, W, 3]; "" if it reads no letter or digit.
 
     Tesseract looks for a line of text and, if there is none, for a single character. It reads the image and its negative,
     since it expects dark text on light ground. The result with more letters and digits is returned.

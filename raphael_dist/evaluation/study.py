@@ -179,7 +179,8 @@ def _read_texts(
 def _features(study: Study, images: Sequence[Path | np.ndarray], path: Path, doing: str, ranks: Ranks) -> Tensor | None:
     """Return the features of all images, float32 [N, D], on rank 0; None on other ranks. All ranks must call this function.
 
-    `path`: file for the features; if it exists, they are read from it. `doing`: description for the progress display.
+    `path`: file for the features; if the file exists, the features are read from it. `doing`: description for the progress
+    display.
     """
     assert study.features is not None
     features = study.features
@@ -213,7 +214,7 @@ def _compute_on_ranks(count: int, score: Scorer, path: Path, doing: str, ranks: 
     Args:
         count: number of images.
         score: function from a list of image indices to an array with the numbers or the text of each of these images.
-        path: file for the results; if it exists, they are read from it.
+        path: file for the results; if the file exists, the results are read from it.
         doing: description for the progress display.
         ranks: this rank and the number of ranks.
 

@@ -32,10 +32,10 @@ class TrainedModel:
     Attributes:
         model: the U-Net.
         sampler: the U-Net with its encoders, to draw images.
-        config: configuration of the run that trained it.
+        config: configuration of the run that trained the model.
         origin: description for the user: step, path of the checkpoint, paths and scales of the adapters.
-        digest: hash that identifies the loaded weights (16 hex digits), from the checksums in the checkpoint's manifest, or
-            from its path if it has no manifest.
+        digest: hash that identifies the loaded weights (16 hex digits). It is computed from the checksums in the
+            checkpoint's manifest, or from the checkpoint's path if there is no manifest.
         weights: which weights were loaded: "ema" (their moving average) or "master" (the trained fp32 weights).
     """
 
@@ -78,8 +78,8 @@ def open_model(
 ) -> Iterator[tuple[TrainedModel, Ranks]]:
     """Return a context manager that loads a model on every rank of a launcher, or in this process alone.
 
-    It yields the model and `Ranks` (this rank and the number of ranks). If loading fails on one rank, all ranks raise its
-    error.
+    The context yields the model and `Ranks` (this rank and the number of ranks). If loading fails on one rank, all ranks
+    raise the error of this rank.
 
     Args:
         path: a run directory, one of its step-* folders, an exported pipeline, or another checkpoint.
@@ -98,7 +98,7 @@ def load_trained(
 ) -> TrainedModel:
     """Load a model with its encoders, in eval mode: in bfloat16 for a run in bfloat16 on a GPU, else in float32.
 
-    Checksums are verified.
+    The checksums of the checkpoint's files are verified first.
 
     Args:
         path: a run directory, one of its step-* folders, an exported pipeline, or another checkpoint.

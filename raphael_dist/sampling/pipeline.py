@@ -41,7 +41,7 @@ Output = ImagePipelineOutput | tuple[Any]  # the images; a tuple with `return_di
 
 
 class RaphaelPipeline(LoraLoader, Denoiser):
-    """A diffusers pipeline that draws images from captions. With equal `seed` it draws what `raphael_dist.sample` draws."""
+    """A diffusers pipeline that draws images from captions: with the same `seed`, those that `raphael_dist.sample` draws."""
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
     _optional_components = ["vae", "text_encoder", "tokenizer"]  # noqa: RUF012 (diffusers requires this name and type)
@@ -151,8 +151,8 @@ class RaphaelPipeline(LoraLoader, Denoiser):
             timesteps: timesteps to use instead of `num_inference_steps`, if the scheduler supports this.
             sigmas: sigmas to use instead of `num_inference_steps`, if the scheduler supports this.
             guidance_scale: weight of the prompt; 1 or less turns guidance off.
-            negative_prompt: one for all prompts, or one for each prompt.
-            num_images_per_prompt: images for each prompt.
+            negative_prompt: one negative prompt for all prompts, or one for each prompt.
+            num_images_per_prompt: number of images to draw for each prompt.
             eta: noise that DDIM adds in each step, from 0 (none) to 1.
             generator: generator of the initial noise, one for all or one for each image.
             latents: initial noise for B images, [B, C, h, w].
@@ -246,7 +246,7 @@ class RaphaelPipeline(LoraLoader, Denoiser):
             device: device of the results; None: that of the pipeline.
             num_images_per_prompt: how often each result is repeated.
             do_classifier_free_guidance: False: negative prompts are not encoded.
-            negative_prompt: one for all prompts, or one for each; None: "".
+            negative_prompt: one negative prompt for all prompts, or one for each prompt; None: "".
             prompt_embeds: embeddings [prompts, Y, D] to use instead of encoding `prompt`.
             negative_prompt_embeds: the same for negative prompts.
             prompt_attention_mask: mask of `prompt_embeds`, bool [prompts, Y], False at padding. None: no padding.

@@ -295,6 +295,6 @@ def _to_pil(name: str, image: Any) -> Image.Image:
         limits = f" and values {array.min():g} to {array.max():g}" if array.size else ""
         kind = f"it has shape {list(image.shape)}, {image.dtype}{limits}. Pass {name}=Image.fromarray(array), array as uint8"
     raise UserError(
-        f"{name} must be a PIL image, an array [H, W, 3] or a tensor [3, H, W] of floats in 0..1, or one for each prompt, "
-        f"but {kind}."
+        f"{name} must be a PIL image, an array [H, W, 3] or a tensor [3, H, W] of floats in 0..1, or a list with one of "
+        f"them for each prompt, but {kind}."
     )

@@ -129,15 +129,15 @@ class LoraLoader(LoraFiles):
     def set_adapters(
         self, adapter_names: str | Sequence[str], adapter_weights: float | dict[str, float] | Sequence[Any] | None = None
     ) -> None:
-        """Make these loaded LoRA adapters the only ones that are added to the U-Net's weights.
+        """Make the loaded LoRA adapters `adapter_names` the only ones that are added to the U-Net's weights.
 
         Args:
             adapter_names: one name or several.
-            adapter_weights: factor by which an adapter is multiplied: one number for all, or one for each. None: 1. A number
-                may be written as {"unet": number}.
+            adapter_weights: factor by which an adapter is multiplied: one number for all adapters, or one for each adapter.
+                None: 1. A number may be written as {"unet": number}.
 
         Raises:
-            UserError: no adapter of this name is loaded, or the number of factors is wrong.
+            UserError: no adapter with one of the names is loaded, or the number of factors is wrong.
         """
         names = as_list(adapter_names)
         weights = [_factor("adapter_weights", weight) for weight in as_list(adapter_weights)]
@@ -202,12 +202,12 @@ class LoraLoader(LoraFiles):
 
         Args:
             components: only ["unet"], since no other component has adapters.
-            lora_scale: factor in addition to that of `set_adapters`.
+            lora_scale: factor by which adapters are multiplied, in addition to the factor from `set_adapters`.
             safe_fusing: whether to refuse adapters whose values are not finite.
-            adapter_names: the adapters; None: all active ones.
+            adapter_names: names of the adapters to fuse; None: all active adapters.
 
         Raises:
-            UserError: a value is not allowed.
+            UserError: an argument has a value that is not allowed, or no adapter with one of the names is loaded.
         """
         _check_components(components)
         scale, state = _factor("lora_scale", lora_scale), self._lora
@@ -276,7 +276,7 @@ class LoraLoader(LoraFiles):
 def _factor(name: str, value: Any) -> float:
     """Return the factor of an adapter: `value`, which may be {"unet": number}; None: 1.
 
-    Raises UserError, which names the argument `name`, if it is no finite number.
+    Raises UserError, which names the argument `name`, if the value is not a finite number.
     """
     number = value.get("unet") if isinstance(value, dict) and value.keys() <= {"unet"} else value
     if number is None:

@@ -47,8 +47,8 @@ class RaphaelImg2ImgPipeline(RaphaelPipeline):
 
         Args:
             prompt: one caption or several.
-            image: a PIL image, an array [H, W, 3] or a tensor [3, H, W] of floats in 0..1, or one for each prompt; it is
-                resized and cropped to height x width.
+            image: a PIL image, an array [H, W, 3] or a tensor [3, H, W] of floats in 0..1, or a list with one of them for
+                each prompt. It is resized and cropped to height x width.
             strength: share of the denoising steps, 0 to 1, that are applied to the image. 0 returns the image, 1 starts from
                 almost pure noise.
             options: other arguments of RaphaelPipeline.
@@ -75,8 +75,8 @@ class RaphaelInpaintPipeline(RaphaelPipeline):
 
         Args:
             prompt: one caption or several.
-            image: a PIL image, an array [H, W, 3] or a tensor [3, H, W] of floats in 0..1, or one for each prompt; it is
-                resized and cropped to height x width.
+            image: a PIL image, an array [H, W, 3] or a tensor [3, H, W] of floats in 0..1, or a list with one of them for
+                each prompt. It is resized and cropped to height x width.
             mask_image: a mask, of the types of `image` or without channels ([H, W]), and of the size of the image: white (1)
                 where the image is drawn, black (0) or transparent where it is kept.
             strength: share of the denoising steps, 0 to 1, that are applied to the image. 1: the masked part starts from
@@ -135,8 +135,8 @@ class RaphaelControlNetPipeline(RaphaelPipeline):
 
         Args:
             prompt: one caption or several.
-            image: edge map with white lines on black, a PIL image, an array [H, W, 3] or a tensor [3, H, W] of floats in
-                0..1, or one for each prompt.
+            image: edge map with white lines on black: a PIL image, an array [H, W, 3] or a tensor [3, H, W] of floats in
+                0..1, or a list with one of them for each prompt. It is resized and cropped to height x width.
             controlnet_conditioning_scale: factor of the ControlNet's outputs; 0: no effect.
             options: other arguments of RaphaelPipeline.
         """
@@ -153,7 +153,7 @@ class RaphaelControlNetPipeline(RaphaelPipeline):
 
 
 class RaphaelUpscalePipeline(RaphaelPipeline):
-    """A pipeline for super-resolution: enlarges small images, guided by captions. It requires a model trained for this."""
+    """A pipeline for super-resolution: enlarges small images, guided by captions. Requires a super-resolution model."""
 
     @shows_options
     @torch.no_grad()
@@ -162,8 +162,8 @@ class RaphaelUpscalePipeline(RaphaelPipeline):
 
         Args:
             prompt: one caption or several.
-            image: a small PIL image, array [H, W, 3] or tensor [3, H, W] of floats in 0..1, or one for each prompt,
-                `upscale.factor` times smaller than height x width.
+            image: a PIL image, an array [H, W, 3] or a tensor [3, H, W] of floats in 0..1, or a list with one of them for
+                each prompt. Height and width of the image must be 1 / `upscale.factor` of `height` and `width`.
             options: other arguments of RaphaelPipeline.
         """
         return self._draw(prompt=prompt, image=image, **options)

@@ -25,8 +25,8 @@ def read_requests(path: Path, default: Request) -> list[Request]:
     """Return a request (an image to draw) for each line of a prompt file; empty lines are skipped.
 
     A line of a .jsonl file is an object with `prompt` and optionally `negative_prompt`, `seed` and `size` ([H, W]). A line
-    of any other file is a prompt. The noise of an image is determined by the default seed and the number of the prompt, or
-    by the line's own seed if it has one.
+    of any other file is a prompt. If a line states a seed, this seed alone determines the noise of its image. Otherwise the
+    default seed and the number of the prompt determine the noise.
 
     Args:
         path: the file.
@@ -149,8 +149,8 @@ def read_edges(path: Path, size_hw: tuple[int, int], kind: str, option: str = "-
 def sample_requests(config: Config, drawn: Container[int] | None = None) -> list[Request]:
     """Return the requests of all images that are sampled during training, one for each caption in `sample.prompts`.
 
-    The setting `sample.images` names an input image for each request: an image from which an edge map is computed
-    (ControlNet), or a small image to enlarge (super-resolution).
+    The setting `sample.images`, if it is not empty, names an input image for each request: an image from which an edge map
+    is computed (ControlNet), or a small image to enlarge (super-resolution).
 
     Args:
         config: the run's configuration.
@@ -203,7 +203,7 @@ def fit_rgb(image: Image.Image, size_hw: tuple[int, int]) -> np.ndarray:
 def batches(requests: Sequence[Request], numbers: Sequence[int], size: int) -> list[list[int]]:
     """Divide requests (images to draw) into batches of at most `size`, each with images of one height and width.
 
-    `numbers`: indices, in `requests`, of those to draw. Returns a list of indices for each batch.
+    `numbers`: indices in `requests` of the images to draw. Returns a list of such indices for each batch.
     """
     by_size: dict[tuple[int, int], list[int]] = {}
     for number in numbers:

@@ -43,8 +43,7 @@ def join_ranks() -> Iterator[tuple[Ranks, torch.device]]:
 def gather_to_rank0(local: dict[int, T]) -> dict[int, T]:
     """Return the union of the dicts of all ranks on rank 0, and {} on other ranks. Collective.
 
-    `local`: this rank's dict; its keys must differ from those of other ranks. It is pickled to be sent, so it should be
-    small.
+    `local`: this rank's dict, whose keys must differ from those of other ranks. It should be small, because it is pickled.
     """
     gathered = gather_objects(local)
     return {n: value for part in gathered for n, value in part.items()} if dist.get_rank() == 0 else {}

@@ -164,7 +164,7 @@ def first_latents(
 
 
 def add_noise(scheduler: NoiseScheduler, x_BChw: Tensor, noise_BChw: Tensor, timestep: Tensor) -> Tensor:
-    """Return the latents `x_BChw` plus noise, as they are at `timestep` (one of the scheduler's) in its noise schedule."""
+    """Mix clean latents `x_BChw` with `noise_BChw`, in the proportions that the scheduler has at its timestep `timestep`."""
     timestep_B = timestep.expand(len(x_BChw))
     if hasattr(scheduler, "scale_noise"):  # flow matching
         return scheduler.scale_noise(x_BChw, timestep_B, noise_BChw)
@@ -224,7 +224,7 @@ class Sampler:
         guidance: float,
         strength: float = 0.8,
     ) -> np.ndarray:
-        """Draw one image for each request. All must have the same size, and either all or none have a start image.
+        """Draw one image for each request. All images must have the same size, and either all or none have a start image.
 
         Args:
             requests: descriptions of B images: caption, size, seed, input images.

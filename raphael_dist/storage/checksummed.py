@@ -63,13 +63,16 @@ def write_array(path: Path, values: np.ndarray) -> None:
 
 
 def read_array(path: Path) -> np.ndarray:
-    """Return the array in a file that `write_array` wrote. OSError: not readable. ValueError: its checksum is wrong."""
+    """Return the array in a file that `write_array` wrote.
+
+    Raises OSError if the file cannot be read, and ValueError if its bytes do not match the checksum.
+    """
     return np.load(io.BytesIO(read_sealed(path)), allow_pickle=False)
 
 
 @contextmanager
 def sealed_folder(folder: Path) -> Iterator[Path]:
-    """Return a context that yields a temporary folder to write into. At the end of its block, it is renamed to `folder`.
+    """Return a context that yields a temporary folder to write into. When its block ends, the folder is renamed to `folder`.
 
     Before the rename, a file sums.json with the size and SHA-256 of every file is added. Several processes may write the
     same folder: the files of the first one to finish are used, and the files of the others are discarded.

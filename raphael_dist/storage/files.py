@@ -65,7 +65,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 def atomic_path(path: Path, *, shared: bool = True) -> Iterator[Path]:
     """Return a context that yields a temporary path to write a file to. When its block ends, the file is renamed to `path`.
 
-    If the block raises, the file is removed. A reader of `path` sees the old content or the new one, never half of it.
+    If the block raises, the temporary file is removed. A reader of `path` sees the old content or the new one, never a part.
 
     Args:
         path: the file; its folder is created.
@@ -84,7 +84,7 @@ def atomic_path(path: Path, *, shared: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Return a context that yields a new folder to write into. It is renamed to `path` when the block ends.
+    """Return a context that yields a new folder to write into. When its block ends, the folder is renamed to `path`.
 
     If the block raises, the new folder is removed. Raises OSError if `path` is a folder with content when the block ends,
     because another process has written it in the meantime.
@@ -146,7 +146,7 @@ def free_bytes(folder: Path) -> int:
 
 
 def sha256(path: Path, *, from_device: bool = False) -> str:
-    """Return the SHA-256 of a file's content, in hex. `from_device`: read it from the disk, not from the page cache."""
+    """Return the SHA-256 of a file's content, in hex. `from_device`: read the file from the disk, not the page cache."""
     with open(open_regular(path), "rb", buffering=0) as file:
         if from_device:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -49,12 +49,12 @@ _OPEN_FILES = 64
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a contiguous tensor lies in a file. It may hold only a range of the elements of a flattened parameter.
+    """Where a contiguous tensor lies in a file. The tensor may be only a range of the elements of a flattened parameter.
 
     Attributes:
         path: the file.
         offset: position of the tensor's first byte in the file.
-        dtype, shape: of the tensor in the file.
+        dtype, shape: dtype and shape of the tensor in the file.
         start: index of the tensor's first element in the flattened parameter.
         transposed: whether the file has the transpose of the parameter's matrix.
     """

@@ -156,7 +156,7 @@ def write_tree(file: HashedFile, tree: object, placeholder: type[P], values: Cal
     Args:
         file: the file, open for writing.
         tree: dicts, lists and plain values, with a placeholder object in place of each tensor.
-        placeholder: class of the placeholders. They have the attributes `dtype` and `shape`.
+        placeholder: class of the placeholders, which must have the attributes `dtype` and `shape`.
         values: called with a placeholder; yields the elements of its tensor in order, as one or more CPU tensors.
     """
     buffer = io.BytesIO()

@@ -36,7 +36,7 @@ class WeightFiles:
 
 
 def weight_files(folder: Path, stems: tuple[str, str] = DIFFUSERS) -> WeightFiles:
-    """Find the weight files of the diffusers or transformers model in `folder`. Raises UserError if there are none.
+    """Find the weight files of the diffusers or transformers model in `folder`. Raises UserError if files are missing.
 
     Files without a variant (such as fp16) in their names are preferred to those with one, then .safetensors to .bin.
     `stems`: the beginning of the file names, before the first dot or hyphen, for .safetensors and for .bin files.

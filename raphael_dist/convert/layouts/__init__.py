@@ -69,7 +69,7 @@ def names() -> list[str]:
 def layout_of(option: str, name: str) -> Layout:
     """Return the layout (format of checkpoints on disk) called `name`.
 
-    Raises UserError if there is none. The message begins with `option`, the command line option ("--from" or "--to").
+    Raises UserError if no layout has this name. The message begins with `option`, the command line option with the name.
     """
     if name not in names():
         known = [*names(), *(ADAPTER_FORMATS if option == "--to" else ())]
@@ -112,7 +112,7 @@ def open_checkpoint(name: str, path: Path, config: "Config | None" = None) -> "C
     """Open a checkpoint in any layout (format on disk). Only the headers of files are read.
 
     Args:
-        name: its layout, or "auto" to detect it.
+        name: name of the checkpoint's layout, or "auto" to detect the layout.
         path: the checkpoint's folder or file, or a text file `latest` that names a folder next to it.
         config: configuration of the model, for layouts whose files may not describe it (a folder that DeepSpeed wrote).
 

@@ -9,8 +9,8 @@ class FragmentAddress:
     """Replaces DeepSpeed's `fragment_address` when its pickle files are read: where a parameter lies in a flat buffer.
 
     Attributes:
-        start: index of its first element in the buffer.
-        numel: number of elements.
+        start: index of the parameter's first element in the buffer.
+        numel: number of the parameter's elements in the buffer.
     """
 
     numel: int

@@ -254,7 +254,7 @@ class _Files:
     ) -> Group:
         """Compute where the parameters of the optimizer's group `i` lie in a rank's flat buffer.
 
-        Raises UserError if the rank's file states something else. `shapes`: shapes in the model's file, by parameter name.
+        Raises UserError if the rank's file states other offsets or sizes. `shapes`: shapes in the model's file, by name.
         `state`: the optimizer's state in the rank's file. `ep_size`: number of ranks over which the experts are sharded.
         """
         unknown = next((name for name in shapes if name not in self._shapes), None)
