@@ -229,7 +229,7 @@ def _allowed_sizes(config: Config, kind: ExpertKind, world_size: int) -> list[in
 def check_expert_parallel(config: Config, tree: Tree, world_size: int) -> None:
     """Raise UserError if expert parallelism does not suit the number of ranks, the DeepSpeed JSON or the expert backend.
 
-    `tree`: the merged DeepSpeed configuration (`merge`). `world_size`: number of ranks.
+    `config`: the run's configuration. `tree`: the DeepSpeed configuration, from `merge`. `world_size`: number of ranks.
     """
     for kind in EXPERT_KINDS:
         size = config.parallel.ep(kind)
@@ -281,7 +281,7 @@ def _check_contiguous(error: RequirementError, config: Config, tree: Tree, accum
 
 
 def _check_capture(config: Config, overlap: bool) -> None:
-    """Raise UserError if CUDA graphs cannot capture the forward and backward passes of the model."""
+    """Raise UserError if CUDA graphs cannot capture the model's forward and backward passes. `overlap`: overlap_comm."""
     model, train, parallel = config.model, config.train, config.parallel
     if overlap:
         raise cuda_graphs_error("overlap_comm=false", "it is true in the DeepSpeed config", "Use ds_configs/zero2.json")
@@ -335,7 +335,7 @@ def _section(merged: Tree, *names: str) -> Tree:
 
 
 def _set_owned(merged: Tree, dotted: str, value: bool | float, owner: str) -> None:
-    """Set `merged`'s key `dotted` to `value`, the value of the field `owner`. Raise UserError if it has another value."""
+    """Set the key `dotted` to `value`, the value of the field `owner`. Raise UserError if the JSON has another value."""
     *sections, key = dotted.split(".")
     node = _section(merged, *sections)
     if node.get(key, value) != value:

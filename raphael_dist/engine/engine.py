@@ -152,7 +152,7 @@ class Engine:
         return self._engine(*args)
 
     def backward(self, loss: Tensor, last: bool | None = None) -> None:
-        """Run the backward pass of one micro-step. The last one of a step also reduces the accumulated gradients over ranks.
+        """Run the backward pass of one micro-step. In the last micro-step of a step, also reduce the gradients over ranks.
 
         Args:
             loss: sum of the sample losses of the micro-step times `plan.loss_scale`, float32 []. This factor makes the

@@ -38,7 +38,7 @@ def bucket_count(elements: int, ranks: int) -> int:
 def overlap_bucket(tree: Tree, world_size: int) -> int | None:
     """Return the largest bucket size, in elements, if ZeRO-1 or 2 reduces gradients during the backward pass; else None.
 
-    `tree`: the merged DeepSpeed configuration (`merge`). `world_size`: number of ranks.
+    `tree`: the full DeepSpeed configuration (`ds_config.merge`). `world_size`: number of ranks.
     """
     zero = tree["zero_optimization"]
     overlaps = world_size > 1 and zero_stage(tree) in (1, 2) and zero.get("overlap_comm")

@@ -124,14 +124,15 @@ class Zero12Contiguous(Zero12):
     def replace_step(self, update: Callable[[Sequence[FlatPart]], None]) -> None:
         """Make DeepSpeed call `update` in each optimizer step, in place of its own optimizer.
 
-        `update` gets this rank's part of each flat tensor. It changes the fp32 weights, Adam's moments and the weights that
-        the model computes with, in place. Then every rank gathers the weights that the model computes with.
+        `update` is called with this rank's part of each flat tensor. It must change the fp32 weights, Adam's moments and the
+        weights that the model computes with, in place. After the call every rank gathers the weights that the model computes
+        with.
         """
         self._update = update
         self._zero.step = self._step
 
     def _step_optimizer(self, parts: Sequence[FlatPart]) -> None:
-        """Update the weights by the optimizer inside DeepSpeed's, for `replace_step`. `parts`: this rank's parts of them.
+        """Update the weights with the torch optimizer inside DeepSpeed's. `parts`: this rank's part of each flat tensor.
 
         (DeepSpeed's own step would gather the weights of each bucket separately.)
         """
@@ -195,7 +196,8 @@ class Zero12Contiguous(Zero12):
     def _reduce(self) -> None:
         """Finish the reduction of the gradients, and add the result to that of earlier micro-steps.
 
-        Buckets that were not launched in the backward pass are launched here, so all ranks launch all buckets in one order.
+        Buckets that were not launched in the backward pass are launched now, so that all ranks launch all buckets in the
+        same order.
         """
         zero = self._zero
         last = zero.is_gradient_accumulation_boundary()

@@ -31,7 +31,7 @@ class ControlNet(RaphaelUNet):
     """
 
     def __init__(self, config: "Config") -> None:
-        """Build the ControlNet for a U-Net with the configuration `config`. It has no modules that predict edges."""
+        """Build the ControlNet, without modules that predict edges, for a U-Net with the configuration `config`."""
         super().__init__(config, with_edges=False)
         del self.up_blocks, self.conv_norm_out, self.conv_out
         levels = cast(list[UNetLevel], [*self.down_blocks, self.mid_block])

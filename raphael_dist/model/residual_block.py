@@ -14,8 +14,8 @@ from raphael_dist.model.norms import GroupNorm
 class ResidualBlock(ResnetBlock2D):
     """diffusers' residual block: `x + conv(silu(norm(conv(silu(norm(x))) + time)))`.
 
-    diffusers' forward pass makes the input of the shortcut contiguous in training. The one of this class keeps the memory
-    format of the feature map (see `feature_map_format`).
+    diffusers' forward pass makes the input of the shortcut contiguous in training. The forward pass of this class
+    keeps the memory format of the feature map (see `feature_map_format`).
 
     Args:
         inner, outer: channels of the input and of the output.

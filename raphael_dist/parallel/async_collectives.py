@@ -171,7 +171,7 @@ class Exchange:
         return self.finish(self.start(rows))
 
     def launch(self, rows: Tensor, forward: bool) -> Tensor:
-        """Start the exchange of `rows` [R, ...] between ranks, without autograd. `start` and `finish` call it.
+        """Start the exchange of `rows` [R, ...] between ranks, without autograd. `start` and `finish` use this method.
 
         `forward`: True in the forward pass; False in the backward pass, where `rows` are gradients and the opposite exchange
         is started. Returns the tensor of the result, which must not be read before `wait`.

@@ -99,7 +99,7 @@ class BatchPlan:
     def slots(self, samples_seen: int, rank: int, micro_step: int) -> list[tuple[int, float]]:
         """Return (position, weight) of each sample in one micro-batch of a rank. The weight is 1, or 0 for an empty slot.
 
-        A slot is a place for a sample in a micro-batch; an empty one repeats the position of another sample. A position is
+        A slot is a place for a sample in a micro-batch; an empty slot repeats the position of another sample. A position is
         the number of a sample in the order of training.
 
         Args:
@@ -122,7 +122,7 @@ class BatchPlan:
     def advice(self) -> list[str]:
         """Return a list with one line that suggests better settings if over 10% of the slots are empty, else [].
 
-        A slot is one place in a micro-batch of a rank. An empty one is computed, but has weight 0 in the loss.
+        A slot is one place in a micro-batch of a rank. An empty slot is computed, but has weight 0 in the loss.
         """
         if self.waste <= 0.1:
             return []
@@ -141,7 +141,7 @@ class BatchPlan:
     def without_spare_slots(self) -> "BatchPlan":
         """Return this plan with the smallest micro-batch size for which one micro-step per optimizer step is enough.
 
-        Returns the plan itself if it needs several micro-steps.
+        Returns the plan unchanged if a step needs several micro-steps.
         """
         if self.accumulation > 1:
             return self
@@ -175,9 +175,9 @@ def ranks_per_unit(config: Config) -> int:
 def bucket_run_length(config: Config, training: bool = True) -> int:
     """Return how many consecutive samples have the same image size; 0 if all images have one size.
 
-    Samples come in runs of one image size, because a micro-batch can have only one. At the end of an epoch, the samples of a
-    size that do not fill a run are left out. In validation (`training` is False) a run is as short as one micro-batch, so
-    that few samples are left out.
+    Samples come in runs of one image size, because all images of a micro-batch have the same size. At the end of an epoch,
+    the samples of a size that do not fill a run are left out. In validation (`training` is False) a run is as short as one
+    micro-batch, so that few samples are left out.
     """
     if len(config.image.buckets) == 1:
         return 0
@@ -186,7 +186,7 @@ def bucket_run_length(config: Config, training: bool = True) -> int:
 
 @lru_cache(maxsize=256)
 def _chunks(global_batch_size: int, span: int, run: int, offset: int) -> list[tuple[int, int]]:
-    """Divide the samples 0 .. global_batch_size - 1 of a step into chunks; return (first, end) of each, without `end`.
+    """Divide the samples 0 .. global_batch_size - 1 of a step into chunks first .. end - 1; return a list of (first, end).
 
     All samples of a chunk have one image size, and a chunk has at most `span` samples. `run` is the number of consecutive
     samples with one image size (0: all samples have the same size). `offset` is the number of samples of the first such run

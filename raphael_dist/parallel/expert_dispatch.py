@@ -245,7 +245,7 @@ def shard_experts(
 ) -> Traffic:
     """Shard the experts on some U-Net levels: keep only this rank's share of them. Collective.
 
-    `placement.choose_placement` decides on which levels; the others keep all experts. Call this function before the
+    `placement.choose_placement` decides on which levels; the other levels keep all experts. Call this function before the
     optimizer is created, on models with equal weights on all ranks.
 
     Args:

@@ -45,7 +45,8 @@ def reduce_scatter(out: Tensor, rows: Tensor, group: dist.ProcessGroup) -> Work:
 def all_gather(out: Tensor, part: Tensor, group: dist.ProcessGroup) -> Work:
     """Start to gather the tensors `part` of all ranks of a gloo group in `out`, in the order of the ranks.
 
-    In a group of two ranks each sends its part directly: over a slow link gloo's all-gather takes 1.6 times as long.
+    In a group of two ranks each rank sends its part directly, because over a slow link gloo's all-gather takes 1.6 times as
+    long.
     """
     if nodes := _nodes(group):
         return _NodeGather(out, part, group, nodes)

@@ -115,9 +115,9 @@ def mean_tokens(config: Config, level: int) -> int:
 
 
 def describe(costs: Sequence[LevelCost]) -> list[str]:
-    """Return the lines of a table that shows on which levels experts are sharded, and the bytes that each rank then sends.
+    """Return the lines of a table: on which levels experts are sharded, and the bytes that a rank sends in either case.
 
-    `costs`: the result of `choose_placement`. The result is [] if `costs` is empty.
+    `costs`: the result of `choose_placement`. If `costs` is empty, the result is [].
     """
     if not costs:
         return []

@@ -225,7 +225,7 @@ def _synchronisation(
 ) -> list[Communication]:
     """Return the communication that reduces the gradients of `parameters` elements over ranks and distributes new weights.
 
-    `width`: bytes per element. `ranks`, `stride`: as in `ring`. `gathers`: number of all-gathers of the weights.
+    `width`: bytes per element. `ranks`, `cluster`, `stride`: as in `ring`. `gathers`: number of all-gathers of the weights.
     `scatters`: number of reduce-scatters. `scheme`: any but those of ZeRO-3.
     """
     size, buckets = float(width * parameters), math.ceil(parameters / DEEPSPEED_BUCKET)
