@@ -69,6 +69,6 @@ def import_peft() -> ModuleType:
         import peft as package
     except ImportError:
         raise UserError(
-            "lora.targets requires the package peft, which is not installed. Run `pip install 'raphael_dist[lora]'`."
+            "LoRA adapters require the package peft, which is not installed. Run `pip install 'raphael_dist[lora]'`."
         ) from None
     return package
