@@ -45,7 +45,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--list", action="store_true", help="list the variants with their sizes and exit")
     parser.add_argument("--table", action="store_true", help="write the results of finished runs and exit")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of all runs, as for train.py")
     return parser.parse_intermixed_args(argv)
 
 

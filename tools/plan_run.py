@@ -48,7 +48,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="YAML",
         help="measure this machine for a minute, and write its description to this file",
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of the run, as for train.py")
     return parser.parse_intermixed_args(argv)
 
 

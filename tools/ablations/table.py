@@ -75,7 +75,7 @@ def _text(value: Interval | None, digits: int = 4, sign: str = "") -> str:
 
 
 def _conclusions(summaries: Sequence[Summary]) -> list[str]:
-    """Return lines with the variants ordered by held-out loss, and whether each part of the paper lowers the loss."""
+    """Return lines with the variants ordered by held-out loss, and whether each part of the paper's model lowers it."""
     ranked = sorted((s for s in summaries if s.loss is not None), key=lambda s: s.loss.mean if s.loss else 0.0)
     lines = ["By held-out loss, the best first: " + ", ".join(f"`{s.variant}`" for s in ranked) + "."]
     verdicts = {1: "worse, as in the paper", -1: "better, against the paper", 0: "no significant difference"}

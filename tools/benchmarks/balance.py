@@ -13,10 +13,14 @@ from raphael_dist.model.diffusion import draw_timestep
 
 @dataclass(frozen=True)
 class BalanceRow:
-    """How unevenly one way to draw timesteps (`name`) loads the time experts.
+    """How unevenly one way to draw timesteps loads the time experts.
 
-    `mean` and `worst` are the mean and the maximum over all micro-steps of (samples of the busiest expert) / (mean samples
-    of an expert); 1 is even.
+    The imbalance of a micro-step is the number of samples of its busiest expert, divided by the mean number per expert. 1 is
+    perfectly even.
+
+    Attributes:
+        name: the way to draw timesteps.
+        mean, worst: mean and maximum of the imbalance over all micro-steps.
     """
 
     name: str
@@ -28,8 +32,8 @@ def bench_balance(draws: dict[str, Callable[[int], list[int]]], steps: int, grou
     """Compare ways to draw timesteps by how evenly they load the time experts; return a row for each.
 
     Args:
-        draws: by name, a function from a step to the time expert (0 to experts - 1) of each sample of its global batch, in
-            the order of their positions.
+        draws: the ways to draw timesteps, by name. Each is a function from the number of a step to the time experts (0 to
+            `experts` - 1) of all samples in the step's global batch, in sample order.
         steps: number of steps.
         group: samples that a group of ranks processes in a micro-step; the group waits for its busiest expert.
         experts: number of time experts, each for an equal range of timesteps.
@@ -49,15 +53,22 @@ def bench_balance(draws: dict[str, Callable[[int], list[int]]], steps: int, grou
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark to its parser `command`."""
-    for name, default in (("global-batch", 2000), ("experts", 4), ("steps", 20)):
-        command.add_argument(f"--{name}", type=int, default=default)
-    command.add_argument("--group", type=int, nargs="+", default=[4, 8, 16, 64])
+    command.add_argument("--global-batch", type=int, default=2000, help="samples of a step (default 2000)")
+    command.add_argument("--experts", type=int, default=4, help="number of time experts (default 4)")
+    command.add_argument("--steps", type=int, default=20, help="number of steps (default 20)")
+    command.add_argument(
+        "--group",
+        type=int,
+        nargs="+",
+        default=[4, 8, 16, 64],
+        help="samples of a micro-step on all ranks over which experts are sharded (default 4 8 16 64)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Print how evenly time experts are loaded if timesteps are independent, stratified, or drawn as by the trainer."""
     config, seed = load_config("raphael-3b").diffusion, 0
-    total, T = args.global_batch_size, config.num_timesteps
+    total, T = args.global_batch, config.num_timesteps
 
     def bins(uniform: object) -> list[int]:
         return (np.asarray(uniform) * args.experts).astype(int).tolist()

@@ -34,7 +34,8 @@ def bench_checkpoint(
 ) -> dict[str, float]:
     """Measure each way to save a checkpoint; return the median seconds by name, and the checkpoint's size as "MiB".
 
-    Collective. `tree`: DeepSpeed's configuration. The first of `repeats` + 1 saves is not counted.
+    Collective. `tree`: DeepSpeed's configuration. `repeats`: number of measured saves; one more save comes first, because it
+    allocates buffers. Checkpoints are written to run.dir of `config`.
     """
     engine = Engine(config, tree, BatchPlan.of(config, ranks.world_size), device)
     engine.fragments.create_moments(1)
@@ -79,7 +80,7 @@ def _ours(store: CheckpointStore, step: int, ranks: Ranks, device: torch.device)
 
 
 def _timed(work: Callable[[], object]) -> float:
-    """Return the seconds until every rank has done `work`. Collective."""
+    """Call `work` on every rank; return the seconds until all ranks have finished it. Collective."""
     dist.barrier()
     began = time.monotonic()
     work()
@@ -89,12 +90,12 @@ def _timed(work: Callable[[], object]) -> float:
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark to its parser `command`."""
-    command.add_argument("--config", default="emoji-tiny")
-    command.add_argument("--zero", type=int, choices=[0, 1, 2, 3], default=1)
+    command.add_argument("--config", default="emoji-tiny", help="preset or YAML file of the model (default emoji-tiny)")
+    command.add_argument("--zero", type=int, choices=[0, 1, 2, 3], default=1, help="ZeRO stage (default 1)")
     command.add_argument(
         "--folder", type=Path, default=Path("runs/bench-checkpoint"), help="folder to write to, on the disk to measure"
     )
-    command.add_argument("--repeats", type=int, default=5)
+    command.add_argument("--repeats", type=int, default=5, help="number of saves that are measured (default 5)")
 
 
 def run(args: argparse.Namespace) -> None:

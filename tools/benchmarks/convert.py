@@ -24,9 +24,9 @@ from raphael_dist.storage.tensorfile import CHUNK
 
 
 class Noise:
-    """A checkpoint of a model of any size that exists only in memory, as the source of a conversion.
+    """A made-up checkpoint of a model of any size, which serves as the source of a conversion and needs little memory.
 
-    It has the interface `convert.write_plan.Source`. All values come from one block of random numbers.
+    It has the interface `convert.write_plan.Source`. All values are read from one small block of random numbers.
     """
 
     def __init__(self, config: Config, kinds: Sequence[str]) -> None:
@@ -36,11 +36,11 @@ class Noise:
         self._kinds, self._values = tuple(kinds), torch.randn(CHUNK + 4096)
 
     def kinds(self) -> tuple[str, ...]:
-        """Return the kinds of values that it has, such as "master" (fp32 weights) and "ema"."""
+        """Return the kinds of values that this checkpoint has, such as "master" (fp32 weights) and "ema"."""
         return self._kinds
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Return `numel` (at most CHUNK) random numbers in place of elements of a parameter, float32 [numel]."""
+        """Return random numbers as the elements from `start` on of a parameter, float32 [numel]. `numel`: at most CHUNK."""
         first = (len(kind) * 31 + len(name) * 7 + start) % 4096
         return self._values[first : first + numel]
 
@@ -48,7 +48,11 @@ class Noise:
 def make_run(config: Config, kinds: Sequence[str], options: Options, folder: Path) -> None:
     """Write a run directory with one checkpoint of random numbers.
 
-    `kinds`: kinds of values, such as "master" (fp32 weights). `options`: number of ranks and ZeRO stage.
+    Args:
+        config: configuration of the model.
+        kinds: kinds of values, such as "master" (fp32 weights).
+        options: number of ranks and ZeRO stage of the checkpoint.
+        folder: the new run directory.
     """
     source = Noise(config, kinds)
     plan = layout_of("--to", "raphael").plan(source, options, folder)
@@ -58,8 +62,8 @@ def make_run(config: Config, kinds: Sequence[str], options: Options, folder: Pat
 def bench_convert(source: Path, options: Options, layouts: Sequence[str], repeats: int) -> dict[str, float]:
     """Return the median seconds of copying the run `source`, and of converting it to each layout (format on disk).
 
-    Copy and conversions take turns. Written files are synced to the disk. The first round is not counted, unless `repeats`
-    is 1.
+    In each of `repeats` rounds the run is copied and converted to each layout. Written files are synced to the disk. With
+    more than one round, there is one more at the beginning, which is not counted. `options`: for layout "deepspeed".
     """
     target = source.with_name(source.name + "-target")
     rows: dict[str, list[float]] = {}
@@ -85,15 +89,15 @@ def _copy(source: Path, target: Path) -> None:
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark to its parser `command`."""
-    command.add_argument("--config", default="emoji-small")
-    command.add_argument("--kinds", nargs="+", default=list(KINDS))
-    command.add_argument("--world", type=int, default=4, help="number of files of the source checkpoint")
-    command.add_argument("--zero", type=int, choices=[0, 1, 2, 3], default=2)
-    command.add_argument("--to", nargs="+", default=["canonical", "deepspeed"])
+    command.add_argument("--config", default="emoji-small", help="preset or YAML file of the model (default emoji-small)")
+    command.add_argument("--kinds", nargs="+", default=list(KINDS), help="kinds of values in the checkpoint (default: all)")
+    command.add_argument("--world", type=int, default=4, help="number of ranks, and of files, of the source (default 4)")
+    command.add_argument("--zero", type=int, choices=[0, 1, 2, 3], default=2, help="ZeRO stage of the source (default 2)")
+    command.add_argument("--to", nargs="+", default=["canonical", "deepspeed"], help="layouts to convert to")
     command.add_argument(
         "--folder", type=Path, default=Path("runs/bench-convert"), help="folder to write to, on the disk to measure"
     )
-    command.add_argument("--repeats", type=int, default=3)
+    command.add_argument("--repeats", type=int, default=3, help="number of rounds that are measured (default 3)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -34,11 +34,15 @@ Batches = Iterator[Any]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark to its parser `parser`."""
-    parser.add_argument("--images", type=int, default=3000)
-    parser.add_argument("--per-shard", type=int, default=500)
-    parser.add_argument("--size", type=int, nargs=2, default=(640, 480), metavar=("WIDTH", "HEIGHT"))
-    parser.add_argument("--bucket", type=int, nargs=2, default=(512, 512), metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--images", type=int, default=3000, help="number of images (default 3000)")
+    parser.add_argument("--per-shard", type=int, default=500, help="images per shard (default 500)")
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=(640, 480), metavar=("WIDTH", "HEIGHT"), help="size of the JPEGs"
+    )
+    parser.add_argument(
+        "--bucket", type=int, nargs=2, default=(512, 512), metavar=("HEIGHT", "WIDTH"), help="size after resizing"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="number of worker processes (default 2)")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each reader, of which the fastest counts (default 2)")
     parser.add_argument("--only", nargs="*", choices=READERS, help="measure only these readers")
 
@@ -110,7 +114,7 @@ def _loader(dataset: Any, args: argparse.Namespace, kind: Any = None, **options:
 
 
 class _Decoding:
-    """Decodes an image as another library yields it: JPEG bytes, or a dict with them.
+    """Decodes an image in the form in which another library yields it: JPEG bytes, or a dict with them.
 
     It is a class and not a closure, so that it can be pickled for worker processes.
     """
@@ -271,7 +275,7 @@ def compare_decoding(folder: Path, args: argparse.Namespace) -> None:
 
 
 def compare_raw(folder: Path, args: argparse.Namespace) -> None:
-    """Print how fast samples that need no decoding are read in one process.
+    """Measure and print how fast one process reads samples that need no decoding.
 
     This project reads them shuffled, webdataset in order.
     """

@@ -52,7 +52,7 @@ class FeatureRow:
 def bench_features(config: Config, shards: list[Path], encoders: Encoders, folder: Path, batches: int) -> list[FeatureRow]:
     """Measure each way to provide features (WAYS) on the samples of `shards`; return a row for each.
 
-    `batches` batches are built by one thread. `folder`: an empty folder for caches and shards.
+    `batches`: number of batches that one thread builds. `folder`: an empty folder for caches and shards.
     """
     return [_measure(way, config, shards, encoders, folder, batches) for way in WAYS]
 
@@ -119,9 +119,9 @@ def _error(values: Tensor, exact: Tensor) -> float:
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark to its parser `command`."""
-    command.add_argument("--config", default="emoji-tiny")
-    command.add_argument("--batches", type=int, default=10)
-    command.add_argument("--threads", type=int, default=2)
+    command.add_argument("--config", default="emoji-tiny", help="preset or YAML file of the run (default emoji-tiny)")
+    command.add_argument("--batches", type=int, default=10, help="batches to build in each way (default 10)")
+    command.add_argument("--threads", type=int, default=2, help="CPU threads of torch (default 2)")
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of the run, as for train.py")
 
 

@@ -61,9 +61,9 @@ def _by_way_of_the_host(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _with_even_loads(loop: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Wrap the loop over experts, so that each expert gets equally many rows.
+    """Wrap the loop over experts, so that each expert gets equally many rows if the counts of rows are not known.
 
-    The host reads zeros from tensors without data. So the loop would get counts that do not add up to the number of rows.
+    Counts that the host reads from tensors without data are zeros, which do not add up to the number of rows.
     """
 
     def divided(experts: Experts, x_RD: Tensor, counts: list[int], bias: bool) -> Tensor:

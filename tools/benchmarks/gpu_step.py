@@ -184,8 +184,10 @@ def _timed(step: Callable[[], None], device: torch.device, steps: int) -> tuple[
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark to its parser `command`."""
-    command.add_argument("--config", default="raphael-3b")
-    command.add_argument("--micro-batch", type=int, nargs="+", default=[2, 8, 16])
+    command.add_argument("--config", default="raphael-3b", help="preset or YAML file of the model (default raphael-3b)")
+    command.add_argument(
+        "--micro-batch", type=int, nargs="+", default=[2, 8, 16], help="samples of a step on each rank (default 2 8 16)"
+    )
     command.add_argument("--deepspeed_config", help="DeepSpeed configuration (default: as in training)")
     command.add_argument("--steps", type=int, default=10, help="steps in each of three rounds (default 10)")
     command.add_argument("--step-of", nargs="+", choices=STEPS, default=["ours", "diffusers"], help="models to measure")

@@ -22,11 +22,11 @@ PAPER = [(448, 832), (512, 768), (512, 704), (640, 640), (576, 640), (640, 576),
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark to its parser `parser`."""
-    parser.add_argument("--samples", type=int, default=100_000_000)
+    parser.add_argument("--samples", type=int, default=100_000_000, help="samples in the index (default 100 million)")
     parser.add_argument(
         "--per-shard", type=int, default=10_000, help="samples per shard (default 10,000, as img2dataset writes)"
     )
-    parser.add_argument("--folder", type=Path, help="folder to keep the index in; an index that it has is used")
+    parser.add_argument("--folder", type=Path, help="folder where the index is kept and used again")
     parser.add_argument(
         "--ranks", type=int, default=2, help="number of processes that open the index: one by one, then all at once"
     )

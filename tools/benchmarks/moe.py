@@ -32,6 +32,7 @@ class MoeRow:
     """Results of one expert layer.
 
     Attributes:
+        name: the layer.
         rows: number of (token, expert) pairs that all ranks computed.
         milliseconds: median time of forward and backward.
         sent: bytes that this rank sent in a forward and backward pass.
@@ -50,7 +51,7 @@ class MoeRow:
 class Blocking(ExpertGroup):
     """An expert-parallel group that waits for each exchange at once, without overlapping it with computation.
 
-    The time that it takes longer is the time that overlapping saves.
+    The difference between its time and that of the usual group is the time that overlapping saves.
     """
 
     def all_to_all(self, *arguments: Any) -> tuple[Tensor, Any]:
@@ -159,7 +160,7 @@ def _step(layer: nn.Module, h_BND: Tensor, *inputs: Any) -> Callable[[], None]:
 
 
 def _median_ms(step: Callable[[], None], repeats: int, traffic: Traffic) -> tuple[float, int]:
-    """Return the median milliseconds of `step`, each time on the slowest rank, and the bytes that one call sends."""
+    """Time `repeats` calls of `step`; return the median milliseconds of the slowest rank, and the bytes that it sends."""
     times = []
     for _ in range(repeats + 1):
         traffic.take()
@@ -185,7 +186,7 @@ def _waited(started: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark to its parser `command`."""
     add_sizes(command, 8, [0.05, 1.0])
-    command.add_argument("--uneven", action="store_true", help="half of the load goes to one expert")
+    command.add_argument("--uneven", action="store_true", help="give half of the load to one expert")
 
 
 def run(args: argparse.Namespace) -> None:

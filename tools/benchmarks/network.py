@@ -51,7 +51,7 @@ class Case:
 
     Attributes:
         who: the trainer: "ours", "DDP", "DeepSpeed" or "DeepSpeed MoE".
-        stage, space_ep, time_ep, placement: ZeRO stage and expert parallelism of ours.
+        stage, space_ep, time_ep, placement: ZeRO stage and expert parallelism of our trainer.
         accumulation: micro-steps per optimizer step.
         overlap: whether gradients are reduced during the backward pass (`overlap_comm`).
         samples: images of a micro-batch.
@@ -90,7 +90,7 @@ class Row:
         wire: bytes that the network interface sent, with headers, acknowledgements and TCP retransmissions.
         payload: bytes of data that the other nodes have acknowledged.
         counted: bytes that the node's ranks counted (`comm/*`); 0 for other trainers, which do not count.
-        planned: bytes that the planner predicts; 0: it cannot.
+        planned: bytes that the planner predicts; 0 for other trainers, which it does not know.
     """
 
     case: Case
@@ -101,9 +101,9 @@ class Row:
 
 
 def cases(topologies: list[tuple[int, int]], everything: bool) -> Iterator[Case]:
-    """Yield the measurements: most settings on the first topology and a few on the others, or `everything` on all.
+    """Yield the measurements: most settings on the first topology and a few on the others.
 
-    `topologies`: (nodes, ranks per node) of each.
+    `topologies`: (nodes, ranks per node) of each. `everything`: yield all settings on all topologies.
     """
     for number, (nodes, per_node) in enumerate(topologies):
         base = Case(nodes, per_node)
@@ -247,7 +247,7 @@ def planned_bytes(case: Case, config_name: str) -> float:
 
 
 def planned_communication(case: Case, config_name: str, links: Cluster) -> list[Communication]:
-    """Return the planner's prediction of all communication of a step of our trainer over some links."""
+    """Return the planner's prediction of all communication of a step of our trainer. `links`: bandwidth and latency."""
     config, world = case.config(config_name), case.nodes * case.per_node
     plan, reductions = BatchPlan.of(config, world), case.accumulation if case.stage >= 2 else 1
     with torch.device("meta"):
@@ -262,11 +262,11 @@ def planned_communication(case: Case, config_name: str, links: Cluster) -> list[
 def run_ranks(words: list[str], links: list[Any], per_node: int = 1) -> None:
     """Run `python tools/bench.py WORDS` as ranks, on a simulated node for each of the `links` (tests.lib.netns.Link).
 
-    Ends this program with a message if no nodes can be made or a rank fails.
+    Ends this program with a message if nodes cannot be simulated or a rank fails.
     """
     netns = importlib.import_module("tests.lib.netns")
     if reason := netns.missing():
-        raise SystemExit(f"no nodes can be made: {reason}")
+        raise SystemExit(f"nodes cannot be simulated: {reason}")
     with netns.Network(links) as network:
         codes, outputs = netns.finish(network.start_ranks(["tools/bench.py", *words], per_node), 3600)
     if any(codes):
@@ -307,8 +307,8 @@ def read_rows(measured: list[Case], config_name: str, out: str) -> Iterator[Row]
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark to its parser `command`."""
-    command.add_argument("--config", default=str(Path(__file__).with_suffix(".yaml")))
-    command.add_argument("--nodes", type=int, nargs="+", default=[2, 4])
+    command.add_argument("--config", default=str(Path(__file__).with_suffix(".yaml")), help="preset or file of the model")
+    command.add_argument("--nodes", type=int, nargs="+", default=[2, 4], help="numbers of nodes (default: 2 4)")
     command.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks per node (default: 1 2)")
     command.add_argument("--all", action="store_true", help="measure every combination, which takes hours")
     command.add_argument("--out", type=Path, help="also write the rows to this JSON file")
@@ -316,7 +316,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def describe(case: Case) -> str:
-    """Return trainer and settings of a measurement as text."""
+    """Return the trainer and the settings of a measurement as text for the table."""
     if case.who != "ours":
         return {"DDP": "PyTorch's DDP", "DeepSpeed": "DeepSpeed's ZeRO-2"}.get(case.who, "DeepSpeed's ZeRO-2 and `MoE`")
     experts = f", ep {case.space_ep} and {case.time_ep}, {case.placement}" if case.space_ep * case.time_ep > 1 else ""

@@ -1,12 +1,12 @@
 """`tools/bench.py network-data`: images per second of training from remote shards over links of a given bandwidth.
 
-Nodes are simulated by network namespaces of this machine (tests/lib/netns.py), and one more serves the shards by HTTP or S3.
+Nodes are simulated by network namespaces of this machine (tests/lib/netns.py). Another node serves the shards by HTTP or S3.
 Ranks train the first epoch, with an index and without any shard on their disks. A step waits for the batches of all ranks
 and then sleeps, so that the computation of several nodes does not compete for the cores of one machine.
 
-Every node needs every shard, because the samples of a window are shuffled over all ranks. The limit is that of an epoch
-whose link never pauses, and whose steps take as long as with local shards and wait only for the shards of their window.
-Needs root.
+A window is a group of shards whose samples are shuffled together, over all ranks. Therefore every node needs every shard.
+The measured speed is compared with a limit: the speed of an epoch in which the links are always busy, and in which a step
+takes as long as with local shards and waits only for the shards of its window. Requires root.
 """
 
 import argparse
@@ -90,7 +90,7 @@ class Case:
         return self.mbit_s * 1e6 / 8 * TCP_SHARE / len(make_sample(0))
 
     def config(self, shards: Sequence[str], folder: str, cache: str) -> Config:
-        """Return the configuration of ranks with an index in `folder`, and fetched shards in its subfolder `cache`."""
+        """Return the configuration of the ranks. FOLDER/index has the index of `shards`, FOLDER/CACHE the fetched shards."""
         own = [
             f"data.shards={json.dumps(list(shards))}",
             f"data.cache_dir={folder}/index",
@@ -107,9 +107,9 @@ class Row:
 
     Attributes:
         case: the measurement.
-        steps: images per second of these steps with local shards.
+        steps: images per second of the same steps if all shards are local.
         measured: images per second from the start of reading to the end of the last step.
-        limit: images per second of an epoch whose link never pauses.
+        limit: images per second of an epoch in which the links are always busy.
     """
 
     case: Case
@@ -132,7 +132,7 @@ def make_sample(number: int) -> bytes:
 
 
 def write_shards(folder: Path, num_shards: int, images: int, uneven: bool) -> list[str]:
-    """Write tars of `images` images on average; return their names."""
+    """Write `num_shards` tar files with `images` images each (if `uneven`: on average); return their names."""
     shares = np.random.default_rng(0).uniform(0.1, 1.9, num_shards) if uneven else np.ones(num_shards)
     numbers, names = count(), [f"{'uneven' if uneven else 'even'}-{i:03d}.tar" for i in range(num_shards)]
     for name, share in zip(names, shares, strict=True):
@@ -145,10 +145,13 @@ def write_shards(folder: Path, num_shards: int, images: int, uneven: bool) -> li
 
 
 def measure(todo: list[tuple[Case, list[str], list[str]]], folder: str) -> None:
-    """Take measurements of cases, each with its shards as remote and as local files; write them to FOLDER/out. Collective.
+    """Take measurements on this rank, and write the results to FOLDER/out. Collective.
 
-    The ranks index all shards and time steps with local ones. Then a file FOLDER/ready asks for the limits of the links, and
-    the ranks wait for FOLDER/limited.
+    First the ranks index all shards and measure steps with local shards, over links without a limit. Then they create the
+    file FOLDER/ready. The starting process (`run_cases`) limits the bandwidth of the links and creates FOLDER/limited. Then
+    the ranks measure epochs with remote shards.
+
+    `todo`: (measurement, names of its shards as remote files, the same as local files).
     """
     ranks = discover()
     device = initialise(ranks)
@@ -176,7 +179,7 @@ def measure(todo: list[tuple[Case, list[str], list[str]]], folder: str) -> None:
 
 
 def train_epoch(case: Case, config: Config, ranks: Ranks, device: torch.device) -> tuple[float, list[tuple[int, int]]]:
-    """Train the first epoch with steps that only sleep, or with local shards a few of them. Collective.
+    """Read the data of the first epoch, with steps that only sleep; with local shards only a few steps. Collective.
 
     Returns:
         (images per second, (images, bytes) of each window).
@@ -199,7 +202,7 @@ def train_epoch(case: Case, config: Config, ranks: Ranks, device: torch.device) 
 
 
 def windows_of(order: SampleOrder | MixedOrder) -> Iterator[tuple[int, int]]:
-    """Yield (images, bytes) of each window of the first epoch."""
+    """Yield (number of images, bytes) of each window of shards in the first epoch."""
     position = 0
     while position < order.samples_per_epoch:
         (shards,) = order.windows_from(position, 1)
@@ -209,9 +212,9 @@ def windows_of(order: SampleOrder | MixedOrder) -> Iterator[tuple[int, int]]:
 
 
 def ideal_seconds(case: Case, windows: list[tuple[int, int]], steps: float) -> float:
-    """Return the least seconds of an epoch: the link never pauses, and steps wait only for the shards of their window.
+    """Return the shortest possible time of an epoch: links are always busy, steps wait only for the shards of their window.
 
-    `windows`: (images, bytes) of each group of shards that are shuffled together. `steps`: images per second of the steps.
+    `windows`: (number of images, bytes) of each window of shards. `steps`: images per second of steps with local shards.
     """
     arrived = trained = 0.0
     for images, num_bytes in windows:
@@ -224,13 +227,14 @@ def ideal_seconds(case: Case, windows: list[tuple[int, int]], steps: float) -> f
 
 
 def run_cases(todo: list[Case], files: Path, names: dict[bool, list[str]]) -> list[Row]:
-    """Take measurements on the same nodes and links, of shards in the folder `files` with `names` (even and uneven ones).
+    """Take measurements that have the same nodes and bandwidth; return their results.
 
-    Raises SystemExit if no nodes can be made, or a rank fails.
+    `files`: folder of the shards. `names`: names of the shards of uneven size (True) and of equal size (False). Raises
+    SystemExit if nodes cannot be simulated, or a rank fails.
     """
     netns, servers = importlib.import_module("tests.lib.netns"), importlib.import_module("tests.lib.servers")
     if reason := netns.missing():
-        raise SystemExit(f"no nodes can be made: {reason}")
+        raise SystemExit(f"nodes cannot be simulated: {reason}")
     nodes, kinds, env = todo[0].nodes, {case.kind for case in todo}, {}
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -264,7 +268,7 @@ def run_cases(todo: list[Case], files: Path, names: dict[bool, list[str]]) -> li
 
 
 def cases(mbit_s: float) -> Iterator[Case]:
-    """Yield the measurements: steps that need half, about as much as, and twice what the link carries, and variations."""
+    """Yield the measurements: steps that are faster than the link, about as fast, and slower, each with variations."""
     base = Case(mbit_s, 0.0)
     feeding = base.batch / base.link_limit
     link, even, step = (replace(base, step_s=round(feeding * share, 4)) for share in (0.25, 1.0, 2.0))
@@ -277,7 +281,7 @@ def cases(mbit_s: float) -> Iterator[Case]:
 
 
 def bench(todo: Sequence[Case], num_shards: int, images: int) -> Iterator[Row]:
-    """Take measurements with so many shards of so many images on average; yield a row for each."""
+    """Take the measurements `todo` with `num_shards` shards of `images` images on average; yield a row for each."""
     with tempfile.TemporaryDirectory() as folder:
         names = {uneven: write_shards(Path(folder), num_shards, images, uneven) for uneven in (False, True)}
         groups: dict[tuple[float, int, int], list[Case]] = {}
@@ -314,7 +318,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def describe(row: Row) -> str:
-    """Return a row of the table."""
+    """Return a result as a row of the Markdown table."""
     case = row.case
     shards = f"{case.kind}, uneven" if case.uneven else case.kind
     speeds = " | ".join(f"{n:.0f}" for n in (case.link_limit, row.steps, row.limit, row.measured))

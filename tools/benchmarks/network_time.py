@@ -2,8 +2,8 @@
 
 Nodes are simulated by network namespaces of this machine (tests/lib/netns.py). The ranks of a node reach each other without
 a limit. The prediction is the time of the same step over links without a limit, plus the planner's time of all communication
-between nodes. For ZeRO-2 with `overlap_comm` all buckets of gradients but the last are taken as hidden by the backward pass;
-the table shows which share of the reduction was. Needs root.
+between nodes. For ZeRO-2 with `overlap_comm` it assumes that the backward pass hides the reduction of all gradient buckets
+except the last one. The table shows the measured share of the reduction that was hidden. Requires root.
 """
 
 import argparse
@@ -39,7 +39,7 @@ class Row:
         mbit_s, delay_ms: bandwidth of each node's link; one-way latency from node to node.
         alone_s: seconds of a step over links without a limit.
         measured_s, planned_s: seconds of a step over these links, measured and predicted.
-        hidden: with overlap, the time that it saves divided by the planner's time of the reduction; else None.
+        hidden: the time that overlap saves, divided by the planner's time of the reduction. None: a step without overlap.
     """
 
     case: Case
@@ -52,7 +52,7 @@ class Row:
 
 
 def cases(nodes: int, per_node: int, samples: int) -> list[Case]:
-    """Return the steps that are timed: ZeRO-0, ZeRO-2, and ZeRO-2 with overlap, on `samples` images per rank."""
+    """Return the kinds of steps to time: ZeRO-0, ZeRO-2, and ZeRO-2 with overlap, with `samples` images per rank."""
     kinds = ((0, False), (2, False), (2, True))
     return [Case(nodes, per_node, stage=stage, overlap=overlap, samples=samples) for stage, overlap in kinds]
 
@@ -83,7 +83,7 @@ def measure(config_name: str, nodes: int, per_node: int, samples: int, out: str)
 
 
 def communication_s(case: Case, config_name: str, mbit_s: float, delay_ms: float) -> tuple[float, float]:
-    """Return the planner's seconds over these links: of the reduction of gradients, and of all other communication."""
+    """Return the planner's seconds over links of this bandwidth and latency: (reducing gradients, other communication)."""
     net_gb_s = mbit_s / 8e3 / case.per_node  # the ranks of a node share its link
     links = Cluster(case.nodes * case.per_node, case.per_node, math.inf, net_gb_s, 0.0, 1e3 * delay_ms, gloo=True)
     parts = planned_communication(case, config_name, links)
@@ -94,7 +94,10 @@ def communication_s(case: Case, config_name: str, mbit_s: float, delay_ms: float
 def bench(
     config_name: str, nodes: int, per_node: int, samples: int, rates: list[float], delays: list[float]
 ) -> Iterator[Row]:
-    """Time steps over links of each bandwidth (Mbit/s) and one-way latency (ms); yield a row for each and each case."""
+    """Time steps over links of each bandwidth and latency; yield a row for each link and each kind of step.
+
+    `rates`: bandwidths in Mbit/s. `delays`: one-way latencies in ms. `samples`: images of a rank in a step.
+    """
     netns = importlib.import_module("tests.lib.netns")
     kinds = cases(nodes, per_node, samples)
     buckets = bucket_count(sum(map(math.prod, parameter_shapes(kinds[0].config(config_name)).values())), nodes * per_node)
@@ -121,8 +124,10 @@ def bench(
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark to its parser `command`."""
-    command.add_argument("--config", default=str(Path(__file__).with_name("network.yaml")))
-    command.add_argument("--nodes", type=int, default=2)
+    command.add_argument(
+        "--config", default=str(Path(__file__).with_name("network.yaml")), help="preset or file of the model"
+    )
+    command.add_argument("--nodes", type=int, default=2, help="number of nodes (default: 2)")
     command.add_argument("--ranks", type=int, default=1, help="ranks per node (default: 1)")
     command.add_argument("--samples", type=int, default=1, help="images of a rank in a step (default: 1)")
     command.add_argument("--mbit", type=float, nargs="+", default=[50, 200, 1000], help="bandwidths in Mbit/s")

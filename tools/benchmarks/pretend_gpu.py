@@ -46,7 +46,7 @@ class Notes:
     Attributes:
         waits: number of times that the host waited for the GPU, by (place, kind).
         launches: number of operations, by place.
-        bytes: bytes that they read and write, by place.
+        bytes: bytes that these operations read and write, by place.
     """
 
     waits: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -57,7 +57,7 @@ class Notes:
 class PretendGpu:
     """A context manager inside which tensors on the `meta` device count as tensors on a GPU.
 
-    Waits, launches and bytes are recorded in `notes` while it is open; `take` returns and clears them.
+    Waits, launches and bytes are recorded in `notes` inside the `with` block. `take` returns and clears them.
     """
 
     def __init__(self) -> None:
@@ -85,7 +85,7 @@ class PretendGpu:
         self.notes.bytes[place] += num_bytes
 
     def place(self) -> str:
-        """Return as `file:line` the innermost line of this package or of DeepSpeed that is running.
+        """Return the innermost line of this package or of DeepSpeed that is running, as `file:line`.
 
         In the backward pass, it is the line of the forward pass whose gradient is being computed.
         """
@@ -195,7 +195,7 @@ def _run(func: Any, name: str, args: Any, kwargs: Any) -> Any:
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Any]:
-    """Return those arguments that an operation changes in place."""
+    """Return the arguments that the operation `func` changes in place."""
     arguments = func._schema.arguments
     values = {a.name: value for a, value in zip(arguments, args, strict=False)} | kwargs
     names = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]

@@ -32,10 +32,10 @@ QUIET = (
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark to its parser `command`."""
-    command.add_argument("--config", default="emoji-tiny")
-    command.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8])
-    command.add_argument("--steps", type=int, default=10)
-    command.add_argument("--rounds", type=int, default=2)
+    command.add_argument("--config", default="emoji-tiny", help="preset or YAML file of the run (default emoji-tiny)")
+    command.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of ranks (default 1 2 4 8)")
+    command.add_argument("--steps", type=int, default=10, help="steps of a run (default 10)")
+    command.add_argument("--rounds", type=int, default=2, help="runs with each number of ranks (default 2)")
     command.add_argument("--cluster", default="cpu", help="this machine: cpu, or a YAML file from plan_run.py --calibrate")
 
 
@@ -48,7 +48,7 @@ def overrides(kind: str, ranks: int) -> list[str]:
 def measured(args: argparse.Namespace, kind: str, ranks: int, folder: Path) -> float:
     """Run a training on `ranks` ranks and return the images per second of its fastest step, on all ranks.
 
-    `kind`: "strong" or "weak". `folder`: where the run is written.
+    `args`: options of the benchmark. `kind`: "strong" or "weak" scaling. `folder`: where the run directory is created.
     """
     run = folder / f"{kind}-{ranks}"
     settings = [
@@ -73,7 +73,10 @@ def measured(args: argparse.Namespace, kind: str, ranks: int, folder: Path) -> f
 
 
 def planned(args: argparse.Namespace, cluster: ClusterSpec, kind: str, ranks: int) -> float:
-    """Return the images per second that the planner predicts for `ranks` ranks. `kind`: "strong" or "weak"."""
+    """Return the images per second that the planner predicts for the run that `measured` starts.
+
+    `cluster`: description of this machine.
+    """
     config = load_config(args.config, overrides(kind, ranks))
     choice = Choice(1, 1, 1, False, config.train.micro_batch_size, "none", "auto")
     outcome = Search(config, cluster.with_value("per_node", ranks), ranks).evaluate(choice)

@@ -26,8 +26,8 @@ class SpaceCase:
     """The sizes of one Space-MoE layer and its micro-batch.
 
     Attributes:
-        batch: samples.
-        tokens, text_tokens: image tokens and text tokens per sample.
+        batch: number of samples.
+        tokens, text_tokens: number of image tokens and of text tokens per sample.
         dim, hidden: width of a token, and hidden width of an expert.
         experts: number of experts.
     """
@@ -134,22 +134,28 @@ def _wait(device: str) -> None:
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark to its parser `command`."""
     add_sizes(command, 4, [0.02, 0.05, 0.1, 0.2, 0.4, 1.0])
-    command.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    command.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="(default float32)")
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
 
 
 def add_sizes(command: argparse.ArgumentParser, batch: int, masks: list[float]) -> None:
     """Add the options that set the sizes of a Space-MoE layer and how it is measured. `batch`, `masks`: defaults."""
-    for name, default in (("batch", batch), ("tokens", 256), ("text-tokens", 77), ("dim", 128), ("experts", 6)):
-        command.add_argument(f"--{name}", type=int, default=default)
-    command.add_argument("--repeats", type=int, default=7)
+    for name, default, what in (
+        ("batch", batch, "number of samples"),
+        ("tokens", 256, "number of image tokens"),
+        ("text-tokens", 77, "number of text tokens"),
+        ("dim", 128, "width of a token"),
+        ("experts", 6, "number of experts"),
+        ("repeats", 7, "measurements, of which the median counts"),
+    ):
+        command.add_argument(f"--{name}", type=int, default=default, help=f"{what} (default {default})")
     command.add_argument("--config", help="use the sizes of the U-Net levels with attention of this preset")
     command.add_argument(
         "--latent", type=int, default=16, help="with --config: height and width of the latents (default 16)"
     )
     command.add_argument("--hidden", type=int, help="hidden width of an expert (default: 4 x --dim)")
-    command.add_argument("--masks", type=float, nargs="+", default=masks)
-    command.add_argument("--threads", type=int, default=torch.get_num_threads())
+    command.add_argument("--masks", type=float, nargs="+", default=masks, help="shares of the image in a token's region")
+    command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
 
 
 def cases(args: argparse.Namespace) -> list[SpaceCase]:

@@ -41,7 +41,7 @@ RANGES = 40  # entries of one rank's file in a manifest, as for raphael-3b on ab
 def bench_start(world_size: int, ep: int, repeats: int) -> dict[str, float]:
     """Fork `world_size` ranks; return the seconds that the slowest rank takes for each part of a start, by name.
 
-    Cheap parts are measured `repeats` times; their median counts. `ep`: number of ranks over which experts are sharded.
+    Short parts are measured `repeats` times, and their median counts. `ep`: number of ranks over which experts are sharded.
     """
     port, pids = free_port(), []
     with tempfile.TemporaryDirectory() as name:
@@ -86,8 +86,8 @@ def measure(ranks: Ranks, ep: int, repeats: int, folder: Path) -> dict[str, floa
     Args:
         ranks: this rank and the number of ranks.
         ep: number of ranks over which experts are sharded.
-        repeats: measurements of cheap parts, of which the median counts.
-        folder: where the run directory is created.
+        repeats: number of measurements of short parts, of which the median counts.
+        folder: the run directory is created in this folder.
     """
     began = time.perf_counter()
     device = initialise(ranks, TIMEOUT)
@@ -146,7 +146,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark to its parser `command`."""
     command.add_argument("--ranks", type=int, nargs="+", default=[16, 32, 64], help="numbers of ranks, multiples of --ep")
     command.add_argument("--ep", type=int, default=4, help="number of ranks over which experts are sharded (default 4)")
-    command.add_argument("--repeats", type=int, default=5)
+    command.add_argument("--repeats", type=int, default=5, help="measurements of short parts (default 5)")
 
 
 def run(args: argparse.Namespace) -> None:

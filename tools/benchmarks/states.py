@@ -93,8 +93,8 @@ def bench_states(config: Config, tree: dict[str, Any], ranks: Ranks, device: tor
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark to its parser `command`."""
-    command.add_argument("--config", default="emoji-tiny")
-    command.add_argument("--zero", choices=CONFIGURATIONS, default="zero2")
+    command.add_argument("--config", default="emoji-tiny", help="preset or YAML file of the model (default emoji-tiny)")
+    command.add_argument("--zero", choices=CONFIGURATIONS, default="zero2", help="DeepSpeed configuration (default zero2)")
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings, e.g. train.dtype=bfloat16")
 
 

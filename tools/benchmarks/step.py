@@ -67,7 +67,7 @@ DENSE = [
 
 @dataclass(frozen=True)
 class StepRow:
-    """Results of one model: fastest forward pass, backward pass and update in milliseconds, and the FLOPs of a step."""
+    """Results of the model `name`: fastest forward pass, backward pass and update in milliseconds, and FLOPs of a step."""
 
     name: str
     forward: float
@@ -201,8 +201,8 @@ def _deepspeed(config: Config, batch: Batch, schedule: NoiseSchedule) -> Contend
 def with_deepspeed_moe(config: Config, ranks: int = 1) -> tuple[RaphaelUNet, Config]:
     """Return our dense U-Net with two DeepSpeed `MoE` layers in place of each feed-forward layer, and its configuration.
 
-    They have as many experts as our time and space experts. Experts are sharded over as many of the `ranks` as divide their
-    number.
+    One layer has as many experts as our Time-MoE, the other as many as our Space-MoE. Its experts are sharded over the
+    greatest common divisor of their number and `ranks`.
     """
     m, dense = config.model, dense_of(config)
     model = RaphaelUNet(dense)
@@ -281,9 +281,11 @@ def _record(metrics: Metrics, batch: Batch, losses: Losses) -> None:
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark to its parser `command`."""
-    command.add_argument("--widths", choices=WIDTHS, nargs="+", default=list(WIDTHS))
-    command.add_argument("--rounds", type=int, default=9)
-    command.add_argument("--threads", type=int, default=torch.get_num_threads())
+    command.add_argument(
+        "--widths", choices=WIDTHS, nargs="+", default=list(WIDTHS), help="sizes of the models (default: all)"
+    )
+    command.add_argument("--rounds", type=int, default=9, help="steps of each model that are timed (default 9)")
+    command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     command.add_argument(
         "--clock",
         choices=CLOCKS,
@@ -293,7 +295,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--no-reference", action="store_true", help="do not measure the paper's formula as printed, which is slow"
     )
-    command.add_argument("overrides", nargs="*", metavar="section.key=value")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings, as for train.py")
 
 
 def run(args: argparse.Namespace) -> None:
