@@ -176,7 +176,7 @@ def _run(campaign: Campaign, processes: "Processes", variant: Variant, seed: int
 
 
 def measurements(campaign: Campaign, folder: Path) -> Iterator[tuple[str, Path, list[str]]]:
-    """Yield the evaluations of a finished run in `folder`: (name, folder for results, arguments of the Python program)."""
+    """Yield the measurements to take of the finished run in `folder`: (name, folder for results, program and arguments)."""
     if campaign.benchmark:
         yield "the emoji benchmark", folder / BENCHMARK, [str(ROOT / "tools" / "emoji_benchmark.py")]
     if campaign.read:

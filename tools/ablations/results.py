@@ -92,6 +92,7 @@ class Summary:
     Attributes:
         variant, what, overrides, match: name, description and settings, as in `variants.Variant`.
         runs, diverged: number of finished runs, and of those with an infinite or NaN loss.
+        parameters, flops_per_image, images_per_s, benchmark, routing: as in `RunResult`.
         loss, train_loss: held-out loss and training loss.
         differences: for each measure, the difference to the variant `full` over the seeds that both have.
         difference: the difference of the held-out loss to that of `full`.

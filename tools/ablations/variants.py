@@ -22,7 +22,7 @@ class Variant:
         name: name on the command line and of its folder.
         what: description for tables.
         overrides: settings that differ from the base configuration, as strings by field ("section.key").
-        match: whether to scale the expert width so that the model has as many parameters or FLOPs as the variant `full`.
+        match: what is made equal to the variant `full` by scaling the expert width. None: the width is not scaled.
         seeds: number of its runs.
     """
 

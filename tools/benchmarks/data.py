@@ -1,7 +1,7 @@
 """Speed of reading JPEGs from shards, compared with webdataset, mosaicml-streaming and litdata.
 
-All readers get the same images, decode in the same way and have the same number of workers. Each runs in a process of its
-own. The other libraries are optional; one that is not installed is skipped.
+All readers get the same images, decode in the same way and have the same number of workers. Each reader runs in its own
+process. The other libraries are optional; a library that is not installed is skipped.
 """
 
 import argparse
@@ -304,7 +304,7 @@ def _seconds(start: Callable[[], Iterator[Any]]) -> float:
 
 
 def compare_resume(folder: Path, args: argparse.Namespace) -> None:
-    """Print how long it takes to reach a sample at nine tenths of the data: by its position, and by skipping samples."""
+    """Print how long it takes to read the sample at nine tenths of the data: with the index, and by skipping samples."""
     import webdataset
 
     names, place = sorted(map(str, (folder / "tar").glob("*.tar"))), args.images * 9 // 10
@@ -325,7 +325,7 @@ def compare_resume(folder: Path, args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Compare decoding with workers, reading without decoding, and resuming."""
+    """Print the speed of each reader with decoding, the speed without decoding, and the time to resume at a sample."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write(folder, args)

@@ -92,9 +92,9 @@ def _measure(way: str, config: Config, shards: list[Path], encoders: Encoders, f
 
 
 def rounding(config: Config, shards: list[Path], encoders: Encoders) -> dict[str, float]:
-    """Return the relative error (RMS) of each storage format of the features, by its name.
+    """Return the relative error (RMS) of the features in each storage format, by name of the format.
 
-    It is measured on up to 64 samples. `config` must have data.features=online.
+    The error is measured on up to 64 samples. `config` must have data.features=online.
     """
     index = build_index(shards)
     source = source_of(config, index, encoders, training=True)

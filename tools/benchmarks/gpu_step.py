@@ -2,8 +2,8 @@
 
 Our step is that of training: the engine with its ZeRO stage, forward, backward, clipping, AdamW on fp32 weights, the moving
 average, and the copy of the batch. diffusers' step is plain PyTorch as in its training scripts: fp32 weights, autocast,
-AdamW, clipping, no average. Its blocks are dense: compared with `sd2-dense` both compute the same, and compared with a model
-with experts the difference is the cost of experts, gates and edge modules. Samples are random, of the first size of
+AdamW, clipping, no average. Its blocks are dense. The preset `sd2-dense` computes the same as diffusers' U-Net. For a preset
+with experts, the difference is the cost of experts, gates and edge modules. Samples are random and have the first size of
 `image.buckets`.
 """
 

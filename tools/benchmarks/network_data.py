@@ -308,7 +308,8 @@ def run(args: argparse.Namespace) -> None:
         return
     rows: list[Any] = []
     print(
-        "| Mbit/s | step, ms | ranks | shards | prefetch | link | steps | limit | measured | of it |\n" + 10 * "|---" + "|"
+        "Link, steps, limit, measured: images per second\n\n| Mbit/s | step, ms | nodes x ranks | shards | prefetch "
+        "| link | steps | limit | measured | measured / limit |\n" + 10 * "|---" + "|"
     )
     for row in bench([case for mbit_s in args.mbit for case in cases(mbit_s)], args.shards, args.images):
         rows.append(asdict(row))

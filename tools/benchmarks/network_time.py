@@ -143,7 +143,7 @@ def run(args: argparse.Namespace) -> None:
         return
     rows = []
     print(
-        "| Mbit/s | ms each way | | without a limit, s | measured, s | planned, s | difference | reduction hidden |\n"
+        "| Mbit/s | ms each way | step | without a limit, s | measured, s | planned, s | difference | reduction hidden |\n"
         + 8 * "|---"
         + "|"
     )

@@ -12,9 +12,10 @@ A *wait* is a moment at which the host waits until the GPU has finished all its 
   `repeat_interleave` without a size);
 - `synchronize()` of the device, a stream or an event, through torch or through DeepSpeed's accelerator.
 
-A *launch* is an operation on the GPU's tensors that is no view. On a real GPU some operations of torch need several kernels,
-and many small tensors at once (`_foreach_`) share a few. *Bytes* are those of an operation's inputs and outputs by their
-shapes, as if nothing stayed in a cache. Collectives are launches; they make a stream wait, not the host (NCCL).
+A *launch* is an operation on the GPU's tensors that does not only return a view. On a real GPU some operations of torch need
+several kernels, and an operation on many small tensors (`_foreach_`) needs only a few. *Bytes* are those of an operation's
+inputs and outputs by their shapes, as if nothing stayed in a cache. Collectives are launches; they make a stream wait, not
+the host (NCCL).
 """
 
 import sys
