@@ -148,7 +148,7 @@ def put_together(ranks: list[list[tuple]]) -> dict[str, Any]:
 
     Returns:
         "weights": flat fp32 weights by name, "moments": by kind and name, "covered": number of elements of all parts by
-        name. It is larger than that of the tensor if several ranks own the same elements.
+        name. This number is larger than that of the tensor if several ranks own the same elements.
 
     Raises:
         AssertionError: elements are missing.

@@ -1,6 +1,6 @@
 """Write run directories without training, for tests of the report and of the doctor.
 
-They look like those of a healthy run, except for problems that the test asks for.
+Such a directory looks like that of a healthy run, except for problems that the test chooses.
 """
 
 import base64

@@ -84,7 +84,7 @@ def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
 
 
 def sweep() -> None:
-    """End the daemons and remove the folders of clusters whose creating process has ended without doing it."""
+    """End the daemons and remove the folders of clusters that were created by processes that no longer exist."""
     for folder in Path(tempfile.gettempdir()).glob("slurm-*-*"):
         owner = folder.name.split("-")[1]
         if owner.isdigit() and not alive(int(owner)):
@@ -95,7 +95,7 @@ def sweep() -> None:
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:
-    """Return all processes of the cluster in `folder`: its daemons and its jobs. They have SLURM_CONF in common."""
+    """Return all processes of the cluster in `folder`: its daemons and its jobs, which have the same SLURM_CONF."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):

@@ -101,7 +101,7 @@ def check_space(case: str, dispatch: str, backend: str, recompute: bool, group: 
 def space_bytes(case: str, dispatch: str, group: ExpertGroup) -> int:
     """Compute from the routing how many bytes this rank must send in a forward and backward pass of `check_space`.
 
-    It sends tokens to experts, results back, the gradients of both, the numbers of tokens, and the experts' constants.
+    The rank sends tokens to experts, results back, the gradients of both, the numbers of tokens, and the experts' constants.
     """
     others, here = group.size - 1, K // group.size
     rows = []

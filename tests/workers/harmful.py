@@ -1,6 +1,6 @@
 """A data set whose samples kill or block the worker process that decodes them.
 
-It has its own module, because worker processes import it.
+The class has its own module, because worker processes import it.
 """
 
 import multiprocessing

@@ -1,7 +1,7 @@
 """Rank: runs the command `prove`, which checks a cluster, with one deliberate fault (see tests/lib/forks.py).
 
-Each rank pretends to be a node of its own: n1, n2, ... A fault replaces functions in the agent process of the rank. The
-agent forks the processes of the checks, so they have the fault, too. The keys of the argument `spec` are
+Each rank pretends to be a different node: n1, n2, ... A fault replaces functions in the agent process of the rank. The agent
+forks the processes of the checks, so that these processes also have the fault. The keys of the argument `spec` are
     folder: the results are written to its subfolder `proof`
     fault: name in FAULTS; empty: none
     checks: names of the checks to run

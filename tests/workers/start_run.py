@@ -1,6 +1,6 @@
 """Rank process: `start_run.py RANK ARGUMENT ...` trains like train.py, but rank RANK stops itself.
 
-It stops by SIGSTOP before the first step.
+The rank stops by SIGSTOP before the first step.
 """
 
 import os

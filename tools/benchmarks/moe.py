@@ -70,7 +70,7 @@ def bench_moe(case: SpaceCase, mask: float, repeats: int, ranks: Ranks, uneven: 
     Args:
         case: sizes of the layers.
         mask: share of the image (0..1) in the region of each text token.
-        repeats: measurements of each layer, of which the median counts.
+        repeats: number of measurements of each layer; the median counts.
         ranks: this rank and the number of ranks.
         uneven: whether half of the load goes to one expert.
     """

@@ -85,7 +85,7 @@ def bench_space(
     Args:
         case: sizes of the layer.
         masks: shares of the image (0..1) in the region of a text token.
-        repeats: measurements of each, of which the median counts.
+        repeats: number of measurements of each implementation; the median counts.
 
     Raises:
         AssertionError: the outputs of two implementations differ.

@@ -86,7 +86,7 @@ def measure(ranks: Ranks, ep: int, repeats: int, folder: Path) -> dict[str, floa
     Args:
         ranks: this rank and the number of ranks.
         ep: number of ranks over which experts are sharded.
-        repeats: number of measurements of short parts, of which the median counts.
+        repeats: number of measurements of each short part; the median counts.
         folder: the run directory is created in this folder.
     """
     began = time.perf_counter()

@@ -171,7 +171,7 @@ def _diffusers(config: Config, batch: Batch, schedule: NoiseSchedule) -> Contend
 
 
 class _NativeMoE(nn.Module):
-    """A layer x + MoE(norm(x)) with DeepSpeed's `MoE`. It drops no token, as our layers."""
+    """A layer x + MoE(norm(x)) with DeepSpeed's `MoE`, configured to drop no tokens, because our layers drop none."""
 
     def __init__(self, dim: int, hidden: int, experts: int, ep_size: int = 1) -> None:
         super().__init__()

@@ -171,7 +171,7 @@ class FeatureSpace:
     def distance(self, a: Tensor, b: Tensor) -> float:
         """Return the Frechet distance of two sets of whole-image features, [., D] each.
 
-        It is computed in the PRINCIPAL directions of the largest variance of the training images.
+        The distance is computed in the PRINCIPAL directions of the largest variance of the training images.
         """
         return frechet_distance(a.double() @ self._basis_DK, b.double() @ self._basis_DK)
 

@@ -58,7 +58,7 @@ def to_unit_range(images: Tensor) -> Tensor:
 def small_vae(seed: int) -> Vae:
     """Return an untrained VAE with downsampling factor 4 and 4 latent channels (0.9 M parameters), small enough for a CPU.
 
-    It starts with residual branches of zero and almost no posterior noise. Both make the first steps of training faster.
+    Residual branches are initialised to zero, and the posterior noise is almost zero, so that training is faster at first.
     """
     torch.manual_seed(seed)
     model: Vae = AutoencoderKL(
@@ -201,7 +201,7 @@ def latent_std(model: Vae, images: Tensor, batch: int = 64) -> float:
 def psnr(model: Vae, images: Tensor, batch: int = 64) -> Tensor:
     """Return the peak signal-to-noise ratio in dB of each uint8 image decoded from its mean latent; float64 (N,).
 
-    It is computed over RGB in [0, 1], clamped, not rounded; a mean squared error below 1e-10 counts as 100 dB.
+    The ratio is computed over RGB in [0, 1], clamped but not rounded. A mean squared error below 1e-10 gives 100 dB.
     """
     values = []
     for part in images.split(batch):

@@ -71,7 +71,7 @@ class Vocabulary:
     def training_text(self, random: np.random.Generator, longest: int | None = None) -> str:
         """Draw a text for a training image: a word (half of the time), a random string, or two or three words.
 
-        `longest`: if given, draw only single words and strings of up to that many characters.
+        `longest`: draw only single words and strings with at most this number of characters; None: no limit.
         """
         words = self.words if longest is None else [word for word in self.words if len(word) <= longest]
         while True:
