@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def records(num_samples: int, per_shard: int = 10_000) -> Iterator[ShardRecord]:
-    """Yield made-up index records, one per shard, that resemble LAION: nine-digit keys, sizes of photographs, and a score."""
+    """Yield made-up index records, one per shard, similar to LAION: nine-digit keys, sizes of photographs, and a score."""
     alike = [_record(number, per_shard) for number in range(min(16, num_samples // per_shard))]
     for number in range(num_samples // per_shard):
         digest = f"{number:064d}"
