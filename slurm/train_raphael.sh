@@ -251,9 +251,22 @@ finish() {
 }
 
 # --- preflight, then training ----------------------------------------------------------------------------------------
+# Keep in `nodes` those on which srun can start a process. Where it cannot reach one node, it starts none at all.
+keep_reached_nodes() {
+    local node reached=()
+    for node in "${nodes[@]}"; do
+        if timeout 60 srun --nodes=1 --ntasks=1 --mem=0 "--nodelist=$node" true; then
+            reached+=("$node")
+        else
+            say "fault: $node: srun cannot start a process there; check its network and slurmd"
+        fi
+    done
+    nodes=("${reached[@]}")
+}
+
 # Check the nodes; as long as spares remain, again without those that failed.
 preflight() {
-    local out=$run_dir/preflight code needed=$((num_nodes - spares)) minutes
+    local out=$run_dir/preflight code needed=$((num_nodes - spares)) minutes started
     minutes=$((PREFLIGHT_MINUTES + num_nodes * tasks / 500))
     while :; do
         run rm -rf "$out"
@@ -264,6 +277,12 @@ preflight() {
         code=$?
         case $code in 2 | 75 | 138) finish "$code" ;; esac
         ((cancelled || timed_out)) && finish "$code"
+        if ((code != 0 && ${#nodes[@]} > 1)) && ! compgen -G "$out/rank-*.json" >/dev/null; then
+            started=${#nodes[@]}
+            keep_reached_nodes
+            ((${#nodes[@]} >= needed)) || finish 1
+            ((${#nodes[@]} == started)) || continue
+        fi
         run "$python" "$tools"/check_cluster.py --judge "$out" --ranks "$world_size" --need "$needed" --nodes "${nodes[@]}"
         code=$?
         ((code != 4)) && break

@@ -108,7 +108,7 @@ class Model(Section):
 
     mask_threshold: Fraction = 0.2
     """Decides which image tokens the Space-MoE expert of a text token processes: those whose attention weight for this text
-    token exceeds mask_threshold times the largest such weight. A higher value selects fewer image tokens (alpha in Sec. 3.1
+    token is at least mask_threshold times the largest such weight. A higher value selects fewer image tokens (alpha in Sec. 3.1
     of the paper).
     """
 

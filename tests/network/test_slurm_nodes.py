@@ -91,6 +91,21 @@ def test_node_whose_link_is_cut_is_named_and_replaced(cluster: Cluster, tmp_path
     assert files_of(job.dir, 25) == files_of(alone, 25)
 
 
+def test_preflight_leaves_out_a_node_that_srun_cannot_reach(
+    cluster: Cluster, tmp_path: Path, cache: str, alone: Path
+) -> None:
+    """Slurm's controller reaches it and gives it to the job; the job's first node, where srun runs, does not."""
+    assert cluster.network is not None
+    cluster.network.drop_routes(1, [0, 2])
+    job = Job(cluster, tmp_path, ["--nodes=3"], [cache, *STEPS], PREFLIGHT="1", SPARE_NODES="1")
+    log = job.finish(seconds=600)
+    cluster.network.keep_routes(1)
+    assert "fault: node1: srun cannot start a process there" in log
+    assert "preflight passed" in log
+    assert [node for node, _ in job.pids().values()] == ["node0", "node2"]
+    assert losses(job.dir) == losses(alone)
+
+
 def test_killed_owner_leaves_nothing_for_long() -> None:
     program = (
         "import time; from tests.lib.netns import *; from tests.lib.slurm_cluster import *\n"
