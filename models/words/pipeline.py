@@ -166,7 +166,7 @@ def _clamped(value: int) -> int:
 
 @lru_cache(maxsize=1 << 16)
 def embed(number: int) -> list[float]:
-    """Return the embedding of a token, a list of WIDTH (256) numbers. That of padding is all zeros.
+    """Return the embedding of a token, a list of WIDTH (256) numbers. The embedding of padding is all zeros.
 
     `number`: the token's number in the output of `CharacterTokenizer`. It contains everything that the embedding depends on:
     the character and its place in the quoted text, or hashes of the word and of the word before it.
@@ -184,7 +184,10 @@ def embed(number: int) -> list[float]:
 
 
 def _signs(key: str) -> list[float]:
-    """Return a vector of BLOCK (64) numbers, 1 or -1, from the SHA-256 of `key`. Those of two keys are nearly orthogonal."""
+    """Return a vector of BLOCK (64) numbers, 1 or -1, from the SHA-256 of `key`.
+
+    The vectors of two different keys are nearly orthogonal.
+    """
     bits = int.from_bytes(hashlib.sha256(key.encode()).digest(), "big")
     return [1.0 if bits >> i & 1 else -1.0 for i in range(BLOCK)]
 
@@ -192,7 +195,7 @@ def _signs(key: str) -> list[float]:
 def _place(place: int, length: int) -> list[float]:
     """Return BLOCK (64) numbers that encode the index `place` of a character in a text of `length` characters.
 
-    They depend on the character's distances from the start, the end and the middle, and on its relative position.
+    They depend on the character's distances from the start, the end and the middle of the text, and on `place` / `length`.
     """
     after = length - 1 - place
     one_hots = [2.0 * (i == value) for value in (place, after) for i in range(ONE_HOT)]
@@ -261,8 +264,8 @@ def packaged_folder(name: str) -> Path:
 def packaged_text_model(name: str) -> tuple[Model, Tokenizer]:
     """Return (model, tokenizer) of a text encoder that needs no folder. The weights are float32.
 
-    `name`: "minilm", whose weights come with a Python package, or "characters", which has none. Raises UserError if the name
-    is unknown or the package is not installed.
+    `name`: "minilm", whose weights come with a Python package, or "characters", which has no weights. Raises UserError if
+    the name is unknown or the package is not installed.
     """
     if name == CHARACTERS:
         return CharacterModel(), CharacterTokenizer()
@@ -346,7 +349,7 @@ def encode_images(vae: Model, images: Tensor, device: torch.device) -> tuple[Ten
 def decode_latents(vae: Model, latents: Tensor, device: torch.device) -> Tensor:
     """Decode latents [B, C, h, w] to images, float32 [B, 3, H, W] in -1..1, with `vae`, an autoencoder of diffusers.
 
-    The latents are shifted and scaled, as `encode_images` returns them. `device`: on which the VAE runs.
+    The latents are shifted and scaled, as `encode_images` returns them. `device`: the device on which the VAE runs.
     """
     shift, scale = latent_shift_and_scale(vae, device)
     latents = (latents.to(device).float() / scale + shift).to(vae.dtype)
@@ -406,9 +409,9 @@ def tokenize(tokenizer: Tokenizer, captions: Sequence[str], max_tokens: int, pad
 
 
 def _special_in_text(tokenizer: Tokenizer, ids_BY: Tensor, mask_BY: Tensor) -> Tensor:
-    """Return, bool [B, Y], which tokens are special tokens that stem from a caption's text. The unknown token is excluded.
+    """Return bool [B, Y]: true at special tokens that are written in a caption's text. The unknown token is excluded.
 
-    `ids_BY`: token numbers. `mask_BY`: 1 at special tokens that the tokenizer has added itself.
+    `ids_BY`: token ids. `mask_BY`: 1 at special tokens that the tokenizer has added itself.
     """
     # Some tokenizers pad with an ordinary character ("!" in Stable Diffusion 2).
     known = {i for token, i in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True) if len(token) > 1}
@@ -418,9 +421,10 @@ def _special_in_text(tokenizer: Tokenizer, ids_BY: Tensor, mask_BY: Tensor) -> T
 
 
 def _break_up(text: str, spans: Sequence[tuple[int, int]]) -> str:
-    """Insert a space after the first character of each span, which breaks up a special token in the text.
+    """Return `text` with a space after the first character of each span, so that it contains no special tokens there.
 
-    A span of one character is replaced by a space. `spans`: (first, end) of each.
+    A span of one character is replaced by a space. `spans`: (index of the first character, index after the last one) of
+    each special token in the text.
     """
     for first, end in sorted(spans, reverse=True):
         text = text[: first + (end - first > 1)] + " " + text[first + 1 :]
@@ -489,8 +493,8 @@ def downscale_factor(config: Mapping[str, Any]) -> int:
 def append_small_image(x_BChw: Tensor, small_B3HsWs: Tensor, patch: int) -> Tensor:
     """Append small images in -1..1 to latents [B, C, h, w] as channels; return [B, C + 3 patch^2, h, w].
 
-    Each latent position gets `patch` x `patch` pixels of the small image, each in its own three channels. If the small image
-    has fewer pixels than that, they are repeated.
+    Each latent position gets `patch` x `patch` pixels of the small image, each pixel in its own three channels. If the small
+    image has fewer pixels than that, its pixels are repeated.
     """
     small_BChw = F.pixel_unshuffle(small_B3HsWs, patch)
     size_hw = (x_BChw.shape[-2], x_BChw.shape[-1])
@@ -502,8 +506,8 @@ def append_small_image(x_BChw: Tensor, small_B3HsWs: Tensor, patch: int) -> Tens
 def back_project(images_B3HW: Tensor, small_B3HsWs: Tensor, times: int) -> Tensor:
     """Correct sampled images so that their downscaled versions approach the small images (Irani and Peleg, 1991).
 
-    The autoencoder and sampling change colours, while the small image has the right ones. Each correction upsamples the
-    difference between the small image and the downscaled sampled image, and adds it to the sampled image.
+    The autoencoder and sampling change colours, while the small image has the right colours. Each correction upsamples the
+    difference between the small image and the downscaled sampled image, and adds the result to the sampled image.
 
     Args:
         images_B3HW: sampled images in -1..1.
@@ -588,7 +592,7 @@ class CallArguments:
 
     @property
     def callback_tensors(self) -> Sequence[str]:
-        """Names of the tensors for the callback. A PipelineCallback of diffusers has its own list."""
+        """Names of the tensors that the callback gets. A PipelineCallback of diffusers states them in `tensor_inputs`."""
         return getattr(self.callback_on_step_end, "tensor_inputs", self.callback_on_step_end_tensor_inputs)
 
     def check(self, factor: int, num_timesteps: int) -> None:
@@ -647,7 +651,7 @@ def check_texts(
 
     Args:
         prompt: one prompt or several, or None.
-        negative: negative prompts: one for all prompts, or one for each. They may be None, also without embeddings.
+        negative: negative prompts: one for all prompts, or one for each. None without `negative_embeds`: empty texts.
         prompt_embeds: embeddings of the prompts, [prompts, tokens, width], or None.
         negative_embeds: embeddings of the negative prompts, or None.
         prompt_mask: mask of `prompt_embeds`, or None.
@@ -711,8 +715,8 @@ def for_each(name: str, value: object, count: int) -> list[Any]:
     values = list(value) if isinstance(value, list | tuple) else [value] * count
     if len(values) != count:
         raise UserError(
-            f"{name} must be one value, or a list of one for each prompt ({count}), but the list has {len(values)}. Pass a "
-            f"single value or a list of length {count}."
+            f"{name} must be one value, or a list with a value for each prompt ({count}), but the list has {len(values)}. "
+            f"Pass a single value or a list of length {count}."
         )
     return values
 
@@ -766,19 +770,19 @@ def _check_floats(name: str, embeds: object) -> None:
 
 
 def _kind(value: object) -> str:
-    """Return the shape of a tensor, its dtype if that is no float, or the type of another value, for a message."""
+    """Describe a value in a message: a tensor by its shape, and dtype if it is not floating-point; others by their type."""
     if not isinstance(value, Tensor):
         return f"type {type(value).__name__}"
     return f"shape {list(value.shape)}" if value.is_floating_point() else f"shape {list(value.shape)} and {value.dtype}"
 
 
 def _check_schedule(name: str, values: Any) -> None:
-    """Raise UserError unless `values`, the argument `name`, is a list or array of numbers that is not empty."""
+    """Raise UserError unless `values`, the argument `name`, is a list or array of at least one number, none negative."""
     numbers = values.tolist() if isinstance(values, np.ndarray | Tensor) else values
     if not isinstance(numbers, list | tuple) or not numbers or not all(_is_real(value) for value in numbers):
         raise UserError(
-            f"{name}={values!r} must be a list of numbers from 0, one for each step. Pass at least one number, or leave out "
-            f"{name}."
+            f"{name}={values!r} must be a list of numbers that are not negative: one number for each denoising step, and at "
+            f"least one. Pass such a list, or leave out {name}."
         )
 
 
@@ -791,7 +795,7 @@ def _read_images(name: str, value: Any, count: int) -> list[Image.Image]:
 
 
 def _to_pil(name: str, image: Any) -> Image.Image:
-    """Return a PIL image from one image of the argument `name`, as diffusers converts it. PIL images are not changed."""
+    """Convert one image of the argument `name` to a PIL image, as diffusers does. PIL images are returned unchanged."""
     if isinstance(image, Image.Image):
         return image
     kind = f"its type is {type(image).__name__}. Pass {name}=Image.open(path)"
@@ -806,8 +810,8 @@ def _to_pil(name: str, image: Any) -> Image.Image:
         limits = f" and values {array.min():g} to {array.max():g}" if array.size else ""
         kind = f"it has shape {list(image.shape)}, {image.dtype}{limits}. Pass {name}=Image.fromarray(array), array as uint8"
     raise UserError(
-        f"{name} must be a PIL image, an array [H, W, 3] or a tensor [3, H, W] of floats in 0..1, or one for each prompt, "
-        f"but {kind}."
+        f"{name} must be a PIL image, an array [H, W, 3] or a tensor [3, H, W] of floats in 0..1, or a list with one of "
+        f"them for each prompt, but {kind}."
     )
 
 # ---- model.diffusers_model -------------------------------------------------------------------------------------------
@@ -918,9 +922,8 @@ class PipelineFiles(_Pipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         """Load a pipeline from a local folder or a model hub, with diffusers' arguments.
 
-        With `text_encoder=None`, no text encoder is loaded, not even one of which the folder has only the name.
-
-        Raises UserError if the local folder does not contain a pipeline, or lacks files.
+        With `text_encoder=None`, no text encoder is loaded, even if model_index.json names one that has no files in the
+        folder. Raises UserError if the local folder does not contain a pipeline, or lacks files.
         """
         if kwargs.get("text_encoder", cls) is None:
             kwargs.setdefault("text", None)
@@ -945,15 +948,15 @@ class PipelineFiles(_Pipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Self:
-        """Return a pipeline of this class that shares components and settings with another.
+        """Return a pipeline of this class that shares components and settings with another pipeline.
 
         Args:
             pipeline: any pipeline with the components that this class requires.
             kwargs: components and settings to replace or add. `dtype` (or `torch_dtype`): dtype to which the shared
-                weights are cast; None: they keep theirs.
+                weights are cast; None: the weights keep their dtype.
 
         Raises:
-            UserError: a component is missing.
+            UserError: a component that this class requires is neither in `pipeline` nor in `kwargs`.
         """
         torch_dtype = kwargs.pop("torch_dtype", None)
         dtype = kwargs.pop("dtype", None) or torch_dtype
@@ -984,8 +987,8 @@ class PipelineFiles(_Pipeline):
         Args:
             save_directory: the folder; it is created if it does not exist.
             safe_serialization: whether to write safetensors files.
-            variant: added to the names of weight files, such as "fp16".
-            max_shard_size: size at which a weight file is divided, in bytes or as in "5GB".
+            variant: text that is added to the names of weight files, such as "fp16"; None: no text.
+            max_shard_size: largest size of a weight file, in bytes or as in "5GB"; None: as in diffusers.
             push_to_hub: whether to upload the pipeline afterwards, as the method `push_to_hub` does.
             kwargs: arguments of `push_to_hub`; by default `repo_id` is the name of the folder.
         """
@@ -1017,9 +1020,9 @@ class PipelineFiles(_Pipeline):
 
 
 def check_pipeline_folder(folder: Path) -> None:
-    """Raise UserError unless `folder` is that of a saved pipeline: its model_index.json names a class as "_class_name".
+    """Raise UserError unless `folder` contains a saved pipeline: a model_index.json with a valid entry "_class_name".
 
-    The value of "_class_name" is the name of a class, or a list of the names of a module and of a class in it.
+    The entry must be the name of a class, or a list of the name of a module and the name of a class in this module.
     """
     problem = None
     try:
@@ -1092,7 +1095,7 @@ _log = logging.getLogger(__name__)
 def initial_noise(seed: int, index: int, shape: tuple[int, ...], copy: int = 0) -> Tensor:
     """Return the initial noise of one image, standard normal, float32 of `shape`, on the CPU.
 
-    It depends only on these arguments.
+    The noise depends only on these arguments.
 
     Args:
         seed: seed of the noise.
@@ -1107,12 +1110,14 @@ def initial_noise(seed: int, index: int, shape: tuple[int, ...], copy: int = 0) 
 def first_latents(
     scheduler: NoiseScheduler, noise_BChw: Tensor, steps: int, start_BChw: Tensor | None, strength: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the latents with which the first step starts, [B, C, h, w], and the timesteps.
+    """Return the latents with which the first step starts, [B, C, h, w], and the timesteps of the steps to run.
+
+    With start images, the first part of the scheduler's timesteps is left out, and the latents are noised start images.
 
     Args:
         scheduler: a scheduler of diffusers after its `set_timesteps`.
         noise_BChw: initial noise.
-        steps: number of denoising steps.
+        steps: number of denoising steps for which the timesteps were set.
         start_BChw: latents of images to start from. None: start from noise.
         strength: share of the steps, 0 to 1, that are applied to `start_BChw`.
     """
@@ -1132,7 +1137,7 @@ def first_latents(
 
 
 def add_noise(scheduler: NoiseScheduler, x_BChw: Tensor, noise_BChw: Tensor, timestep: Tensor) -> Tensor:
-    """Return latents with as much noise as they have at `timestep`, one of the scheduler's timesteps."""
+    """Mix clean latents `x_BChw` with `noise_BChw`, in the proportions that the scheduler has at its timestep `timestep`."""
     timestep_B = timestep.expand(len(x_BChw))
     if hasattr(scheduler, "scale_noise"):  # flow matching
         return scheduler.scale_noise(x_BChw, timestep_B, noise_BChw)
@@ -1140,7 +1145,7 @@ def add_noise(scheduler: NoiseScheduler, x_BChw: Tensor, noise_BChw: Tensor, tim
 
 
 def model_input(scheduler: NoiseScheduler, x: Tensor, timestep: Tensor) -> Tensor:
-    """Return latents `x` scaled as `scheduler` requires for the model; schedulers of flow matching do not scale."""
+    """Return latents `x`, scaled as `scheduler` requires for the model's input. Schedulers of flow matching do not scale."""
     return scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
 
 
@@ -1206,9 +1211,9 @@ class Prompts(NamedTuple):
     """Text embeddings of B prompts, as diffusers passes them to callbacks. Y: tokens, D: width.
 
     Attributes:
-        embeds: [B, Y, D] without guidance; with guidance [2 B, Y, D], those of negative prompts first.
+        embeds: embeddings of the prompts, [B, Y, D]; with guidance [2 B, Y, D], where those of negative prompts come first.
         mask: mask of `embeds`, bool [B, Y] or [2 B, Y], False at padding.
-        negative_embeds: [B, Y, D], those of negative prompts alone; None without guidance.
+        negative_embeds: embeddings of the negative prompts alone, [B, Y, D]; None without guidance.
     """
 
     embeds: Tensor
@@ -1217,15 +1222,16 @@ class Prompts(NamedTuple):
 
     @classmethod
     def of(cls, embeds: Tensor, mask: Tensor, negative_embeds: Tensor | None, negative_mask: Tensor | None) -> "Prompts":
-        """Return the prompts of a call from what `encode_prompt` returns."""
+        """Return the prompts of a call, from the four values that `RaphaelPipeline.encode_prompt` returns."""
         if negative_embeds is None or negative_mask is None:
             return cls(embeds, mask, None)
         return cls(torch.cat([negative_embeds, embeds]), torch.cat([negative_mask, mask]), negative_embeds)
 
     def with_embeds(self, embeds: Tensor, negative_embeds: Tensor | None, batch: int, guided: bool) -> "Prompts":
-        """Return the prompts with the embeddings that a callback returned.
+        """Return the prompts with `embeds` and `negative_embeds`, the embeddings that a callback returned.
 
-        `batch`: number of images B. `guided`: whether the next step has guidance. Raises UserError for another shape.
+        `batch`: number of images B. `guided`: whether the next step has guidance. Raises UserError if `embeds` has a shape
+        that the next step cannot use.
         """
         if guided and negative_embeds is not None and negative_embeds is not self.negative_embeds:
             embeds = torch.cat([negative_embeds, embeds[-batch:]])
@@ -1233,8 +1239,8 @@ class Prompts(NamedTuple):
         if len(embeds) not in rows or embeds.shape[1:] != self.embeds.shape[1:]:
             raise UserError(
                 f"callback_on_step_end must return prompt_embeds of shape {[rows[0], *self.embeds.shape[1:]]}, but it is "
-                f"{list(embeds.shape)}. Return those of negative prompts and then those of prompts, or set "
-                "pipeline._guidance_scale = 0 and return those of prompts."
+                f"{list(embeds.shape)}. Return the embeddings of the negative prompts and then those of the prompts, or set "
+                "pipeline._guidance_scale = 0 and return the embeddings of the prompts."
             )
         return self._replace(embeds=embeds, negative_embeds=negative_embeds)
 
@@ -1287,7 +1293,7 @@ class Denoiser(PipelineFiles):
             return call.latents.to(device, torch.float32)
         if isinstance(generator, list) and len(generator) != shape[0]:
             raise UserError(
-                f"generator must be one generator, or a list of one for each image ({shape[0]}), but the list has "
+                f"generator must be one generator, or a list with a generator for each image ({shape[0]}), but the list has "
                 f"{len(generator)}. Pass one generator, or a list of length {shape[0]}."
             )
         if generator is None and call.seed is not None:
@@ -1296,7 +1302,10 @@ class Denoiser(PipelineFiles):
         return cast(Tensor, randn_tensor(shape, generator=generator, device=device, dtype=torch.float32))
 
     def _begin(self, call: CallArguments, noise: Tensor, inputs: ImageInputs) -> tuple[Tensor, Tensor]:
-        """Return the latents with which the first step starts, float32 [B, C, h, w], and the timesteps [steps]."""
+        """Set the scheduler's timesteps, and return the latents with which the first step starts and the steps' timesteps.
+
+        The latents are float32 [B, C, h, w]: the initial noise `noise`, or with an image to change, its noised latents.
+        """
         scheduler = self.scheduler
         try:
             _, steps = retrieve_timesteps(
@@ -1316,7 +1325,7 @@ class Denoiser(PipelineFiles):
         return first_latents(scheduler, noise, steps, start, call.strength)
 
     def _denoise(self, call: CallArguments, noise: Tensor, inputs: ImageInputs, prompts: Prompts) -> Tensor:
-        """Return the latents after all denoising steps, float32 [B, C, h, w]."""
+        """Run all denoising steps from the initial noise `noise`; return the latents after them, float32 [B, C, h, w]."""
         latents, timesteps = self._begin(call, noise, inputs)
         self._num_timesteps, options = len(timesteps), self._step_options(call)
         with self.progress_bar(total=len(timesteps)) as bar:
@@ -1337,7 +1346,7 @@ class Denoiser(PipelineFiles):
     def _call_back(
         self, call: CallArguments, number: int, t: Tensor, latents: Tensor, prompts: Prompts
     ) -> tuple[Tensor, Prompts]:
-        """Call the user's callback after step `number`; return latents and prompts with the tensors that it replaces."""
+        """Call the user's callback after step `number`; return `latents` and `prompts` with the changes that it returns."""
         callback = call.callback_on_step_end
         if callback is None:
             return latents, prompts
@@ -1380,7 +1389,10 @@ class Denoiser(PipelineFiles):
         return {k: v for k, v in {"eta": call.eta, "generator": self._generator(call)}.items() if k in known}
 
     def _predict(self, call: CallArguments, latents: Tensor, t: Tensor, inputs: ImageInputs, prompts: Prompts) -> Tensor:
-        """Return the prediction with guidance, eps_null + guidance * (eps_text - eps_null), float32 [B, C, h, w]."""
+        """Return the prediction for `latents` at timestep `t`, float32 [B, C, h, w].
+
+        With guidance it is eps_null + guidance * (eps_text - eps_null), from predictions for negative prompts and prompts.
+        """
         x = model_input(self.scheduler, latents, t).to(self.unet.dtype)
         batch, text, mask = len(x), prompts.embeds, prompts.mask
         if not self._is_guided(prompts):
@@ -1397,7 +1409,8 @@ class Denoiser(PipelineFiles):
     ) -> Tensor:
         """Return the U-Net's prediction for latents `x` at timestep `t`, float32 in the shape of `x`.
 
-        `x` and `text` have B samples, or 2 B: those with prompts, then those with negative prompts.
+        `x`, `text` (embeddings) and `mask` (of the embeddings) have B samples, or with guidance 2 B: B samples with prompts,
+        then the same with negative prompts.
         """
         unet, options = self.unet.eval(), JsonObject()
         text, timestep = text.to(unet.dtype), torch.full((len(x),), t.item(), device=x.device)
@@ -1445,7 +1458,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def lora_scale(rank: int, alpha: float, root: bool = False) -> float:
-    """Return the factor on the LoRA product B A: alpha / rank, or with `root` alpha / sqrt(rank) (peft's `use_rslora`)."""
+    """Return the factor on the LoRA product B A: alpha / rank; with `root`, alpha / sqrt(rank) (peft's `use_rslora`)."""
     return alpha / (math.sqrt(rank) if root else rank)
 
 # ---- convert.lora_files ----------------------------------------------------------------------------------------------
@@ -1467,13 +1480,13 @@ _EMPTY = ("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA adapters. Each adapts a parameter W of the base model to W + scale B A.
+    """LoRA adapters: matrices A and B that change parameters W of the base model to W + scale B A.
 
     Attributes:
-        path: folder that they were read from.
-        scale: factor of B A.
-        factors: by name of the parameter, the matrices A [rank, in] and B [out, rank], float32. For a parameter with K
-            stacked experts they are [K, rank, in] and [K, out, rank].
+        path: folder or file from which the adapters were read.
+        scale: factor of B A, the same for all parameters.
+        factors: for each changed parameter, by name, the matrices A [rank, in] and B [out, rank], float32. For a parameter
+            with K stacked experts they are [K, rank, in] and [K, out, rank].
     """
 
     path: Path
@@ -1509,8 +1522,8 @@ class Adapter:
 def read_peft_folder(folder: Path, option: str) -> Adapter:
     """Read the LoRA adapters in a folder that peft wrote.
 
-    Raises UserError if they are not plain LoRA, or if the tensors do not match the folder's adapter_config.json.
-    `option`: name of the command line option that gave `folder`, for messages.
+    Raises UserError if the adapters are not plain LoRA (but, for example, DoRA), or if the tensors do not match the folder's
+    adapter_config.json. `option`: name of the command line option that gave `folder`, for messages.
     """
     config = _read_config(folder / CONFIG, option)
     return adapter_of_tensors(read_tensors(folder / WEIGHTS), config, folder / WEIGHTS, option)
@@ -1519,19 +1532,19 @@ def read_peft_folder(folder: Path, option: str) -> Adapter:
 def read_lora_file(file: Path, option: str) -> Adapter:
     """Read the LoRA adapters in a safetensors file of diffusers' `save_lora_weights`.
 
-    Raises UserError if they are not plain LoRA. `option`: as in `read_peft_folder`.
+    Raises UserError if the adapters are not plain LoRA. `option`: name of the option that gave `file`, for messages.
     """
     return adapter_of_tensors(read_tensors(file), _read_config(file, option), file, option)
 
 
 def adapter_of_tensors(tensors: Mapping[str, Tensor], config: JsonObject | None, file: Path, option: str) -> Adapter:
-    """Return the adapters that tensors with the names of peft or diffusers are. Raises UserError if they are not plain LoRA.
+    """Make LoRA adapters from the tensors in a file of peft or diffusers. Raises UserError if they are not plain LoRA.
 
     Args:
-        tensors: matrices A and B by name.
-        config: peft's LoraConfig. None: any rank, and alpha is the rank.
-        file: where the tensors come from.
-        option: name of the option that gave them, for messages.
+        tensors: matrices A and B, under the names that peft or diffusers gives them.
+        config: peft's LoraConfig. None: the shapes of the tensors state the rank, and alpha is equal to the rank.
+        file: path of the file with the tensors, for messages and for the result's `path`.
+        option: name of the option that gave the file, for messages.
     """
     pairs: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in tensors.items():
@@ -1552,8 +1565,8 @@ def adapter_of_tensors(tensors: Mapping[str, Tensor], config: JsonObject | None,
         rank = rows if config is None else int(config["r"])
         if parameter is None or pair.keys() != {"A", "B"} or rows != pair["B"].shape[1] or not rows or rows % rank:
             raise UserError(
-                f"{option}: the adapter of {module} in {file} must match {source}, but it does not. Use the files of one "
-                "training run."
+                f"{option}: the adapter of {module} in {file} must match {source}: one matrix A and one matrix B, with the "
+                "rank and for a layer that are stated there. But it does not match. Use the files of one training run."
             )
         if not stacked(parameter) and rows != rank:
             raise UserError(
@@ -1567,16 +1580,17 @@ def adapter_of_tensors(tensors: Mapping[str, Tensor], config: JsonObject | None,
 
 
 def _file_config(file: Path) -> JsonObject | None:
-    """Return the LoraConfig of the U-Net's adapters in the metadata of a safetensors file; None if it has none."""
+    """Return the LoraConfig of the U-Net's adapters in the metadata of a safetensors file; None if it has no LoraConfig."""
     with safe_open(file, "pt") as opened:
         text = (opened.metadata() or {}).get(_METADATA)
     return {key.removeprefix(_UNET): value for key, value in parse_json(text).items()} if text else None
 
 
 def _read_config(file: Path, option: str) -> JsonObject | None:
-    """Return the LoraConfig in peft's adapter_config.json or in a safetensors file; None if that has none.
+    """Return the LoraConfig in peft's adapter_config.json or in a safetensors file; None if the latter has no LoraConfig.
 
-    UserError: it cannot be read, or is not that of plain LoRA.
+    Raises UserError if the file cannot be read, or the LoraConfig is not that of plain LoRA. `option`: name of the option
+    that gave the file, for messages.
     """
     try:
         config = read_json(file) if file.name == CONFIG else _file_config(file)
@@ -1662,7 +1676,8 @@ class LoraFiles:
         }
         if name := next((name for name, given in unsupported.items() if given), None):
             raise UserError(
-                f"{name} is not supported: only the U-Net has adapters, and only safetensors files are read. Leave it out."
+                f"{name} is not supported: only the U-Net has adapters, and only safetensors files are read. Leave out "
+                f"{name}."
             )
         if not unet_lora_layers:
             raise UserError(
@@ -1681,14 +1696,15 @@ class LoraFiles:
 def read_adapters(path: Path, weight_name: str | None) -> Adapter:
     """Read LoRA adapters from a safetensors file, or from a folder of peft or diffusers.
 
-    The installed package also reads those of a run directory.
+    The installed package also reads the adapters in a run directory.
 
     Args:
         path: the file or folder.
-        weight_name: name of the safetensors file in the folder; None: that of peft, otherwise that of diffusers.
+        weight_name: name of the safetensors file in the folder; None: the name that peft uses if the folder contains peft's
+            adapter_config.json, otherwise the name that diffusers uses.
 
     Raises:
-        UserError: there are no adapters, or they are of a kind that is not supported.
+        UserError: `path` contains no adapters, or adapters of a kind that is not supported.
     """
     option = "load_lora_weights"
     if weight_name in (None, WEIGHTS) and (path / CONFIG).is_file():
@@ -1711,9 +1727,10 @@ class LoraState:
         adapters: all loaded adapters that are not fused, by name.
         active: factor by which each active adapter is multiplied, by the adapter's name.
         enabled: whether the active adapters are added to the weights.
-        own: for each parameter that active adapters change, by name, its weights without them, on the CPU.
-        fused: for each parameter that `fuse_lora` changed, by name, its weights before that.
-        fused_adapters: adapters that `fuse_lora` added, by name, and the factors that they had.
+        own: for each parameter that active adapters change, by name, its weights without these adapters, on the CPU.
+        fused: for each parameter that `fuse_lora` changed, by name, its weights before the first `fuse_lora`.
+        fused_adapters: for each adapter that `fuse_lora` made part of the weights, by name, the adapter and its factor in
+            `active`, which `unfuse_lora` restores.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -1753,13 +1770,14 @@ class LoraLoader(LoraFiles):
                 diffusers (pytorch_lora_weights.safetensors), a safetensors file, or tensors by name. The installed package
                 also reads a run directory with trained adapters.
             adapter_name: name for `set_adapters`; None: default_0, default_1, ...
-            hotswap: whether to replace the loaded adapters `adapter_name`, which keep their factor.
+            hotswap: whether to replace the loaded adapters that have the name `adapter_name`. Their factor is kept.
             weight_name: name of the safetensors file in the folder; None: one of the names above.
-            subfolder: folder with the adapters in the folder that is passed first.
-            options: options of diffusers for downloads, which are refused.
+            subfolder: subfolder with the adapters, if the first argument is a folder; None: no subfolder.
+            options: other options of diffusers, such as those for downloads. They must be None or False, except for options
+                that make no difference here.
 
         Raises:
-            UserError: there are no adapters, they do not fit the U-Net, or the name is in use.
+            UserError: there are no adapters, they do not fit the U-Net, the name is in use, or an option is not supported.
         """
         for option, value in options.items():
             if value and option not in _NO_EFFECT:
@@ -1782,7 +1800,10 @@ class LoraLoader(LoraFiles):
             self.set_adapters(name)
 
     def _name_to_load(self, adapter_name: str | None, hotswap: bool) -> str:
-        """Return the name of adapters to load. Raises UserError if it is in use, or with `hotswap` if it is not."""
+        """Return the name for adapters to load: `adapter_name`, or the first of default_0, default_1, ... that is not used.
+
+        Raises UserError if adapters of this name exist already; with `hotswap`, if no loaded adapters have this name.
+        """
         state = self._lora
         used = state.adapters.keys() | state.fused_adapters
         name = next(n for i in count() if (n := f"default_{i}") not in used) if adapter_name is None else adapter_name
@@ -1801,15 +1822,15 @@ class LoraLoader(LoraFiles):
     def set_adapters(
         self, adapter_names: str | Sequence[str], adapter_weights: float | dict[str, float] | Sequence[Any] | None = None
     ) -> None:
-        """Make these loaded LoRA adapters the only ones that are added to the U-Net's weights.
+        """Make the loaded LoRA adapters `adapter_names` the only ones that are added to the U-Net's weights.
 
         Args:
             adapter_names: one name or several.
-            adapter_weights: factor by which an adapter is multiplied: one number for all, or one for each. None: 1. A number
-                may be written as {"unet": number}.
+            adapter_weights: factor by which an adapter is multiplied: one number for all adapters, or one for each adapter.
+                None: 1. A number may be written as {"unet": number}.
 
         Raises:
-            UserError: no adapter of this name is loaded, or the number of factors is wrong.
+            UserError: no adapter with one of the names is loaded, or the number of factors is wrong.
         """
         names = as_list(adapter_names)
         weights = [_factor("adapter_weights", weight) for weight in as_list(adapter_weights)]
@@ -1874,12 +1895,12 @@ class LoraLoader(LoraFiles):
 
         Args:
             components: only ["unet"], since no other component has adapters.
-            lora_scale: factor in addition to that of `set_adapters`.
+            lora_scale: factor by which adapters are multiplied, in addition to the factor from `set_adapters`.
             safe_fusing: whether to refuse adapters whose values are not finite.
-            adapter_names: the adapters; None: all active ones.
+            adapter_names: names of the adapters to fuse; None: all active adapters.
 
         Raises:
-            UserError: a value is not allowed.
+            UserError: an argument has a value that is not allowed, or no adapter with one of the names is loaded.
         """
         _check_components(components)
         scale, state = _factor("lora_scale", lora_scale), self._lora
@@ -1903,7 +1924,7 @@ class LoraLoader(LoraFiles):
         """Restore the U-Net's weights from before the first `fuse_lora`, bit for bit.
 
         Fused LoRA adapters that were not unloaded are active again, with the factors of `set_adapters`, as in diffusers.
-        Adapters that were loaded afterwards and are active stay active. `components`: only ["unet"].
+        Other active adapters, loaded after `fuse_lora`, stay active. `components`: only ["unet"] is allowed.
         """
         _check_components(components)
         state = self._lora
@@ -1933,7 +1954,8 @@ class LoraLoader(LoraFiles):
         names = {name for adapter in added for name in state.adapters[adapter].factors}
         if any(parameters[name].is_meta for name in names | state.own.keys()):
             raise UserError(
-                "adapters must be loaded before enable_sequential_cpu_offload(), which moves the weights. Load them first."
+                "adapters must be loaded before enable_sequential_cpu_offload(), which moves the weights, but it has been "
+                "called already. Load the adapters first."
             )
         for name, value in state.own.items():
             parameters[name].copy_(value)
@@ -1947,7 +1969,7 @@ class LoraLoader(LoraFiles):
 def _factor(name: str, value: Any) -> float:
     """Return the factor of an adapter: `value`, which may be {"unet": number}; None: 1.
 
-    Raises UserError, which names the argument `name`, if it is no finite number.
+    Raises UserError, which names the argument `name`, if the value is not a finite number.
     """
     number = value.get("unet") if isinstance(value, dict) and value.keys() <= {"unet"} else value
     if number is None:
@@ -1967,7 +1989,7 @@ def _check_components(components: str | Sequence[str]) -> None:
 
 
 def fit(image: Image.Image, size_hw: tuple[int, int], flip: bool, resample: Image.Resampling) -> Image.Image:
-    """Resize `image`, with its aspect ratio kept, until it covers `size_hw`; crop its centre to this size, and return it.
+    """Return `image`, resized until it covers `size_hw` without changing its aspect ratio, and cropped to its centre.
 
     Args:
         image: An image of any mode and size.
@@ -2011,7 +2033,7 @@ Output = ImagePipelineOutput | tuple[Any]  # the images; a tuple with `return_di
 
 
 class RaphaelPipeline(LoraLoader, Denoiser):
-    """A diffusers pipeline that draws images from captions. With equal `seed` it draws what `raphael_dist.sample` draws."""
+    """A diffusers pipeline that draws images from captions: with the same `seed`, those that `raphael_dist.sample` draws."""
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
     _optional_components = ["vae", "text_encoder", "tokenizer"]  # noqa: RUF012 (diffusers requires this name and type)
@@ -2037,7 +2059,7 @@ class RaphaelPipeline(LoraLoader, Denoiser):
             unet: a RaphaelUNet2D or UNet2DConditionModel.
             scheduler: any of diffusers' Karras schedulers (`KarrasDiffusionSchedulers`).
             vae: an autoencoder of diffusers. None: the model works on pixels, or only latents are returned.
-            text_encoder: a text encoder of transformers. None: calls pass embeddings.
+            text_encoder: a text encoder of transformers. None: calls must pass embeddings instead of prompts.
             tokenizer: tokenizer of the text encoder.
             max_tokens: largest number of tokens of a caption; longer ones are truncated.
             steps: default number of inference steps.
@@ -2080,7 +2102,7 @@ class RaphaelPipeline(LoraLoader, Denoiser):
 
     def _vae_for(self, method: str) -> Model:
         if self.vae is None:
-            raise UserError(f"{method}() requires a vae, but the pipeline has none. Leave it out.")
+            raise UserError(f"{method}() requires a vae, but the pipeline has none. Do not call {method}().")
         return self.vae
 
     @torch.no_grad()
@@ -2121,8 +2143,8 @@ class RaphaelPipeline(LoraLoader, Denoiser):
             timesteps: timesteps to use instead of `num_inference_steps`, if the scheduler supports this.
             sigmas: sigmas to use instead of `num_inference_steps`, if the scheduler supports this.
             guidance_scale: weight of the prompt; 1 or less turns guidance off.
-            negative_prompt: one for all prompts, or one for each prompt.
-            num_images_per_prompt: images for each prompt.
+            negative_prompt: one negative prompt for all prompts, or one for each prompt.
+            num_images_per_prompt: number of images to draw for each prompt.
             eta: noise that DDIM adds in each step, from 0 (none) to 1.
             generator: generator of the initial noise, one for all or one for each image.
             latents: initial noise for B images, [B, C, h, w].
@@ -2136,7 +2158,7 @@ class RaphaelPipeline(LoraLoader, Denoiser):
             callback_on_step_end: called after each step with (pipeline, step, timestep, tensors); returns the tensors to
                 replace.
             callback_on_step_end_tensor_inputs: names of the tensors for the callback: latents, prompt_embeds (with guidance
-                those of negative prompts and then those of prompts), negative_prompt_embeds.
+                the embeddings of the negative prompts, then those of the prompts), negative_prompt_embeds.
             seed: fixes the noise as in `raphael_dist.sample`, if neither `generator` nor `latents` is given.
 
         Raises:
@@ -2216,7 +2238,7 @@ class RaphaelPipeline(LoraLoader, Denoiser):
             device: device of the results; None: that of the pipeline.
             num_images_per_prompt: how often each result is repeated.
             do_classifier_free_guidance: False: negative prompts are not encoded.
-            negative_prompt: one for all prompts, or one for each; None: "".
+            negative_prompt: one negative prompt for all prompts, or one for each prompt; None: "".
             prompt_embeds: embeddings [prompts, Y, D] to use instead of encoding `prompt`.
             negative_prompt_embeds: the same for negative prompts.
             prompt_attention_mask: mask of `prompt_embeds`, bool [prompts, Y], False at padding. None: no padding.
@@ -2280,9 +2302,9 @@ class RaphaelPipeline(LoraLoader, Denoiser):
         return ImageInputs()
 
     def _encode_images(self, call: CallArguments, rgb_images: Sequence[Image.Image]) -> Tensor:
-        """Return the latents of images, float32 [B, C, h, w]. `rgb_images`: those in `call.images`, converted to RGB."""
+        """Return the latents of images, float32 [B, C, h, w]. `rgb_images`: the images `call.images`, converted to RGB."""
         if not rgb_images:
-            raise UserError("image=None must be a PIL image, or a list of one for each prompt. Pass an image.")
+            raise UserError("image=None must be a PIL image, or a list with one image for each prompt. Pass an image.")
         device = self._execution_device
         images = to_tensor(np.stack([fit_rgb(image, call.size_hw) for image in rgb_images]))
         if self.vae is not None:
@@ -2292,7 +2314,7 @@ class RaphaelPipeline(LoraLoader, Denoiser):
     def _decode(self, latents: Tensor, small: Tensor | None, output_type: str) -> Any:
         """Decode latents to PIL images, or to values in 0..1: arrays [B, H, W, 3] ("np") or tensors [B, 3, H, W] ("pt").
 
-        `small`: small images of super-resolution, [B, 3, Hs, Ws] in -1..1, or None.
+        `small`: small images of super-resolution, [B, 3, Hs, Ws] in -1..1, which the results must match; or None.
         """
         images = latents.float().clamp(-1, 1)
         if self.vae is not None:
@@ -2363,7 +2385,10 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Convert 16-bit grey to 8 bits by the high bytes, as Pillow does for 16-bit colours."""
+    """Convert a 16-bit grey image to 8 bits: keep the high byte of each pixel, as Pillow does for 16-bit colours.
+
+    If the image states a transparent grey level, the result has an alpha channel.
+    """
     values = np.asarray(image)
     grey = Image.fromarray((values >> 8).astype(np.uint8))
     clear = image.info.get("transparency")
@@ -2375,9 +2400,9 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def shows_options(call: Any) -> Any:
-    """Decorate a pipeline's `__call__`: its signature then has RaphaelPipeline's arguments in place of `**options`.
+    """Decorate a pipeline's method `__call__`, so that its signature lists RaphaelPipeline's arguments, not `**options`.
 
-    help(), editors and diffusers read the signature. Returns `call` itself, whose behaviour is unchanged.
+    The signature is for help(), editors and diffusers, which read it. Returns `call` itself; calling it works as before.
     """
     *own, _ = inspect.signature(call).parameters.values()
     names = {parameter.name for parameter in own}
@@ -2396,8 +2421,8 @@ class RaphaelImg2ImgPipeline(RaphaelPipeline):
 
         Args:
             prompt: one caption or several.
-            image: a PIL image, an array [H, W, 3] or a tensor [3, H, W] of floats in 0..1, or one for each prompt; it is
-                resized and cropped to height x width.
+            image: a PIL image, an array [H, W, 3] or a tensor [3, H, W] of floats in 0..1, or a list with one of them for
+                each prompt. It is resized and cropped to height x width.
             strength: share of the denoising steps, 0 to 1, that are applied to the image. 0 returns the image, 1 starts from
                 almost pure noise.
             options: other arguments of RaphaelPipeline.
@@ -2424,8 +2449,8 @@ class RaphaelInpaintPipeline(RaphaelPipeline):
 
         Args:
             prompt: one caption or several.
-            image: a PIL image, an array [H, W, 3] or a tensor [3, H, W] of floats in 0..1, or one for each prompt; it is
-                resized and cropped to height x width.
+            image: a PIL image, an array [H, W, 3] or a tensor [3, H, W] of floats in 0..1, or a list with one of them for
+                each prompt. It is resized and cropped to height x width.
             mask_image: a mask, of the types of `image` or without channels ([H, W]), and of the size of the image: white (1)
                 where the image is drawn, black (0) or transparent where it is kept.
             strength: share of the denoising steps, 0 to 1, that are applied to the image. 1: the masked part starts from
@@ -2484,8 +2509,8 @@ class RaphaelControlNetPipeline(RaphaelPipeline):
 
         Args:
             prompt: one caption or several.
-            image: edge map with white lines on black, a PIL image, an array [H, W, 3] or a tensor [3, H, W] of floats in
-                0..1, or one for each prompt.
+            image: edge map with white lines on black: a PIL image, an array [H, W, 3] or a tensor [3, H, W] of floats in
+                0..1, or a list with one of them for each prompt. It is resized and cropped to height x width.
             controlnet_conditioning_scale: factor of the ControlNet's outputs; 0: no effect.
             options: other arguments of RaphaelPipeline.
         """
@@ -2502,7 +2527,7 @@ class RaphaelControlNetPipeline(RaphaelPipeline):
 
 
 class RaphaelUpscalePipeline(RaphaelPipeline):
-    """A pipeline for super-resolution: enlarges small images, guided by captions. It requires a model trained for this."""
+    """A pipeline for super-resolution: enlarges small images, guided by captions. Requires a super-resolution model."""
 
     @shows_options
     @torch.no_grad()
@@ -2511,8 +2536,8 @@ class RaphaelUpscalePipeline(RaphaelPipeline):
 
         Args:
             prompt: one caption or several.
-            image: a small PIL image, array [H, W, 3] or tensor [3, H, W] of floats in 0..1, or one for each prompt,
-                `upscale.factor` times smaller than height x width.
+            image: a PIL image, an array [H, W, 3] or a tensor [3, H, W] of floats in 0..1, or a list with one of them for
+                each prompt. Height and width of the image must be 1 / `upscale.factor` of `height` and `width`.
             options: other arguments of RaphaelPipeline.
         """
         return self._draw(prompt=prompt, image=image, **options)
@@ -2533,10 +2558,10 @@ def small_images(images: Sequence[Image.Image], size_hw: tuple[int, int], factor
     Args:
         images: B PIL images.
         size_hw: height and width of the large images in pixels.
-        factor: `upscale.factor` of the model, by which the small images are smaller.
+        factor: `upscale.factor` of the model: height and width of a large image, divided by those of its small image.
 
     Raises:
-        UserError: there are none, or they have the wrong size.
+        UserError: `images` is empty, or an image has the wrong size.
     """
     small = [np.array(to_rgb(image)) for image in images]
     if not small:

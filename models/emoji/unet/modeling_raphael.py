@@ -48,8 +48,8 @@ class Gate(nn.Module):
 def gate_logits(gates: Sequence[Gate], x: Tensor) -> Tensor:
     """Return the logits of the gates of L transformer blocks for the same input x [..., D], float32 [L, ..., K].
 
-    A gate has one logit for each of K experts. Two matrix products compute them. Running the gates one by one would need 3 L
-    kernel launches, and 6 L in the backward pass.
+    A gate has one logit for each of K experts. Two matrix products compute the logits of all gates. Running the gates one by
+    one would need 3 L kernel launches, and 6 L in the backward pass.
     """
     first, last = ([cast(nn.Linear, gate.net[i]) for gate in gates] for i in (0, 2))
     fused = nn.functional.linear(x, torch.cat([g.weight for g in first]), torch.cat([g.bias for g in first]))
@@ -64,14 +64,16 @@ class BlockRouting:
 
     Attributes:
         time_expert_B: int64, the time expert of each sample; None without a Time-MoE.
-        time_samples: number of samples of each time expert, int64 [K] on the model's device. With expert parallelism it also
-            has the counts of other ranks on the host (`expert_dispatch.GroupSamples`).
-        time_factor_B: float32, factor on the output of the time expert, through which the time gate gets its gradient
-            (`choose`).
-        space_weight_BYK: float32, weight of each of K space experts for each of Y text tokens: at the token's expert the
-            factor that `choose` returned, divided by the number of text tokens (without padding if `model.mask_padding`);
-            0 at other experts. The text gate gets its gradient through it. None without a Space-MoE.
-        balance_B: float32, load-balance loss of the gates for each sample; None if it is off or gradients are disabled.
+        time_samples: number of samples of each time expert, int64 [K] on the model's device. If the time experts are
+            sharded over ranks, it is a `GroupSamples` (`parallel.expert_dispatch`) with the counts of all these ranks.
+        time_factor_B: float32, factor on the output of each sample's time expert, through which the time gate gets its
+            gradient (the second result of `choose`).
+        space_weight_BYK: float32, weight of each of K space experts for each of Y text tokens. The weight of the token's
+            expert is the factor that `choose` returned, divided by the number of the sample's text tokens (without padding
+            tokens if `model.mask_padding`). The weights of the other experts are 0. The text gate gets its gradient through
+            these weights. None without a Space-MoE.
+        balance_B: float32, load-balance loss of the gates for each sample; None if this loss is off or gradients are
+            disabled.
     """
 
     time_expert_B: Tensor | None
@@ -99,7 +101,7 @@ def choose(logits: Tensor, noise: Tensor | None, gradient: GateGradient) -> tupl
 
     Returns:
         The chosen expert, int64 [...], and a factor for its output, float32 [...], through which the gate gets its gradient.
-        p is the probability of the chosen expert. The factor is p / p.detach(), whose value is 1 (straight_through), the
+        With p, the probability of the chosen expert, the factor is p / p.detach(), whose value is 1 (straight_through), the
         constant 1 (none), or p (scaled).
     """
     probability = torch.softmax(logits if noise is None else logits + noise, dim=-1)
@@ -113,17 +115,19 @@ def choose(logits: Tensor, noise: Tensor | None, gradient: GateGradient) -> tupl
 def band_of_timestep_B(timestep_B: Tensor, num_experts: int, num_timesteps: int) -> Tensor:
     """Return the time expert of each sample's timestep, int64 [B] in 0 .. K-1, for `model.time_routing=boundaries`.
 
-    The timesteps are divided into K = `num_experts` equal bands (subranges), one for each expert. This is not in the paper;
-    Wan 2.2 has two such experts. Bands have equally many timesteps, not equal ranges of the signal-to-noise ratio. Training
-    draws timesteps evenly, also for each group of ranks that share experts, so every expert gets about equally many samples.
+    The `num_timesteps` timesteps are divided into K = `num_experts` equal bands (subranges), one for each expert. This is
+    not in the paper; Wan 2.2 has two such experts. Bands have equally many timesteps, not equal ranges of the
+    signal-to-noise ratio. Training draws timesteps evenly, also for each group of ranks that share experts, so every expert
+    gets about equally many samples.
     """
     return (timestep_B * num_experts // num_timesteps).long().clamp(0, num_experts - 1)
 
 
 def _mean_weight_BY(taking_part_BY: Tensor) -> Tensor:
-    """Return 1 / (number of text tokens of the sample that take part), or 0 for tokens that do not; float32 [B, Y].
+    """Return weights with which a sum over a sample's text tokens is the mean over those that take part, float32 [B, Y].
 
-    With these weights, a sum over the text tokens is a mean. `taking_part_BY`: bool.
+    The weight is 1 / (number of tokens that take part) for these tokens, and 0 for the others. `taking_part_BY`: bool, True
+    for tokens that take part.
     """
     share_BY = taking_part_BY.float()
     return share_BY / share_BY.sum(dim=-1, keepdim=True).clamp(min=1)
@@ -135,14 +139,16 @@ def space_weights_BYK(chosen_BY: Tensor, factor_BY: Tensor, num_experts: int, ta
     n_y is the number of text tokens of the sample that take part.
 
     Args:
-        chosen_BY: expert of each text token, int64; further axes can come first, such as blocks.
+        chosen_BY: expert of each text token, int64. All tensors can have the same further axes in front, such as one for the
+            transformer blocks.
         factor_BY: float32, the factor that `choose` returned. The weights are multiplied by it, so that the gate gets a
             gradient.
-        num_experts: K.
-        taking_part_BY: bool, False for tokens that are left out; their weights are 0. None: all tokens count.
+        num_experts: number of experts, K.
+        taking_part_BY: bool, False for tokens that are left out, such as padding; their weights are 0. None: all tokens
+            count.
 
     Returns:
-        float32 [B, Y, K], with the same further axes first.
+        The weights, float32 [B, Y, K], with the further axes in front.
     """
     onehot_BYK = one_hot(chosen_BY, num_experts).to(factor_BY.dtype)
     if taking_part_BY is None:
@@ -237,8 +243,9 @@ class Experts(nn.Module):
 
     # For traces without data: the loop over experts divides the rows evenly and does not read the counts.
     assumes_even_loads = False
-    # Whether the layer runs in the Triton kernels of `train.kernels`.
+    # Whether the layer runs in the Triton kernels of `train.kernels`: for the pairs of rows and experts in use, or for all.
     use_kernel = False
+    use_dense_kernel = False
 
     def __init__(
         self,
@@ -252,6 +259,7 @@ class Experts(nn.Module):
         super().__init__()
         self.num_experts, self.dim, self.hidden, self.activation = num_experts, dim, hidden, activation
         self.use_megablocks = False
+        self.megablocks_folder: str | None = None
         self.lora_scale: float | None = None  # with adapters
         fused = 2 * hidden if activation == "geglu" else hidden
         self.w1 = nn.Parameter(torch.empty(num_experts, fused, dim))
@@ -273,9 +281,9 @@ class Experts(nn.Module):
     def lora(self, name: str) -> tuple[Tensor, Tensor] | None:
         """Return the LoRA matrices of the weight `name` ("w1" or "w2") of all K experts, or None if there are no adapters.
 
-        They are A [K, rank, in], and B [K, out, rank] already multiplied by alpha / rank. They are applied one after the
-        other and never added to the weight: bfloat16 would round small changes of a weight away, and the product B A needs
-        as much memory as the weights.
+        The matrices are A [K, rank, in], and B [K, out, rank], already multiplied by alpha / rank. A caller applies first A
+        and then B to a row. The product B A is never added to the weight: bfloat16 would round small changes of a weight
+        away, and the product needs as much memory as the weights.
         """
         if self.lora_scale is None:
             return None
@@ -291,7 +299,8 @@ class Experts(nn.Module):
     def at_zero_KD(self) -> Tensor:
         """Return each expert's output for a token of zeros, without its last bias b2: `e_k(0) - b2_k`, [K, D].
 
-        e_k is the function of expert k of K, and D the width of a token.
+        e_k is the function of expert k of K, and D the width of a token. The Space-MoE needs these outputs, because its
+        formula runs an expert on an image whose tokens outside a region are set to zero.
         """
         hidden_KF = self.act(self.b1)
         at_zero_KD = torch.einsum("kdf,kf->kd", self.w2, hidden_KF)
@@ -304,8 +313,8 @@ class Experts(nn.Module):
 
         Experts without rows are run on an empty tensor, so that every parameter gets a gradient on every rank. (Otherwise
         ZeRO would add gradients of different experts to each other.) On a GPU a grouped matrix product reads the counts on
-        the device. On a CPU, for float32, and for widths that are not multiples of 8, a loop over experts runs instead. It
-        reads the counts on the host, so with tensors on a GPU the host waits.
+        the device. On a CPU, for float32, and for widths that are not multiples of 8, a loop over experts runs instead. The
+        loop reads the counts on the host, so the host waits if the tensors are on a GPU.
 
         Args:
             x_RD: the rows of all experts, sorted by expert.
@@ -359,9 +368,9 @@ class Experts(nn.Module):
     def dense(self, x_RD: Tensor, w_RK: Tensor) -> Tensor:
         """Return `sum_k w[r,k] (e_k(x[r]) - b2_k)` for each row r, [R, D]: the weighted outputs without the last bias.
 
-        Here e_k is expert k, b2_k the bias of its second layer, and `w_RK` its weight for each row (token). Every expert
-        processes every row, so shapes are static. The weights are multiplied with the experts' outputs and not with their
-        hidden units, because the outputs are narrower.
+        e_k is expert k, b2_k the bias of its second layer, x = `x_RD` the rows (tokens), and w = `w_RK` the weight of each
+        expert for each row. Every expert processes every row, so shapes are static. The weights are multiplied with the
+        experts' outputs and not with the hidden units, because the outputs are narrower.
         """
         fused_RKF = torch.unflatten(F.linear(x_RD, self.w1.flatten(0, 1), self.b1.flatten()), 1, self.b1.shape)
         fused_KRF = fused_RKF.transpose(0, 1)
@@ -383,8 +392,8 @@ class _Context(FunctionCtx):
 class _GeluProduct(torch.autograd.Function):
     """Computes `gelu(a_k) w_k^T` for every expert k, [K, R, D], from `a` [K, R, F] and the weights w [K, D, F].
 
-    It saves `a` and w, and computes gelu(a) again in the backward pass. Autograd would also save gelu(a), and a copy of w if
-    the weights of all experts were flattened to one matrix.
+    The function saves `a` and w, and computes gelu(a) again in the backward pass. Autograd would also save gelu(a), and a
+    copy of w if the weights of all experts were flattened to one matrix.
     """
 
     @staticmethod
@@ -410,9 +419,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora: tuple[Tensor, 
 
 
 def expert_of_rows(counts_K: Tensor, rows: int) -> Tensor:
-    """Return which of K experts each row (token) has, one-hot, bool [R, K], for rows that are sorted by expert.
+    """Return the expert of each row (token), one-hot, bool [R, K], for R rows that are sorted by their K experts.
 
-    `counts_K`: number of rows of each expert; the result is on its device. `rows`: number of all rows, R.
+    `counts_K`: number of rows of each expert, int64, on the device of the result. `rows`: number of all rows, R.
     """
     ends_K = counts_K.cumsum(0)
     row_R1 = torch.arange(rows, device=counts_K.device).unsqueeze(1)
@@ -422,10 +431,10 @@ def expert_of_rows(counts_K: Tensor, rows: int) -> Tensor:
 def add_bias(y_RF: Tensor, onehot_RK: Tensor, bias_KF: Tensor) -> Tensor:
     """Add to each row of y [R, F] the bias of the row's expert; return the sum [R, F].
 
-    `onehot_RK` is the expert of each row, one-hot in the dtype of y. `bias_KF` has the biases of K experts. The bias is
-    looked up by the product `onehot_RK @ bias_KF`. Its gradient is then also a matrix product, which sums in float32 on
-    every device. The gradient of the indexing `bias[expert]` would be summed in its own dtype (bfloat16: 7 to 24% wrong for
-    4 to 8 thousand rows).
+    `onehot_RK` is the expert of each row, one-hot in the dtype of y. `bias_KF` has the biases of K experts. The matrix
+    product `onehot_RK @ bias_KF` looks up the bias of each row. The gradient of the biases is then also a matrix product,
+    which sums in float32 on every device. The gradient of the indexing `bias[expert]` would be summed in its own dtype
+    (bfloat16: 7 to 24% wrong for 4 to 8 thousand rows).
     """
     return torch.addmm(y_RF, onehot_RK, bias_KF)
 
@@ -649,10 +658,12 @@ class BlockSpec:
         shared_hidden: hidden width of the Space-MoE's shared expert, which processes all tokens; 0: none.
         time_activation: activation of the time experts, "gelu" or "geglu".
         expert_backend: how the experts are computed (`model.expert_backend`).
+        megablocks_folder: folder with the matrix product of the backend "megablocks"; None: the package grouped_gemm.
         mask_threshold: alpha of Sec. 3.1: an image token is in a text token's region if its attention is at least alpha
             times the maximum.
         edge_channels: width of the module that predicts edges; 0: none.
-        token_size: side of an image token in latent positions, for the position encoding; 0: no position encoding.
+        token_size: side of an image token, counted in positions (pixels) of the latents, for the position encoding; 0: no
+            position encoding.
         seed: fixes the initial weights of the experts.
     """
 
@@ -665,6 +676,7 @@ class BlockSpec:
     time_experts: int
     time_activation: Activation
     expert_backend: ExpertBackend
+    megablocks_folder: str | None
     mask_threshold: float
     edge_channels: int
     token_size: int
@@ -697,6 +709,7 @@ class MapProcessor:
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         attention_mask: Tensor | None = None,
+        use_kernel: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Compute cross-attention from N image tokens to Y text tokens, and also return the attention map.
 
@@ -705,23 +718,29 @@ class MapProcessor:
             hidden_states: image tokens [B, N, D].
             encoder_hidden_states: text tokens [B, Y, text width].
             attention_mask: not used; diffusers passes it.
+            use_kernel: whether to use the Triton kernel, which never stores the attention maps of single heads.
 
         Returns:
             The output [B, N, D], and the attention of each image token to each text token, float32 [B, N, Y].
         """
-        batch, heads = hidden_states.shape[0], attn.heads
-        q, k, v = (
-            x.view(batch, -1, heads, x.shape[-1] // heads).transpose(1, 2)
-            for x in (attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states))
-        )
-        map_BHNY = torch.softmax((q @ k.transpose(2, 3)).float() * attn.scale, dim=-1)
-        out = (map_BHNY.to(v.dtype) @ v).transpose(1, 2).flatten(2)
+        projections = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+        out, map_BNY = self._attend(*projections, attn.heads, attn.scale, use_kernel)
         projected: Tensor = attn.to_out[1](attn.to_out[0](out))
-        return projected, map_BHNY.mean(dim=1)
+        return projected, map_BNY
+
+    @staticmethod
+    def _attend(
+        q_BND: Tensor, k_BYD: Tensor, v_BYD: Tensor, heads: int, scale: float, use_kernel: bool
+    ) -> tuple[Tensor, Tensor]:
+        q, k, v = (torch.unflatten(x, 2, (heads, -1)).transpose(1, 2) for x in (q_BND, k_BYD, v_BYD))
+        map_BHNY = torch.softmax((q @ k.transpose(2, 3)).float() * scale, dim=-1)
+        return (map_BHNY.to(v.dtype) @ v).transpose(1, 2).flatten(2), map_BHNY.mean(dim=1)
 
 
 class TransformerBlock(nn.Module):
     """The transformer block of RAPHAEL (Fig. 3). Without experts it is the block of Stable Diffusion."""
+
+    use_kernel = False  # whether cross-attention with a map runs in the Triton kernel of `train.kernels`
 
     def __init__(self, spec: BlockSpec) -> None:
         super().__init__()
@@ -735,6 +754,7 @@ class TransformerBlock(nn.Module):
         if spec.time_experts:
             self.time_moe = TimeMoE(spec.time_experts, dim, spec.hidden, spec.time_activation, seed=2 * spec.seed)
             self.time_moe.use_megablocks = spec.expert_backend == "megablocks"
+            self.time_moe.megablocks_folder = spec.megablocks_folder
         else:
             self.ff = FeedForward(dim, inner_dim=spec.hidden, activation_fn=spec.time_activation)
         self.space_moe = None
@@ -749,7 +769,7 @@ class TransformerBlock(nn.Module):
     def forward(
         self, h_BND: Tensor, text_BYD: Tensor, end_B: Tensor, routing: BlockRouting, size_hw: tuple[int, int]
     ) -> BlockOutput:
-        """Run the block: attention, cross-attention, Time-MoE, edge prediction, Space-MoE.
+        """Run the block: self-attention, cross-attention, Time-MoE, edge prediction, Space-MoE.
 
         Args:
             h_BND: N image tokens of each sample.
@@ -773,7 +793,8 @@ class TransformerBlock(nn.Module):
         return BlockOutput(h_BND, edge_logits, used_BK)
 
     def _cross_attention(self, h_BND: Tensor, text_BYD: Tensor) -> tuple[Tensor, Tensor | None]:
-        out = self.attn2(h_BND, encoder_hidden_states=text_BYD)
+        options = {"use_kernel": self.use_kernel} if self.needs_attention_map else {}
+        out = self.attn2(h_BND, encoder_hidden_states=text_BYD, **options)
         return out if self.needs_attention_map else (out, None)
 
     def _time_layer(self, h_BND: Tensor, routing: BlockRouting) -> Tensor:
@@ -789,13 +810,13 @@ def image_positions_ND(height: int, width: int, token_size: int, like: Tensor) -
     """Return a sinusoidal position encoding of N image tokens, [N, D], with the device, dtype and D of `like`.
 
     A quarter of the D values encodes the row, the others the column. Rows and columns are counted from the middle of the
-    image, in units of a position of the latents, so they mean the same on every level and in images of every size.
+    image, in positions (pixels) of the latents, so they mean the same on every level and in images of every size.
 
     Args:
         height: height of the feature map in image tokens.
         width: width of the feature map in image tokens; height * width = N.
-        token_size: side of an image token in latent positions.
-        like: tensor [..., D].
+        token_size: side of an image token, counted in positions of the latents.
+        like: tensor [..., D] that determines D, device and dtype of the result, such as the image tokens.
     """
     dim = like.shape[-1]
     rows_HD, columns_WD = (
@@ -807,7 +828,10 @@ def image_positions_ND(height: int, width: int, token_size: int, like: Tensor) -
 
 
 def _sines(place_P: Tensor, features: int) -> Tensor:
-    """Return sines and cosines of positions, [P, features], with geometrically growing periods (`_POSITION_PERIODS`)."""
+    """Return sines and cosines of P coordinates, [P, features], with geometrically growing periods (`_POSITION_PERIODS`).
+
+    `place_P`: the coordinates, in positions of the latents. `features`: number of values for each coordinate.
+    """
     count = (features + 1) // 2
     shortest, longest = _POSITION_PERIODS
     steps = torch.arange(count, device=place_P.device) / max(count - 1, 1)
@@ -831,7 +855,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Linear(spec.dim, spec.dim)
 
     def to_tokens(self, x_BCHW: Tensor) -> Tensor:
-        """Convert a feature map [B, C, h, w] to image tokens [B, N, D], one for each of its N = h * w positions; D = C."""
+        """Convert a feature map [B, C, h, w] to image tokens [B, N, D], one for each of its N = h * w pixels; D = C."""
         tokens_BND: Tensor = self.proj_in(self.norm(x_BCHW).flatten(2).transpose(1, 2))
         if self.token_size:
             height, width = x_BCHW.shape[2:]
@@ -875,8 +899,13 @@ class UNetLevel(nn.Module):
 class ResidualBlock(ResnetBlock2D):
     """diffusers' residual block: `x + conv(silu(norm(conv(silu(norm(x))) + time)))`.
 
-    diffusers' forward pass makes the input of the shortcut contiguous in training. This one keeps the memory format of the
-    feature map (see `feature_map_format`).
+    diffusers' forward pass makes the input of the shortcut contiguous in training. The forward pass of this class
+    keeps the memory format of the feature map (see `feature_map_format`).
+
+    Args:
+        inner, outer: channels of the input and of the output.
+        embed: width of the timestep embedding.
+        groups: groups of each GroupNorm.
     """
 
     def __init__(self, inner: int, outer: int, embed: int, groups: int) -> None:
@@ -885,7 +914,7 @@ class ResidualBlock(ResnetBlock2D):
         self.norm2 = GroupNorm(groups, outer, eps=1e-5, silu=True)
 
     def forward(self, x_BCHW: Tensor, embedding_BE: Tensor) -> Tensor:
-        """Return the feature map [B, C', H, W] of an input [B, C, H, W] and a timestep embedding [B, E]."""
+        """Return the block's output [B, C', H, W] for a feature map [B, C, H, W] and the timestep embeddings [B, E]."""
         time_BC11 = self.time_emb_proj(F.silu(embedding_BE))[:, :, None, None]
         h_BCHW = self.conv1(self.norm1(x_BCHW)) + time_BC11
         h_BCHW = self.conv2(self.norm2(h_BCHW))
@@ -896,9 +925,8 @@ class ResidualBlock(ResnetBlock2D):
 def feature_map_format(device: torch.device) -> torch.memory_format:
     """Return the memory format for the U-Net's feature maps on `device`: channels last on GPUs, contiguous on CPUs.
 
-    Convolutions are faster on GPUs in channels last.
-
-    Weights are contiguous everywhere, because ZeRO flattens them and checkpoints store them in that order.
+    Convolutions are faster on GPUs in channels last. Weights are contiguous on every device, because ZeRO flattens them and
+    checkpoints store them in that order.
     """
     return torch.contiguous_format if device.type == "cpu" else torch.channels_last
 
@@ -921,7 +949,7 @@ class UNetInput(NamedTuple):
     """Inputs of the U-Net for B samples.
 
     Attributes:
-        x_BCHW: noised latents; for super-resolution with the channels of the small images.
+        x_BCHW: noised latents. For super-resolution, the channels of the small images are appended.
         timestep_B: diffusion timestep of each sample, int64.
         text_BYD: Y text tokens of width D for each sample.
         text_mask_BY: bool, False at padding.
@@ -940,15 +968,16 @@ class UNetInput(NamedTuple):
 class UNetOutput(NamedTuple):
     """Results of one forward pass of the U-Net.
 
-    This is a tuple because DeepSpeed looks for tensors only in tuples, lists and dicts. If it finds none, it does not
-    prepare the backward pass, and gradients of earlier micro-steps are added twice.
+    This is a tuple because DeepSpeed looks for tensors only in tuples, lists and dicts. If DeepSpeed finds no tensor, it
+    does not prepare the backward pass, and gradients of earlier micro-steps are added twice.
 
     Attributes:
         prediction: predicted noise, velocity or flow [B, C, h, w].
         edge_logits: for each transformer block with an edge module, logits of the predicted edges, float32 [B, h, w].
         space_used: for each block, share of image tokens (0..1) that each of K space experts processes, [B, K].
         time_expert: for each block, the time expert of each sample, int64 [B].
-        balance: for each block, load-balance loss of the gates, float32 [B]; empty if it is off or gradients are disabled.
+        balance: for each block, load-balance loss of the gates, float32 [B]; empty if this loss is off or gradients are
+            disabled.
     """
 
     prediction: Tensor
@@ -1054,6 +1083,7 @@ class RaphaelUNet(nn.Module):
             time_experts=m.time_experts,
             time_activation=m.time_activation,
             expert_backend=m.expert_backend,
+            megablocks_folder=m.megablocks_folder,
             mask_threshold=m.mask_threshold,
             edge_channels=self.edge_channels,
             token_size=2**level if m.image_positions else 0,
@@ -1276,7 +1306,7 @@ def sections_of(fields: Any) -> Sections:
         "text_width": fields.cross_attention_dim,
         **{ours: getattr(fields, name) for name, ours in EXPERT_FIELDS.items()},
     }
-    training = {"expert_backend": "auto", "checkpoint_activations": "none", "balance_weight": 0.0}
+    training = {"expert_backend": "auto", "megablocks_folder": None, "checkpoint_activations": "none", "balance_weight": 0.0}
     edges = fields.edge_channels
     return SimpleNamespace(
         model=SimpleNamespace(**model, **training),
@@ -1293,7 +1323,7 @@ _HOOKS = ("_hf_hook", "_diffusers_hook")
 
 
 class _Wrapper(ModelMixin, ConfigMixin):
-    """Base class that wraps a network of this package as a model of diffusers, which can load, save and offload it."""
+    """Base class that wraps a network of this package as a model of diffusers, so that it can be loaded and saved as one."""
 
     # Layers whose dtype is read outside of their own forward pass.
     _skip_layerwise_casting_patterns = ["norm", "gates", "conv_in", "edge"]  # noqa: RUF012 (diffusers' name and type)
@@ -1335,11 +1365,13 @@ class _Wrapper(ModelMixin, ConfigMixin):
             in_channels: channels of the latents, plus those of the small image for super-resolution.
             out_channels: channels of the latents.
             block_out_channels: width of each level, outermost first.
-            down_block_types: for each level of the encoder; names with "CrossAttn" have transformer blocks.
-            up_block_types: for each level of the decoder, innermost first.
+            down_block_types: diffusers' name for each level of the encoder, outermost first. A level has transformer blocks
+                if its name starts with "CrossAttn".
+            up_block_types: the same for each level of the decoder, innermost first. It is stored but not used: the decoder
+                has transformer blocks on the same levels as the encoder.
             layers_per_block: residual blocks of each level of the encoder.
             cross_attention_dim: width of the text tokens.
-            attention_head_dim: number of heads of each level, as in the files of Stable Diffusion 2.
+            attention_head_dim: number (not width) of the attention heads of each level, as in Stable Diffusion 2's files.
             norm_num_groups: groups of each GroupNorm.
             act_fn: activation of the residual blocks; always "silu".
             use_linear_projection: always True, as in Stable Diffusion 2.
@@ -1352,8 +1384,8 @@ class _Wrapper(ModelMixin, ConfigMixin):
                 timesteps).
             time_activation: activation of the time experts, "gelu" or "geglu".
             gate_width: hidden width of the gates, the networks that select experts.
-            gate_gradient: factor on the output of the selected expert: "straight_through" and "none" are 1, "scaled" is its
-                probability.
+            gate_gradient: selects the factor on the output of the selected expert: 1 for "straight_through" and "none"
+                (which differ only in training), the expert's probability for "scaled".
             mask_threshold: share (0..1). The expert of a text token processes the image tokens whose attention to the text
                 token is at least this share of the largest one.
             mask_padding: leave padding tokens out of the Space-MoE.
@@ -1380,12 +1412,12 @@ class _Wrapper(ModelMixin, ConfigMixin):
         offload_type: str = "leaf_level",
         **options: Any,
     ) -> None:
-        """Keep the weights on `offload_device` while they are not used, as the method of diffusers does.
+        """Keep weights on `offload_device` while they are not used, as the method of the same name in diffusers does.
 
         Args:
             onload_device: device on which the network computes.
-            offload_device: device on which weights are between uses.
-            offload_type: only "leaf_level" (each layer by itself) is supported.
+            offload_device: device that stores the weights between uses.
+            offload_type: what is moved at a time. Only "leaf_level" (a single layer) is supported.
             options: further arguments of the method of diffusers.
 
         Raises:
