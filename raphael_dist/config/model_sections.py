@@ -108,8 +108,8 @@ class Model(Section):
 
     mask_threshold: Fraction = 0.2
     """Decides which image tokens the Space-MoE expert of a text token processes: those whose attention weight for this text
-    token is at least mask_threshold times the largest such weight. A higher value selects fewer image tokens (alpha in Sec. 3.1
-    of the paper).
+    token is at least mask_threshold times the largest such weight. A higher value selects fewer image tokens (alpha in
+    Sec. 3.1 of the paper).
     """
 
     balance_weight: NonNegativeFloat = 0.0
