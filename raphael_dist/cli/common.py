@@ -101,7 +101,12 @@ def command(
 
     `parse`: parses the arguments. `run`: does the work, and may return an exit code.
     """
-    return lambda argv: run_command(lambda: run(parse(argv)))
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        """Run the command with the arguments `argv` (None: those of this process), and return the exit code."""
+        return run_command(lambda: run(parse(sys.argv[1:] if argv is None else argv)))
+
+    return main
 
 
 class Once(argparse.Action):

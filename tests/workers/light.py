@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from raphael_dist.config.schema import Config, config_from_tree, load_config
 from raphael_dist.data.features import encoders
+from raphael_dist.data.features.characters import CharacterTokenizer
 from raphael_dist.data.features.encoders import ImageEncoder
 from raphael_dist.data.features.run_encoders import TextFeatures
 from raphael_dist.data.open_streams import open_encoders, open_stream
@@ -83,6 +84,7 @@ class Letters:
 
     def __init__(self) -> None:
         self.checked: list[tuple[str, list[str]]] = []
+        self.tokenizer, self.max_tokens = CharacterTokenizer(), TOKENS
 
     def warn_truncated(self, texts: Sequence[str], what: str) -> None:
         self.checked.append((what, list(texts)))
@@ -135,7 +137,7 @@ def prompts_case(spec: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     engine: Any = SimpleNamespace(module=tiny_unet(config), stage=spec["stage"], device=torch.device("cpu"))
     text: Any = Letters()
     samples = validation.draw_samples(config, ranks, engine, None, text, ImageEncoder.of(None), sample_requests(config))
-    return {"drawn": drawn, "images": None if samples is None else samples.images.tolist(), "checked": text.checked}
+    return {"drawn": drawn, "images": None if samples is None else samples[0].tolist(), "checked": text.checked}
 
 
 CASES = {"groups": groups_case, "encoders": encoders_case, "prompts": prompts_case}

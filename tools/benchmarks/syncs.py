@@ -107,6 +107,8 @@ def _build(config: Config, json_tree: dict[str, Any], world_size: int) -> Run:
     ahead = BatchEncoder(encoders, with_edges=config.edge.weight > 0)
     data: Any = SimpleNamespace(replaced=0)
     store: Any = SimpleNamespace(written=False, commit=lambda: None, failed=0)
+    telemetry = Telemetry(config, Ranks(1, world_size), GPU, ["host"] * world_size)  # rank 0 would write files
+    telemetry.begin(0, 0.0)
     return Run(
         config=config,
         ranks=ranks,
@@ -120,7 +122,7 @@ def _build(config: Config, json_tree: dict[str, Any], world_size: int) -> Run:
         schedule=NoiseSchedule.create(config.diffusion, GPU),
         store=store,
         guard=Guard(config.train),
-        telemetry=Telemetry(config, Ranks(1, world_size), GPU, ["host"] * world_size),  # rank 0 would write files
+        telemetry=telemetry,
         watchdog=Watchdog(ranks, config.run.dir, config.run.hang_timeout_s),
         lock=None,
         progress=RunProgress(config.train.max_steps),
