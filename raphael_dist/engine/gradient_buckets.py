@@ -30,9 +30,9 @@ def bucket_elements(elements: int, ranks: int, limit: int = CONTIGUOUS_BUCKET) -
     return min(limit, max(-(-elements // BUCKETS), SMALLEST_PART * ranks))
 
 
-def bucket_count(elements: int, ranks: int) -> int:
-    """Return about how many buckets a model of `elements` parameters has on `ranks` ranks (default reduce_bucket_size)."""
-    return max(1, -(-elements // bucket_elements(elements, ranks)))
+def bucket_count(elements: int, ranks: int, limit: int = CONTIGUOUS_BUCKET) -> int:
+    """Return about how many buckets a model has; the arguments are those of `bucket_elements`."""
+    return max(1, -(-elements // bucket_elements(elements, ranks, limit)))
 
 
 def overlap_bucket(tree: Tree, world_size: int) -> int | None:

@@ -131,8 +131,8 @@ class Network:
             self._connect(i, link)
             ip("-n", self._hub, "link", "set", f"port{i}", "mtu", f"{link.mtu}", "master", "bridge", "up")
             ip("-n", space, "address", "add", f"{self.addresses[i]}/24", "dev", "eth0")
-            frames = () if link.whole else ("gso_max_segs", "1")
-            ip("-n", space, "link", "set", "eth0", "mtu", f"{link.mtu}", *frames, "up")
+            frames = "1" if not link.whole else "8" if link.rate else "65535"
+            ip("-n", space, "link", "set", "eth0", "mtu", f"{link.mtu}", "gso_max_segs", frames, "up")
             ip("-n", space, "link", "set", "lo", "up")
             self.set_rate(i, link.rate)
         for i in range(len(self.links)):  # the bridge forwards from a port when its device has a carrier
@@ -162,7 +162,7 @@ class Network:
         for space, device in ((self._spaces[i], "eth0"), (self._hub, f"port{i}")):
             if rate:
                 room = max(64_000, int(rate * 1e6 / 8 * 0.05))  # 50 ms
-                burst = max(3_200, int(rate * 1e6 / 8 * 0.001))  # 1 ms
+                burst = max(13_000, int(rate * 1e6 / 8 * 0.001))  # 1 ms; tbf divides larger packets, which takes time
                 limit = ("rate", f"{rate}mbit", "burst", f"{burst}", "limit", f"{room + burst}")
                 _run("tc", "-n", space, "qdisc", "replace", "dev", device, "root", "tbf", *limit)
             else:

@@ -42,6 +42,7 @@ from raphael_dist.runtime.ranks import Ranks, discover, initialise
 from raphael_dist.storage.files import replace_bytes
 
 SAMPLES, SIDE, STEPS = 1, 8, 1  # samples of a micro-batch; side of latents; steps measured, after one that is not
+OVERLAP_BUCKET = 2**18  # elements, so that a model of 5 M parameters has as many buckets as a large one
 SCHEMES: dict[int, Scheme] = {0: "replicated", 1: "reduce_scatter", 2: "reduce_scatter", 3: "zero3"}
 
 
@@ -184,6 +185,8 @@ def contender(case: Case, config: Config, ranks: Ranks, device: torch.device) ->
 
     if case.who == "ours":
         zero = {"stage": case.stage, "overlap_comm": case.overlap}
+        if case.overlap:
+            zero["reduce_bucket_size"] = OVERLAP_BUCKET
         engine = Engine(config, {"zero_optimization": zero}, BatchPlan.of(config, ranks.world_size), device)
 
         def step() -> None:
@@ -255,7 +258,7 @@ def planned_communication(case: Case, config_name: str, links: Cluster) -> list[
     parameters = sum(map(prod, shapes.values()))
     # DeepSpeed's default for stage3_param_persistence_threshold equals the planner's constant PERSISTENT.
     scheme, persistent = SCHEMES[case.stage], persistent_elements(shapes)
-    buckets = bucket_count(parameters, world) if case.overlap else 1
+    buckets = bucket_count(parameters, world, OVERLAP_BUCKET) if case.overlap else 1
     return communications(config, plan, links, parameters, scheme, reductions, persistent, buckets)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from benchmarks.network import Case, contender, describe, planned_communication, run_ranks
+from benchmarks.network import OVERLAP_BUCKET, Case, contender, describe, planned_communication, run_ranks
 from raphael_dist.convert.source_checkpoint import parameter_shapes
 from raphael_dist.engine.gradient_buckets import bucket_count
 from raphael_dist.planning.communication import Cluster
@@ -100,7 +100,8 @@ def bench(
     """
     netns = importlib.import_module("tests.lib.netns")
     kinds = cases(nodes, per_node, samples)
-    buckets = bucket_count(sum(map(math.prod, parameter_shapes(kinds[0].config(config_name)).values())), nodes * per_node)
+    elements = sum(map(math.prod, parameter_shapes(kinds[0].config(config_name)).values()))
+    buckets = bucket_count(elements, nodes * per_node, OVERLAP_BUCKET)
 
     def seconds(link: object) -> list[float]:
         with tempfile.TemporaryDirectory() as folder:
