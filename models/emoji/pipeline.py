@@ -2274,8 +2274,8 @@ class RaphaelPipeline(LoraLoader, Denoiser):
     def _encode_negative(self, negative_prompt: Texts, prompt_embeds: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         if prompt_embeds.shape[1] != self.config.max_tokens:
             raise UserError(
-                f"prompt_embeds must have max_tokens={self.config.max_tokens} tokens, as encoded negative prompts have, "
-                f"but their shape is {list(prompt_embeds.shape)}. Pass negative_prompt_embeds of the same shape."
+                f"prompt_embeds of shape {list(prompt_embeds.shape)} require negative_prompt_embeds of the same shape, "
+                f"because negative prompts are encoded to {self.config.max_tokens} tokens. Pass negative_prompt_embeds."
             )
         texts = for_each("negative_prompt", negative_prompt or "", len(prompt_embeds))
         return self._encode(texts, "negative_prompt", device)

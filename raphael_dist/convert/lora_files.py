@@ -110,9 +110,10 @@ class MergedSource:
         self._last: tuple[str, Tensor] = ("", torch.empty(0))
 
     def kinds(self) -> tuple[str, ...]:
-        """Return the kinds of values that can be read: "master" (fp32 weights) and, if the base has it, "ema" (average).
+        """Return the kinds of values that can be read: "master" (fp32 weights) and, if the checkpoint has it, "ema".
 
-        Adam moments are left out, because they do not fit merged weights.
+        The checkpoint is that of the base model, into whose weights the adapters are merged. Its Adam moments are left out,
+        because they do not fit the merged weights.
         """
         return tuple(kind for kind in self._source.kinds() if kind in ("master", "ema"))
 

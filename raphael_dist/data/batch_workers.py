@@ -149,7 +149,7 @@ class _WorkerBatch:
 class _WorkerBuilder(Dataset[_WorkerBatch]):
     """Builds micro-batches in a worker process, which has no device: `builder[slots]` returns a `_WorkerBatch`.
 
-    `slots`: (position in the endless order of training, weight) of each sample of the batch.
+    `slots`: for each sample of the batch, its position in the endless order of training, and its weight in the loss.
     """
 
     def __init__(self, builder: BatchBuilder) -> None:
@@ -158,7 +158,10 @@ class _WorkerBuilder(Dataset[_WorkerBatch]):
         self._builder.encoder = HostEncoder(builder.encoder, builder.stream.source.null_text)
 
     def num_bytes(self, slots: Slots) -> int:
-        """Return the bytes of shared memory that a batch takes. `slots`: (position, weight) of each sample of the batch."""
+        """Return the bytes of shared memory that a batch takes.
+
+        `slots`: for each sample of the batch, its position in the endless order of training, and its weight in the loss.
+        """
         batch = self._builder.dummy_batch(slots)
         noise = () if batch.gate_noise is None else tuple(batch.gate_noise)
         return sum(value.nbytes for value in (*vars(batch).values(), *noise) if isinstance(value, Tensor))

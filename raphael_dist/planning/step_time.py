@@ -109,7 +109,7 @@ def device_times(trace: Trace, cluster: ClusterSpec, dtype: str) -> tuple[float,
 
 
 def update_time(config: Config, footprint: MemoryFootprint, cluster: ClusterSpec) -> float:
-    """Predict the seconds for gradient norm, optimizer and moving average in a step, which memory bandwidth limits.
+    """Predict the seconds of gradient norm, optimizer and moving average in a step, from the memory bandwidth.
 
     `config`: the run's configuration. `footprint`: memory of a rank, e.g. of weights and moments. `cluster`: the description
     with the bandwidth. These bytes are read and written:

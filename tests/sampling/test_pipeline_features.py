@@ -80,7 +80,7 @@ def test_images_do_not_depend_on_their_batch(pipeline: Any) -> None:
         ),
         (
             {"prompt_embeds": torch.zeros(1, 5, 32)},
-            r"^prompt_embeds must have max_tokens=12 tokens.* but their shape is \[1, 5, 32\]. Pass negative_prompt_embeds",
+            r"^prompt_embeds of shape \[1, 5, 32\] require .* encoded to 12 tokens. Pass negative_prompt_embeds",
         ),
         (
             {"prompt": "a", "prompt_attention_mask": torch.ones(1, 12)},

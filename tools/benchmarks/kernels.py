@@ -123,9 +123,9 @@ LEVELS = ((2, 320, 64, 320, 64), (2, 2560, 8, 1280, 16))
 
 
 def calls(dtype: torch.dtype) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
-    """Yield (name in train.kernels, operation, arguments) for each Triton operation, at the sizes of `raphael-3b`.
+    """Yield (name in the setting train.kernels, operation, arguments) for each Triton operation, in sizes of `raphael-3b`.
 
-    Arguments are tensors without data for two images.
+    Arguments are meta tensors, which have no data, for a batch of two images.
     """
 
     def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:

@@ -263,8 +263,9 @@ def planned_communication(case: Case, config_name: str, links: Cluster) -> list[
 
 
 def run_ranks(words: list[str], links: list[Any], per_node: int = 1) -> None:
-    """Run `python tools/bench.py WORDS` as ranks, on a simulated node for each of the `links` (tests.lib.netns.Link).
+    """Run `python tools/bench.py WORDS` as ranks on simulated nodes, `per_node` ranks on each.
 
+    `links`: the network link of each node (tests.lib.netns.Link), so there are as many nodes as links.
     Ends this program with a message if nodes cannot be simulated or a rank fails.
     """
     netns = importlib.import_module("tests.lib.netns")

@@ -68,7 +68,7 @@ class PretendGpu:
         self._stack = ExitStack()
 
     def take(self) -> Notes:
-        """Return the notes that were recorded since the last call, and start new ones."""
+        """Return what the pretended GPU has recorded since the last call (launches, bytes, waits), and begin anew."""
         taken, self.notes, self._origin = self.notes, Notes(), {}
         return taken
 

@@ -159,7 +159,10 @@ def add_sizes(command: argparse.ArgumentParser, batch: int, masks: list[float]) 
 
 
 def cases(args: argparse.Namespace) -> list[SpaceCase]:
-    """Return the sizes to measure: those of the options, or with --config those of each U-Net level with attention."""
+    """Return the sizes (tokens, widths, experts) of the Space-MoE layers to time.
+
+    Without --config this is one layer, given by the other options. With it, one for each U-Net level that has attention.
+    """
     if args.config is None:
         return [SpaceCase(args.batch, args.tokens, args.text_tokens, args.dim, args.hidden or 4 * args.dim, args.experts)]
     config = load_config(args.config)

@@ -37,7 +37,7 @@ SIDE = 8  # of the latents: activations are small compared with the model
 
 
 def random_batch(config: Config, samples: int, latent_hw: tuple[int, int] = (SIDE, SIDE)) -> Batch:
-    """Return a batch of random numbers with the shapes of a training batch, on the CPU and without gate noise.
+    """Return a batch of random numbers with the shapes of a training batch, on the CPU. Its `gate_noise` is None.
 
     `samples`: number of samples. `latent_hw`: height and width of the latents.
     """

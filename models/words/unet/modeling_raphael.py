@@ -603,10 +603,11 @@ class SpaceMoE(Experts):
 
 
 def grouped_space_moe(experts: Experts, x_RD: Tensor, w_RK: Tensor) -> Tensor:
-    """Return the weighted sum over experts of each row r, `sum_k w[r,k] (e_k(x[r]) - b2_k)`, [R, D].
+    """Return the weighted sum of the experts' outputs without their last biases, which the caller adds, [R, D].
 
-    Rows are tokens, `w_RK` the weight of each expert for each row, e_k is expert k, and b2_k its last bias. Only (row,
-    expert) pairs with w > 0 are computed. Shapes depend on their number, so the host waits for a GPU once per layer.
+    For row (token) r it is `sum_k w[r,k] (e_k(x[r]) - b2_k)`: `w_RK` is the weight of each expert for each row, e_k is
+    expert k, and b2_k its last bias. Only (row, expert) pairs with w > 0 are computed. Shapes depend on the number of these
+    pairs, so the CPU waits for the GPU once per layer.
     """
     needed_KR = (w_RK.detach() > 0).t()
     expert_P, row_P = needed_KR.nonzero(as_tuple=True)
