@@ -38,7 +38,7 @@ class BlockSpec:
         shared_hidden: hidden width of the Space-MoE's shared expert, which processes all tokens; 0: none.
         time_activation: activation of the time experts, "gelu" or "geglu".
         expert_backend: how the experts are computed (`model.expert_backend`).
-        megablocks_folder: folder with the matrix product of the backend "megablocks"; None: the package grouped_gemm.
+        megablocks_folder: the setting `model.megablocks_folder`, for the backend "megablocks" only.
         mask_threshold: alpha of Sec. 3.1: an image token is in a text token's region if its attention is at least alpha
             times the maximum.
         edge_channels: width of the module that predicts edges; 0: none.
