@@ -255,8 +255,10 @@ finish() {
 keep_reached_nodes() {
     local node reached=()
     for node in "${nodes[@]}"; do
-        if timeout 60 srun --nodes=1 --ntasks=1 --mem=0 "--nodelist=$node" true; then
+        if supervise timeout 60 srun --nodes=1 --ntasks=1 --mem=0 "--nodelist=$node" true; then
             reached+=("$node")
+        elif ((cancelled || timed_out)) || [[ -n $signalled ]]; then
+            finish 75
         else
             say "fault: $node: srun cannot start a process there; check its network and slurmd"
         fi

@@ -110,7 +110,7 @@ class SampleOrder:
                 f"frequent size has {totals_B.max()} of {num_samples} samples. Use fewer sizes or more data, or lower "
                 "data.bucket_run and train.micro_batch_size."
             )
-        self._epoch = lru_cache(maxsize=2)(self._make_epoch)
+        self._epoch = lru_cache(maxsize=4)(self._make_epoch)
         self._members = lru_cache(maxsize=32)(self._make_members)
         self._window = lru_cache(maxsize=4)(self._make_window)
 

@@ -6,7 +6,7 @@ A window is a group of shards whose samples are shuffled together.
 import logging
 import os
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import psutil
@@ -79,9 +79,13 @@ class ShardPrefetcher:
     def _has_room(self, windows: list[list[int]]) -> bool:
         """Return whether the remote shards of these windows fit into data.shard_cache, and the local ones into memory."""
         shards = {number for window in windows for number in window}
-        fetched = [number for number in shards if is_remote(self._index.shards[number].source)]
-        num_bytes = int(self._index.num_bytes[fetched].sum())
-        return num_bytes <= _SHARE_OF_CACHE * self._index.store.max_bytes and _fits(self._index, shards.difference(fetched))
+        local = self._local(shards)
+        num_bytes = int(self._index.num_bytes[list(shards - local)].sum())
+        return num_bytes <= _SHARE_OF_CACHE * self._index.store.max_bytes and _fits(self._index, local)
+
+    def _local(self, shards: Iterable[int]) -> set[int]:
+        """Return those of the given shards that are local files; a short epoch lists a shard several times."""
+        return {number for number in shards if not is_remote(self._index.shards[number].source)}
 
     def _prefetch(self, number: int, earlier: Sequence[Future[None]]) -> None:
         """Fetch a shard when all shards of the previous window have been fetched, so that it does not slow these down.
@@ -92,7 +96,7 @@ class ShardPrefetcher:
         wait(earlier)
         shard = self._index.shards[number]
         try:
-            if not is_remote(shard.source) and not _fits(self._index, self._current):
+            if not is_remote(shard.source) and not _fits(self._index, self._local(self._current)):
                 return
             path = self._index.store.fetch(shard.source, shard.stamp)
             if not is_remote(shard.source):
