@@ -8,6 +8,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -172,6 +173,7 @@ def test_workers_end_with_killed_or_exited_rank(tmp_path: Path, kill: bool) -> N
     code = """
 import sys, time
 from pathlib import Path
+from types import SimpleNamespace
 from raphael_dist.data.shards.decode_sample import ImageDataset
 from raphael_dist.data.shards.build_index import build_index
 from raphael_dist.data.shards.decode_workers import DecodePool
@@ -210,3 +212,19 @@ def test_many_threads_share_one_decode_pool(pool) -> None:
     for thread in threads:
         thread.join(30)
     assert len(found) == 6
+
+
+def test_local_shards_of_a_short_epoch_are_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each epoch is one window, so that the next windows list the same shards, which need memory only once."""
+    index = build_index([str(laion_shard(tmp_path / f"{n:05d}.tar", 5 * n, 5)) for n in range(4)], tmp_path / "cache")
+    total = int(index.num_bytes.sum())
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * total + 2))
+    read: list[int] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda *args: read.append(args[0]))
+    ahead = ShardPrefetcher(SampleOrder(index, [(24, 24)], seed=0), first=0)
+    ahead.prefetch_from(0)
+    deadline = time.monotonic() + 20
+    while len(read) < 4 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    ahead.close()
+    assert len(read) == 4
