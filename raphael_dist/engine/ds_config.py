@@ -186,7 +186,7 @@ def _check(config: Config, merged: Tree, accumulation: int, world_size: int) -> 
                 f"zero_optimization.{name}."
             )
     check_expert_parallel(config, merged, world_size)
-    if (overlap := bool(merged["zero_optimization"].get("overlap_comm"))) and stage in (1, 2):
+    if (overlap := bool(merged["zero_optimization"].get("overlap_comm"))) and stage in (1, 2) and world_size > 1:
         _check_contiguous(overlap_error, config, merged, accumulation)
     if config.train.cuda_graphs:
         _check_contiguous(cuda_graphs_error, config, merged, accumulation)
