@@ -100,7 +100,7 @@ def test_preflight_leaves_out_a_node_that_srun_cannot_reach(
     job = Job(cluster, tmp_path, ["--nodes=3"], [cache, *STEPS], PREFLIGHT="1", SPARE_NODES="1")
     log = job.finish(seconds=600)
     cluster.network.keep_routes(1)
-    assert "fault: node1: srun cannot start a process there" in log
+    assert "fault: node1: " in log  # by the reports of the other nodes, if they had the time, or by asking each node
     assert "preflight passed" in log
     assert [node for node, _ in job.pids().values()] == ["node0", "node2"]
     assert losses(job.dir) == losses(alone)
