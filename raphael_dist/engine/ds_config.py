@@ -85,8 +85,7 @@ def zero_stage(tree: Tree) -> int:
 def sums_in_float32(dtype: Dtype, accumulation: int) -> bool:
     """Return whether the gradients of a step's micro-steps are added up in float32 instead of in `dtype`.
 
-    True for bfloat16 if an optimizer step has several micro-steps (`accumulation` is the number of micro-steps). In a
-    bfloat16 sum the gradients of later micro-steps would mostly be rounded away.
+    True for bfloat16 and several micro-steps (`accumulation`): a bfloat16 sum would round most of the later ones away.
     """
     return dtype == "bfloat16" and accumulation > 1
 
@@ -107,6 +106,11 @@ def uses_contiguous_gradients(
         bucket: reduce_bucket_size, in elements.
     """
     return stage in (1, 2) and not offload and (stage == 1 or overlap or elements <= 2 * bucket)
+
+
+def reduces_in_backward(tree: Tree, world_size: int) -> bool:
+    """Return whether ZeRO-1 or 2 reduces gradients while the backward pass runs: `overlap_comm` with several ranks."""
+    return bool(world_size > 1 and zero_stage(tree) in (1, 2) and tree["zero_optimization"].get("overlap_comm"))
 
 
 def offload_device(tree: Tree, name: str = "offload_optimizer") -> str | None:
@@ -150,7 +154,8 @@ def merge(config: Config, tree: Tree, accumulation: int, world_size: int) -> Tre
     if zero_stage(merged) in (1, 2):
         # Rounds every parameter up to 16 bytes in the flat buffer, as the grouped product on GPUs requires.
         zero.setdefault("parameter_alignment", True)
-    if _may_use_contiguous_gradients(merged):
+    overlap, offload = bool(zero.get("overlap_comm")), bool(offload_device(merged))
+    if uses_contiguous_gradients(zero_stage(merged), overlap=overlap, offload=offload):
         zero.setdefault("reduce_bucket_size", CONTIGUOUS_BUCKET)
     if sums_in_float32(train.dtype, accumulation):
         merged.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
@@ -161,11 +166,6 @@ def merge(config: Config, tree: Tree, accumulation: int, world_size: int) -> Tre
     _section(merged, "timers", "throughput").setdefault("enabled", False)
     _check(config, merged, accumulation, world_size)
     return merged
-
-
-def _may_use_contiguous_gradients(tree: Tree) -> bool:
-    overlap = bool(tree.get("zero_optimization", {}).get("overlap_comm"))
-    return uses_contiguous_gradients(zero_stage(tree), overlap=overlap, offload=offload_device(tree) is not None)
 
 
 def _check(config: Config, merged: Tree, accumulation: int, world_size: int) -> None:
@@ -186,11 +186,11 @@ def _check(config: Config, merged: Tree, accumulation: int, world_size: int) -> 
                 f"zero_optimization.{name}."
             )
     check_expert_parallel(config, merged, world_size)
-    if (overlap := bool(merged["zero_optimization"].get("overlap_comm"))) and stage in (1, 2) and world_size > 1:
+    if reduces_in_backward(merged, world_size):
         _check_contiguous(overlap_error, config, merged, accumulation)
     if config.train.cuda_graphs:
         _check_contiguous(cuda_graphs_error, config, merged, accumulation)
-        _check_capture(config, overlap)
+        _check_capture(config, merged)
     if "adamw" in config.train.kernels:
         _check_contiguous(fused_update_error, config, merged, accumulation)
     if config.optim.kind == "muon" and stage != 0:
@@ -280,10 +280,10 @@ def _check_contiguous(error: RequirementError, config: Config, tree: Tree, accum
         raise error("ZeRO stage 2 if a step has several micro-steps", actual, remedy)
 
 
-def _check_capture(config: Config, overlap: bool) -> None:
-    """Raise UserError if CUDA graphs cannot capture the model's forward and backward passes. `overlap`: overlap_comm."""
+def _check_capture(config: Config, tree: Tree) -> None:
+    """Raise UserError if CUDA graphs cannot capture the model's forward and backward passes."""
     model, train, parallel = config.model, config.train, config.parallel
-    if overlap:
+    if tree["zero_optimization"].get("overlap_comm"):
         raise cuda_graphs_error("overlap_comm=false", "it is true in the DeepSpeed config", "Use ds_configs/zero2.json")
     if parallel.uses_expert_parallelism:
         actual = f"parallel.space_ep={parallel.space_ep} and parallel.time_ep={parallel.time_ep} shard them"

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from raphael_dist.engine.deepspeed_comm import deepspeed_comm
-from raphael_dist.engine.ds_config import CONTIGUOUS_BUCKET, zero_stage
+from raphael_dist.engine.ds_config import CONTIGUOUS_BUCKET, reduces_in_backward
 from raphael_dist.engine.ds_keys import Tree
 from raphael_dist.model.routing import gate_kind
 from raphael_dist.parallel.async_collectives import Work
@@ -40,9 +40,7 @@ def overlap_bucket(tree: Tree, world_size: int) -> int | None:
 
     `tree`: the full DeepSpeed configuration (`ds_config.merge`). `world_size`: number of ranks.
     """
-    zero = tree["zero_optimization"]
-    overlaps = world_size > 1 and zero_stage(tree) in (1, 2) and zero.get("overlap_comm")
-    return int(zero["reduce_bucket_size"]) if overlaps else None
+    return int(tree["zero_optimization"]["reduce_bucket_size"]) if reduces_in_backward(tree, world_size) else None
 
 
 def divide_into_buckets(named: Iterable[tuple[str, nn.Parameter]], ranks: int, limit: int) -> list[list[nn.Parameter]]:
