@@ -7,7 +7,6 @@ Needs root.
 """
 
 import argparse
-import importlib
 import json
 import re
 import subprocess
@@ -25,9 +24,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from benchmarks.simulated_nodes import import_netns, run_ranks
 from benchmarks.states import random_batch
 from benchmarks.step import with_deepspeed_moe
 from raphael_dist.config.schema import Config, load_config
+from raphael_dist.convert.source_checkpoint import parameter_shapes
 from raphael_dist.engine.deepspeed_comm import CountedBackend, deepspeed_comm, import_deepspeed
 from raphael_dist.engine.engine import Engine
 from raphael_dist.engine.gradient_buckets import bucket_count
@@ -166,8 +167,8 @@ def _sent() -> tuple[int, int]:
     acknowledged = 0
     for connection in connections.splitlines():
         local, peer = (address.rpartition(":")[0] for address in connection.split()[3:5])
-        if found := local != peer and re.search(r" bytes_acked:(\d+)", connection):
-            acknowledged += int(found[1])
+        if match := local != peer and re.search(r" bytes_acked:(\d+)", connection):
+            acknowledged += int(match[1])
     dist.barrier()
     return int(line.split(":")[1].split()[8]), acknowledged
 
@@ -253,28 +254,17 @@ def planned_communication(case: Case, config_name: str, links: Cluster) -> list[
     """Return the planner's prediction of all communication of a step of our trainer. `links`: bandwidth and latency."""
     config, world = case.config(config_name), case.nodes * case.per_node
     plan, reductions = BatchPlan.of(config, world), case.accumulation if case.stage >= 2 else 1
-    with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in RaphaelUNet(config).named_parameters()}
-    parameters = sum(map(prod, shapes.values()))
+    shapes = parameter_shapes(config)
     # DeepSpeed's default for stage3_param_persistence_threshold equals the planner's constant PERSISTENT.
     scheme, persistent = SCHEMES[case.stage], persistent_elements(shapes)
-    buckets = bucket_count(parameters, world, OVERLAP_BUCKET) if case.overlap else 1
+    parameters, buckets = sum(map(prod, shapes.values())), planned_buckets(case, config_name)
     return communications(config, plan, links, parameters, scheme, reductions, persistent, buckets)
 
 
-def run_ranks(words: list[str], links: list[Any], per_node: int = 1) -> None:
-    """Run `python tools/bench.py WORDS` as ranks on simulated nodes, `per_node` ranks on each.
-
-    `links`: the network link of each node (tests.lib.netns.Link), so there are as many nodes as links.
-    Ends this program with a message if nodes cannot be simulated or a rank fails.
-    """
-    netns = importlib.import_module("tests.lib.netns")
-    if reason := netns.missing():
-        raise SystemExit(f"nodes cannot be simulated: {reason}")
-    with netns.Network(links) as network:
-        codes, outputs = netns.finish(network.start_ranks(["tools/bench.py", *words], per_node), 3600)
-    if any(codes):
-        raise SystemExit(f"exit codes {codes}:\n" + "\n".join(outputs)[-3000:])
+def planned_buckets(case: Case, config_name: str) -> int:
+    """Return in how many collectives the planner expects our trainer to reduce gradients: 1 without overlap."""
+    elements = sum(map(prod, parameter_shapes(case.config(config_name)).values()))
+    return bucket_count(elements, case.nodes * case.per_node, OVERLAP_BUCKET) if case.overlap else 1
 
 
 def bench_network(config_name: str, topologies: list[tuple[int, int]], everything: bool = False) -> Iterator[Row]:
@@ -285,7 +275,7 @@ def bench_network(config_name: str, topologies: list[tuple[int, int]], everythin
         topologies: (nodes, ranks per node) of each.
         everything: whether to measure all settings on all topologies.
     """
-    link = importlib.import_module("tests.lib.netns").Link()
+    link = import_netns().Link()
     todo = list(cases(topologies, everything))
     for nodes, per_node in topologies:
         here = [case for case in todo if (case.nodes, case.per_node) == (nodes, per_node)]

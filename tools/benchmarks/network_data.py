@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
+from benchmarks.simulated_nodes import finish, import_netns
 from raphael_dist.config.schema import Config, load_config
 from raphael_dist.data.batch_workers import BatchPrefetcher
 from raphael_dist.data.mixture import MixedOrder
@@ -232,9 +233,7 @@ def run_cases(todo: list[Case], files: Path, names: dict[bool, list[str]]) -> li
     `files`: folder of the shards. `names`: names of the shards of uneven size (True) and of equal size (False). Raises
     SystemExit if nodes cannot be simulated, or a rank fails.
     """
-    netns, servers = importlib.import_module("tests.lib.netns"), importlib.import_module("tests.lib.servers")
-    if reason := netns.missing():
-        raise SystemExit(f"nodes cannot be simulated: {reason}")
+    netns, servers = import_netns(), importlib.import_module("tests.lib.servers")
     nodes, kinds, env = todo[0].nodes, {case.kind for case in todo}, {}
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -260,9 +259,7 @@ def run_cases(todo: list[Case], files: Path, names: dict[bool, list[str]]) -> li
         for node in range(nodes):
             network.set_rate(node, todo[0].mbit_s)
         Path(folder, "limited").touch()
-        codes, outputs = netns.finish(ranks, 1800)
-        if any(codes):
-            raise SystemExit(f"exit codes {codes}:\n" + "\n".join(outputs)[-3000:])
+        finish(ranks, 1800)
         results = json.loads(Path(folder, "out").read_text())
     return [Row(case, *result) for case, result in zip(todo, results, strict=True)]
 

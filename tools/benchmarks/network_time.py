@@ -8,7 +8,6 @@ was hidden. Requires root.
 """
 
 import argparse
-import importlib
 import json
 import math
 import tempfile
@@ -21,9 +20,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from benchmarks.network import OVERLAP_BUCKET, Case, contender, describe, planned_communication, run_ranks
-from raphael_dist.convert.source_checkpoint import parameter_shapes
-from raphael_dist.engine.gradient_buckets import bucket_count
+from benchmarks.network import Case, contender, describe, planned_buckets, planned_communication
+from benchmarks.simulated_nodes import import_netns, run_ranks
 from raphael_dist.planning.communication import Cluster
 from raphael_dist.runtime.ranks import discover, initialise
 from raphael_dist.storage.files import replace_bytes
@@ -100,10 +98,8 @@ def bench(
 
     `rates`: bandwidths in Mbit/s. `delays`: one-way latencies in ms. `samples`: images of a rank in a step.
     """
-    netns = importlib.import_module("tests.lib.netns")
+    netns = import_netns()
     kinds = cases(nodes, per_node, samples)
-    elements = sum(map(math.prod, parameter_shapes(kinds[0].config(config_name)).values()))
-    buckets = bucket_count(elements, nodes * per_node, OVERLAP_BUCKET)
 
     def seconds(link: object) -> list[float]:
         with tempfile.TemporaryDirectory() as folder:
@@ -121,7 +117,7 @@ def bench(
             if case.overlap:
                 once = communication_s(replace(case, overlap=False), config_name, mbit_s, delay_ms)[0]
                 hidden = (measured[kinds.index(replace(case, overlap=False))] - actual) / once
-                reduction = max(reduction / buckets, reduction - BACKWARD * base)
+                reduction = max(reduction / planned_buckets(case, config_name), reduction - BACKWARD * base)
             yield Row(case, mbit_s, delay_ms, base, actual, base + reduction + rest, hidden)
 
 
