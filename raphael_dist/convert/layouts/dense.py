@@ -81,14 +81,14 @@ def _from_ldm(stored: dict[str, StoredTensor], where: Path) -> dict[str, StoredT
             f"{where} must be a U-Net of Stable Diffusion 2, but it lacks the tensor {_LDM}{error.args[0]}. Use "
             "a model with that structure."
         ) from None
-    found = {name: tensor for name, tensor in renamed.items() if tensor is not None}
-    kept = set(found.values())
+    tensors = {name: tensor for name, tensor in renamed.items() if tensor is not None}
+    kept = set(tensors.values())
     if other := next((key for key, tensor in unet.items() if tensor not in kept), None):
         raise UserError(
             f"{where} must be a U-Net of Stable Diffusion 2, but the tensor {other} is not part of such a U-Net. Use "
             "a model with that structure."
         )
-    return found
+    return tensors
 
 
 def weights_by_name(
