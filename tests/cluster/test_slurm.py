@@ -92,10 +92,15 @@ class Job:
         return [row["step"] for row in rows if "train/loss" in row]  # a checkpoint has a row of its own
 
     def wait_step(self, step: int) -> None:
-        wait_for(lambda: self.steps and self.steps[-1] >= step, 180, f"step {step}; the log:\n{self.log[-3000:]}")
+        wait_for(lambda: self.steps and self.steps[-1] >= step, 180, f"step {step}", self.details)
 
     def wait_restart(self, count: int) -> None:
-        wait_for(lambda: f"restart {count}:" in self.log, 180, f"restart {count}; the log:\n{self.log[-3000:]}")
+        wait_for(lambda: f"restart {count}:" in self.log, 180, f"restart {count}", self.details)
+
+    def details(self) -> str:
+        """What Slurm says of the job and of the nodes, and the ends of the logs of the job and of the controller."""
+        controller = (self.cluster.folder / "slurmctld.log").read_text()
+        return f"{self.cluster.job(self.id)}\n{self.cluster.states()}\n{controller[-3000:]}\n{self.log[-3000:]}"
 
     def pids(self) -> dict[int, tuple[str, int]]:
         """The (node, process id) of each rank of the last start."""

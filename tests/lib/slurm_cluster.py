@@ -71,14 +71,15 @@ def program(name: str) -> str | None:
     return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 
 
-def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float, what: str, details: Callable[[], str] | None = None) -> Any:
     """Call `condition` until its value is true; return the value.
 
-    Raises AssertionError after `seconds`. `what` names in its message what was waited for.
+    Raises AssertionError after `seconds`. `what` names in its message what was waited for; `details` returns text to add
+    to it, such as the end of a log.
     """
     deadline = time.monotonic() + seconds
     while not (value := condition()):
-        assert time.monotonic() < deadline, f"no {what} within {seconds:.0f} s"
+        assert time.monotonic() < deadline, f"no {what} within {seconds:.0f} s" + (f"\n{details()}" if details else "")
         time.sleep(0.25)
     return value
 
