@@ -77,6 +77,7 @@ def groups_of(base: Base, steps: int) -> dict[str, list[Variant]]:
     space, time, last = config.model.space_experts, config.model.time_experts, config.diffusion.num_timesteps
     dense = {"model.space_experts": "0", "model.time_experts": "0"}
     shared, bands = {"model.shared_expert": "1"}, {"model.time_routing": "boundaries"}
+    fixed = {**bands, "model.gate_gradient": "none", "model.gate_noise": "0", "model.balance_weight": "0"}
     attended = {"model.mask_padding": "true"}
     finer = {"model.space_experts": str(2 * space), "model.time_experts": str(2 * time)}
     return {
@@ -109,6 +110,7 @@ def groups_of(base: Base, steps: int) -> dict[str, list[Variant]]:
             Variant("noisy", "gate noise in all steps", {"model.gate_noise_steps": "0"}),
             Variant("quiet", "a tenth of the gate noise", {"model.gate_noise": f"{config.model.gate_noise / 10:g}"}),
             Variant("padding", "padding tokens are routed as well", {"model.mask_padding": "false"}),
+            Variant("fixed", "gates as initialised, no training, noise or balance; fixed time boundaries", fixed),
         ],
         "recipes": [
             Variant("muon", "Muon for hidden matrices", {"optim.kind": "muon"}),
