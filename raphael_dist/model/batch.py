@@ -100,13 +100,16 @@ class Batch:
             self.gate_noise = GateNoise(*torch._foreach_mul(self.gate_noise, deviation))
 
     def tensors(self) -> list[Tensor]:
-        """Return a list of all tensors of the batch, except `memory`. Fields that are None are left out."""
+        """Return a list of all tensors of the batch. Fields that are None are left out, and also `memory`.
+
+        `memory` is the block of pinned memory in which the tensors of a packed batch lie.
+        """
         required = [self.position, self.weight, self.x0, self.noise, self.timestep, self.text, self.text_mask, self.end]
         optional = [self.edge, *(self.gate_noise or ()), self.small]
         return required + [tensor for tensor in optional if tensor is not None]
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        """Return a new batch with `function` applied to every tensor except `memory`, which is None in the new batch."""
+        """Return a new batch with `function` applied to every tensor. The new batch is not packed: its `memory` is None."""
 
         def optional(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else function(tensor)

@@ -65,7 +65,7 @@ class _ReplayedForward:
 
 
 def _shape_key(arguments: Arguments) -> ShapeKey | None:
-    """Return shapes and dtypes of the arguments; None if one of them is not a tensor."""
+    """Return shapes and dtypes of the U-Net's arguments, which identify a pair of graphs; None if one is not a tensor."""
     leaves = tree_leaves(arguments)
     if not all(isinstance(leaf, Tensor) for leaf in leaves):
         return None
@@ -129,9 +129,9 @@ def _zero_gradients(outputs: Sequence[Tensor]) -> list[Tensor | None]:
 
 
 def _run_backward(outputs: Sequence[Tensor], output_gradients: Sequence[Tensor | None]) -> None:
-    """Run the backward pass of `outputs`, given their gradients, which adds to `grad` of the leaf tensors.
+    """Run the backward pass from `outputs`. It adds to the attribute `grad` of the leaf tensors.
 
-    Outputs whose gradient is None are left out.
+    `output_gradients`: the gradient of each output. Outputs whose gradient is None are left out.
     """
     pairs = [(output, grad) for output, grad in zip(outputs, output_gradients, strict=True) if grad is not None]
     torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])

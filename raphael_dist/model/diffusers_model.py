@@ -70,7 +70,7 @@ _HOOKS = ("_hf_hook", "_diffusers_hook")
 
 
 def uncompiled(model: Any) -> Any:
-    """Return the model inside a module that `torch.compile` returned, or `model` itself if it is no such module."""
+    """Return the original model if `model` is the result of `torch.compile`, else `model` itself."""
     return getattr(model, "_orig_mod", model)
 
 
@@ -136,8 +136,8 @@ class _Wrapper(ModelMixin, ConfigMixin):
                 timesteps).
             time_activation: activation of the time experts, "gelu" or "geglu".
             gate_width: hidden width of the gates, the networks that select experts.
-            gate_gradient: selects the factor on the output of the selected expert: 1 for "straight_through" and "none"
-                (which differ only in training), the expert's probability for "scaled".
+            gate_gradient: how gates get their gradient in training. With "scaled" the output of the selected expert is
+                multiplied by the expert's probability. With "straight_through" and "none" it is not changed.
             mask_threshold: share (0..1). The expert of a text token processes the image tokens whose attention to the text
                 token is at least this share of the largest one.
             mask_padding: leave padding tokens out of the Space-MoE.

@@ -49,7 +49,8 @@ def make_scheduler(config: Diffusion, name: str) -> NoiseScheduler:
     """Return a scheduler of diffusers that samples with the noise schedule of training.
 
     For noise and v prediction, DDIM and Euler use the timesteps of Stable Diffusion: integers, the last of which is 1, as
-    StableDiffusionPipeline requires. With diffusion.zero_terminal_snr, sampling starts at the noisiest timestep instead.
+    StableDiffusionPipeline requires. If diffusion.zero_terminal_snr is True, all schedulers instead space the timesteps so
+    that the first is the noisiest one.
 
     Args:
         config: the section `diffusion`, with the noise schedule.
@@ -150,8 +151,8 @@ def _strata(seed: int, step: int, global_batch_size: int) -> np.ndarray:
     If the strata are divided into 2^k equal ranges, any 2^k consecutive samples are in different ranges, provided that 2^k
     divides `global_batch_size`. This is a randomly scrambled van der Corput sequence (Owen 1995): samples 0, 2, 4, ... go to
     one half of the strata, chosen at random, and samples 1, 3, 5, ... to the other half. Each half is divided again in the
-    same way. Where two halves are unequal, samples are rotated over both by a random number of strata, so that each stratum
-    is equally likely. The random choices depend on `seed` (run.seed) and `step`.
+    same way. If the number of samples to divide is odd, their order is then shifted cyclically by a random number, so that
+    each stratum is equally likely. The random choices depend on `seed` (run.seed) and `step`.
     """
     draw = generator(seed, Purpose.STRATA, step)
     strata = np.empty(global_batch_size, np.int64)
@@ -160,9 +161,9 @@ def _strata(seed: int, step: int, global_batch_size: int) -> np.ndarray:
 
 
 def _scramble(indices: np.ndarray, draws: Iterator[float]) -> np.ndarray:
-    """Sort samples by stratum: return `indices` (int64 [n]) in the order of the strata that `_strata` describes.
+    """Return samples in scrambled order: the first of the result gets the lowest stratum, and so on (see `_strata`).
 
-    `draws`: random numbers in 0..1, which decide the order.
+    `indices`: numbers of the samples, int64 [n]. `draws`: random numbers in 0..1, which decide the order.
     """
     size = len(indices)
     if size < 2:

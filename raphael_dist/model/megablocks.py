@@ -84,7 +84,7 @@ def require_megablocks(folder: str | None) -> None:
         product(x, w)
     except RuntimeError as error:
         raise UserError(
-            f"model.expert_backend=megablocks requires a build of {folder or 'grouped_gemm'} that reads the number of rows "
-            f"per expert on the GPU, but the installed one fails: {str(error).splitlines()[0]}. Install grouped_gemm with "
-            f"`{GROUPED_GEMM}`, or set model.expert_backend=auto."
+            "model.expert_backend=megablocks requires a matrix product that reads the number of rows per expert on the GPU, "
+            f"but the matrix product of {folder or 'grouped_gemm'} fails: {str(error).splitlines()[0]}. Install "
+            f"grouped_gemm with `{GROUPED_GEMM}` and leave out model.megablocks_folder, or set model.expert_backend=auto."
         ) from error

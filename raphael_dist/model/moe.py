@@ -50,8 +50,9 @@ class SpaceMoE(Experts):
 
     A text token's region is the set of image tokens that attend to it most (`routing.region_mask_BNY`). The paper's formula
     is `out = 1/n_y sum_i e_{route(y_i)}(h o Mhat_i)`, with image tokens h, n_y text tokens y_i, experts e_k, and the region
-    of y_i as a mask Mhat_i of 0 and 1 (Sec. 3.1). With w_k[j] the weight of expert k at image token j and c_k its total
-    weight, this equals `out[j] = sum_k w_k[j] (e_k(h[j]) - e_k(0)) + sum_k c_k e_k(0)` (docs/architecture.md).
+    of y_i as a mask Mhat_i of 0 and 1 (Sec. 3.1). Let c_k be the share of the text tokens that are routed to expert k, and
+    w_k[j] the share of the text tokens that are routed to expert k and whose region contains image token j. Then this equals
+    `out[j] = sum_k w_k[j] (e_k(h[j]) - e_k(0)) + sum_k c_k e_k(0)` (docs/architecture.md).
 
     A shared expert (not in the paper; arXiv 2512.01252) processes every image token; its output is added. With expert
     parallelism every rank has a whole copy of it. The constructor's argument `shared` is its hidden width; 0: none.

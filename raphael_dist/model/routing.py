@@ -144,10 +144,10 @@ def balance_loss_B(logits_BYK: Tensor, chosen_BY: Tensor, taking_part_BY: Tensor
 
 
 def _mean_weight_BY(taking_part_BY: Tensor) -> Tensor:
-    """Return weights with which a sum over a sample's text tokens is the mean over those that take part, float32 [B, Y].
+    """Return weights with which a sum over a sample's text tokens is the mean over the counted ones, float32 [B, Y].
 
-    The weight is 1 / (number of tokens that take part) for these tokens, and 0 for the others. `taking_part_BY`: bool, True
-    for tokens that take part.
+    The weight is 1 / (number of counted tokens) for counted tokens, else 0. `taking_part_BY`: bool, True for the tokens to
+    count, False for others such as padding.
     """
     share_BY = taking_part_BY.float()
     return share_BY / share_BY.sum(dim=-1, keepdim=True).clamp(min=1)
@@ -156,7 +156,7 @@ def _mean_weight_BY(taking_part_BY: Tensor) -> Tensor:
 def space_weights_BYK(chosen_BY: Tensor, factor_BY: Tensor, num_experts: int, taking_part_BY: Tensor | None) -> Tensor:
     """Return the weight of each text token for each expert: 1/n_y at the token's expert, else 0 (Sec. 3.1).
 
-    n_y is the number of text tokens of the sample that take part.
+    n_y is the number of the sample's text tokens, without those that `taking_part_BY` leaves out.
 
     Args:
         chosen_BY: expert of each text token, int64. All tensors can have the same further axes in front, such as one for the

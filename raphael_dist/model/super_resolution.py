@@ -25,7 +25,7 @@ def append_small_image(x_BChw: Tensor, small_B3HsWs: Tensor, patch: int) -> Tens
     """Append small images in -1..1 to latents [B, C, h, w] as channels; return [B, C + 3 patch^2, h, w].
 
     Each latent position gets `patch` x `patch` pixels of the small image, each pixel in its own three channels. If the small
-    image has fewer pixels than that, its pixels are repeated.
+    image has fewer than h `patch` x w `patch` pixels, neighbouring latent positions get the same pixels.
     """
     small_BChw = F.pixel_unshuffle(small_B3HsWs, patch)
     size_hw = (x_BChw.shape[-2], x_BChw.shape[-1])

@@ -215,7 +215,7 @@ class RaphaelUNet(nn.Module):
         return x
 
     def encode(self, state: ForwardState, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Run the encoder and the middle block on `x`, the first feature map (`stem`). `state` is that of `begin`.
+        """Run the encoder and the middle block on `x`, the result of `stem`. `state`: the first result of `begin`.
 
         Returns the output of the middle block, and the encoder's feature maps that the decoder reads, outermost first.
         """
@@ -231,7 +231,7 @@ class RaphaelUNet(nn.Module):
         return self._residual(self.mid_block, 1, x, state.embedding_BE), skips
 
     def decode(self, state: ForwardState, x: Tensor, skips: list[Tensor]) -> Tensor:
-        """Run the decoder on `x` and `skips` from `encode`; return the feature map before the last norm and convolution."""
+        """Run the decoder on the results of `encode`, and return the feature map before the last norm and convolution."""
         skips = list(skips)
         for level in cast(list[UNetLevel], self.up_blocks):
             for i in range(len(level.resnets)):

@@ -1,8 +1,9 @@
-"""Cross-attention to a caption in Triton, with the attention map that selects regions: forward and backward pass.
+"""Cross-attention to a caption in Triton, forward and backward pass. The attention map is a second output.
 
-`out = P v` for each head, with P = softmax(q k^T scale), and the map, the mean of P over the heads (Sec. 3.1). A caption has
-few tokens, so a row of P fits into one tile. P is computed in registers, head after head, in both passes; it is never stored
-for single heads. Products have the dtype of q, all sums are float32 and in a fixed order.
+For each head, `out = P v` with P = softmax(q k^T scale). The attention map is the mean of P over the heads (Sec. 3.1). A
+caption has few tokens, so a row of P fits into one tile. P is computed in registers, head after head, in both passes; it is
+never stored for single heads. Products have the dtype of q, all sums are float32 and in a fixed order. A chunk is the
+consecutive tiles of image tokens over which one program of `_text_gradients` sums; torch adds the sums of all chunks.
 
 | kernel | grid | writes |
 |---|---|---|
@@ -29,9 +30,10 @@ _PROGRAMS = 128  # of `_text_gradients`, about one for each multiprocessor
 
 @triton.jit
 def _tile(row, rows, width, HEAD: tl.constexpr, DIM: tl.constexpr):
-    """Return offsets and mask of the elements of one head in `row` [ROWS] of a sample, each [ROWS, DIM].
+    """Return offsets and mask of the numbers of one head in some rows (tokens) of a sample, each [ROWS, DIM].
 
-    A sample has `rows` rows of `width` numbers, fewer than 2^31 in all.
+    `row`: indices of these rows, [ROWS]. The sample has `rows` rows of `width` numbers, fewer than 2^31 in all. A head has
+    HEAD numbers; the mask is False for the columns from HEAD to DIM.
     """
     dim = tl.arange(0, DIM)
     return row[:, None] * width + dim[None, :], (row < rows)[:, None] & (dim < HEAD)[None, :]
@@ -45,7 +47,10 @@ def _dot(a, b):
 
 @triton.jit
 def _probabilities(q, k, word, words, scale):
-    """Return P of one head for q [ROWS, DIM] and k [WORDS, DIM], float32 [ROWS, WORDS], 0 for padding of the tile."""
+    """Return P = softmax(q k^T scale) of one head for q [ROWS, DIM] and k [WORDS, DIM], float32 [ROWS, WORDS].
+
+    `word`: indices of the text tokens, [WORDS]. P is 0 for indices from `words`, the number of text tokens, on.
+    """
     logits = tl.where((word < words)[None, :], _dot(q, tl.trans(k)) * scale, -float("inf"))
     values = tl.exp(logits - tl.max(logits, 1)[:, None])
     return values / tl.sum(values, 1)[:, None]
@@ -158,7 +163,10 @@ def _rows(q: Tensor) -> int:
 
 
 def _constants(q: Tensor, k: Tensor, heads: int) -> dict[str, Any]:
-    """Return the constants that Triton compiles into the kernels, and its launch options. `tl.dot` needs sides of 16."""
+    """Return the constants that Triton compiles into the kernels, and the launch options.
+
+    DIM and WORDS are at least 16, because `tl.dot` requires matrices with sides of at least 16.
+    """
     head = q.shape[2] // heads
     return {
         "HEADS": heads,
@@ -191,7 +199,10 @@ def _(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> tuple[Tensor
 def _backward(
     dout: Tensor, dmap: Tensor | None, q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradient of q, and those of k and v for each chunk, float32 [chunks, 2, B, Y, D]."""
+    """Return the gradient of q, and the gradients of k and v as float32 [chunks, 2, B, Y, D].
+
+    The caller adds up the gradients of k and v over the chunks (groups of image tokens).
+    """
     (samples, tokens, width), words, constants = q.shape, k.shape[1], _constants(q, k, heads)
     dq, parts, tiles = torch.empty_like(q), _parts(q, k, heads), _chunks(q, heads)[1]
     sizes, heads_of_all = (tokens, words, width, scale), samples * heads
@@ -205,7 +216,10 @@ def _backward(
 
 
 def _chunks(q: Tensor, heads: int) -> tuple[int, int]:
-    """Return the number of chunks into which the image tokens of a sample are divided, and of tiles of a chunk."""
+    """Return the number of chunks into which the image tokens of a sample are divided, and the number of tiles in a chunk.
+
+    A program of the kernel `_text_gradients` processes one chunk.
+    """
     tiles = triton.cdiv(q.shape[1], _rows(q))
     of_chunk = triton.cdiv(tiles * q.shape[0] * heads, _PROGRAMS)
     return triton.cdiv(tiles, min(of_chunk, tiles)), min(of_chunk, tiles)

@@ -2,8 +2,8 @@
 
 The products are those of two dense layers, of hidden width K F. Bias, GELU and the weights w are applied to the results of
 the first product before these are stored, so hidden units are written once and read once, and there is no output for each
-expert. No hidden units are kept for the backward pass: it computes them again, next to their gradient. Sums are float32 and
-in a fixed order. The products of the backward pass that need nothing else are torch's.
+expert. No hidden units are kept for the backward pass, which computes them again together with their gradient. Sums are
+float32 and in a fixed order. torch computes the gradients of x, w1 and w2, which are plain matrix products.
 
 | kernel | for row r and expert k |
 |---|---|
@@ -117,7 +117,11 @@ def _(x: Tensor, w: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
 def _backward_hidden(
     dout: Tensor, x: Tensor, w: Tensor, w1: Tensor, b1: Tensor, w2: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return da and h, [R, K, F], and float32 sums to be added up for the gradients of w [., R, K] and b1 [., K, F]."""
+    """Return da and h, [R, K, F], and summands of the gradients of w [n, R, K] and b1 [m, K, F], float32.
+
+    da is the gradient of the hidden units before GELU. h are the hidden units after GELU, multiplied by the weights w. The
+    caller adds up the summands over their first dimension (tiles of hidden units for w, tiles of rows for b1).
+    """
     (experts, hidden, width), rows, tile = w1.shape, x.shape[0], {**tile_of(x), **_NARROW}
     da, h, dw_parts, db_parts = _hidden_gradients(x, w1)
     grid = (len(dw_parts), len(db_parts), experts)

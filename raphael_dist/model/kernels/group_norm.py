@@ -58,7 +58,8 @@ def _channel_moments(x, mean, squares, tiles, pixels, channels, ROWS: tl.constex
 def _chunk(i, sample, group, tiles, channels, WIDTH: tl.constexpr, PADDED: tl.constexpr, CHUNK: tl.constexpr):
     """Return where the sums of a group's channels are stored for CHUNK consecutive tiles, from tile `i * CHUNK` on.
 
-    These are the indices of the tiles [CHUNK], and offsets and mask of the sums, each [CHUNK, PADDED].
+    Each tile has one sum for each channel. The results are the indices of the tiles [CHUNK], and the offsets and the mask of
+    the sums, each [CHUNK, PADDED]: the mask is False for columns beyond the WIDTH channels of the group.
     """
     tile, channel = i * CHUNK + tl.arange(0, CHUNK), tl.arange(0, PADDED)
     offsets = (sample * tiles + tile)[:, None] * channels + group * WIDTH + channel[None, :]

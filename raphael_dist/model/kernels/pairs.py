@@ -36,7 +36,10 @@ class Pairs(NamedTuple):
 
 @triton.jit
 def _needed(w, rows, expert, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
-    """Return the rows of this Triton program's tile [ROWS], and whether each needs the expert (0 or 1)."""
+    """Return the indices of the rows in this Triton program's tile [ROWS], and 1 for each row that needs the expert, else 0.
+
+    A row (token) needs the expert if the expert's weight in `w` is above 0.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     return row, (tl.load(w + row * EXPERTS + expert, row < rows, 0.0) > 0).to(tl.int32)
 

@@ -129,7 +129,11 @@ def _weight_gradient(
     left, right, row, ends, out, sums, left_width, right_width, GATHER_LEFT: tl.constexpr, DOT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Store `out[k] = sum_p left[p]^T right[p]` over the pairs p of expert k, and `sums[k] = sum_p left[p]` if given."""
+    """Store `out[k] = sum_p left[p]^T right[p]` over the (row, expert) pairs p of this program's expert k.
+
+    Also store `sums[k] = sum_p left[p]`, unless `sums` is None. `row` and `ends` describe the pairs (see `Pairs`). With
+    GATHER_LEFT, `left` has a vector for each row and `right` one for each pair; without, it is the other way round.
+    """
     expert = tl.program_id(2)
     end, begin = tl.load(ends + expert), tl.load(ends + expert - 1, expert > 0, 0)
     lefts, rights = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.program_id(0) * COLS + tl.arange(0, COLS)
@@ -183,7 +187,10 @@ def _product_grid(places: int, experts: int, outer: int, tile: Tile) -> tuple[in
 def _forward(
     x: Tensor, w: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, row: Tensor, place: Tensor, ends: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the output [R, D], and the hidden units before GELU of each (row, expert) pair, [P, F]."""
+    """Return the output [R, D], and the hidden units before GELU of each (row, expert) pair, [P, F].
+
+    `row`, `place` and `ends` describe the pairs (see `Pairs`).
+    """
     (experts, hidden, width), places, tile = w1.shape, row.numel(), tile_of(x)
     a, h, y = x.new_empty(places, hidden), x.new_empty(places, hidden), x.new_empty(places, width)
     grid = _product_grid(places, experts, hidden, tile)
@@ -214,7 +221,10 @@ def _(
 def _backward(
     dout: Tensor, x: Tensor, w: Tensor, w1: Tensor, w2: Tensor, row: Tensor, place: Tensor, ends: Tensor, a: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, w, w1, b1 and w2."""
+    """Return the gradients of x, w, w1, b1 and w2.
+
+    `row`, `place` and `ends` describe the (row, expert) pairs (see `Pairs`). `a`: hidden units before GELU, from `_forward`.
+    """
     (experts, hidden, width), places, tile = w1.shape, row.numel(), tile_of(x)
     da, wh = torch.empty_like(a), torch.empty_like(a)
     narrow = {**tile, "COLS": 64}  # its results need registers too; with 128 columns some would spill
@@ -268,7 +278,10 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 def _flops(
     x: torch.Size, w: torch.Size, w1: torch.Size, b1: torch.Size, w2: torch.Size, row: torch.Size, *_: object, **__: object
 ) -> int:
-    """Return the FLOPs for the largest possible number of pairs; the actual number is known on the device only."""
+    """Return the FLOPs of the forward pass for the largest possible number of (row, expert) pairs.
+
+    The actual number of pairs is known on the device only.
+    """
     return 4 * row[0] * w1[1] * w1[2]
 
 
