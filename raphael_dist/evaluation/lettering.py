@@ -37,8 +37,8 @@ def normalise_text(text: str) -> str:
 def alphabet_of(texts: Iterable[str]) -> set[str]:
     """Return the characters that the OCR engine may recognise in images that should show the strings `texts`.
 
-    If one capital letter occurs, all capitals are included, and likewise for small letters and digits. So the result for one
-    image hardly depends on the text in other images.
+    If one capital letter occurs, all capitals are included, and likewise for small letters and digits. So the text that is
+    read in one image hardly depends on the text in the other images.
     """
     used = set().union(*texts)
     for group in (string.ascii_uppercase, string.ascii_lowercase, string.digits):

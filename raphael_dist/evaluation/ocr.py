@@ -47,8 +47,8 @@ def load_reader(spec: str, alphabet: Collection[str]) -> Reader:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
-            f"--ocr={spec} must be rapidocr, tesseract or MODULE:FUNCTION of an installed Python module, but it cannot be "
-            f"imported ({error}). Use --ocr rapidocr, or e.g. --ocr my_ocr:read_text."
+            f"--ocr={spec} must be rapidocr, tesseract or MODULE:FUNCTION of an installed Python module, but {spec} cannot "
+            f"be imported ({error}). Use --ocr rapidocr, or e.g. --ocr my_ocr:read_text."
         ) from None
     if not callable(function):
         raise UserError(

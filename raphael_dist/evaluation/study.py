@@ -48,7 +48,8 @@ class Study:
         features: function that computes image features for FID, KID, precision and recall; None: not measured.
         clip: computes the CLIP score; None: not measured.
         reader: OCR engine that reads rendered text; None: not measured.
-        true_texts: pairs of a real image, uint8 [H, W, 3], and the text in it; `reader` reads them, too, for comparison.
+        true_texts: pairs of a real image, uint8 [H, W, 3], and the text in it. `reader` reads these images, too, to compare
+            its errors in real and in generated images.
         side: images are resized and cropped to squares of this many pixels before features and CLIP scores are computed.
             None: images are used as they are.
     """
@@ -155,11 +156,17 @@ def _measure(study: Study, guidance: float, folder: Path, true_ND: Tensor | None
 def _read_texts(
     study: Study, images: Sequence[Path | np.ndarray], texts: Sequence[str], path: Path, ranks: Ranks
 ) -> TextScore | None:
-    """Read the texts in images with the OCR engine, and return on rank 0 how well they match `texts`.
+    """Let the OCR engine read the images, and return on rank 0 how well the result matches `texts`.
 
-    All ranks must call this function. It returns None on other ranks, and if there is no OCR engine or no text. `path`: file
-    for the texts that the OCR engine has read; if the file exists, no image is read again. A CSV file with the texts and the
-    readings is written next to it.
+    All ranks must call this function. It returns None on other ranks, and if there is no OCR engine or `texts` is empty. A
+    CSV file with the requested and the read text of each image is written next to `path`.
+
+    Args:
+        study: the study; its `reader` is the OCR engine.
+        images: the images, as files or uint8 [H, W, 3].
+        texts: for each image, the text that it should show.
+        path: file for the text that the OCR engine has read; if the file exists, no image is read again.
+        ranks: this rank and the number of ranks.
     """
     reader = study.reader
     if reader is None or not texts:
@@ -238,10 +245,10 @@ def _compute_on_ranks(count: int, score: Scorer, path: Path, doing: str, ranks: 
 
 
 def _save_rows(path: Path, count: int, row_of: dict[int, np.ndarray]) -> np.ndarray:
-    """Return the array in the file `path`, which has a row for each of `count` images.
+    """Return the array in the file `path`: the results of `count` images, one row for each image.
 
-    If the file does not exist, it is written first, from `row_of`: the row of each image by its index. Raises UserError if
-    the file cannot be read, or has another number of rows.
+    If the file does not exist, it is written first. `row_of`: the rows to write, by the index of the image. Raises UserError
+    if the file cannot be read, or if the number of rows is not `count`.
     """
     if not path.is_file():
         write_array(path, np.stack([row_of[number] for number in range(count)]))

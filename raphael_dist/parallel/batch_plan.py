@@ -8,9 +8,10 @@ A slot is one place for a sample in a micro-batch of a rank. A unit is one rank,
 samples because they share experts. The positions of a step are divided into chunks of consecutive positions. In order, each
 unit gets one chunk for the first micro-step, then each unit gets one for the second micro-step, and so on.
 
-A unit processes one image size at a time. With several image sizes, positions come in runs of one size, and a chunk ends
-where a run ends. If a chunk is shorter than the slots of a unit, slots stay empty. An empty slot repeats a sample with
-weight 0, so that all ranks have equal shapes and take part in all collectives.
+A unit processes one image size at a time. With several image sizes, the order of training is divided into runs of
+consecutive positions with one size, and a chunk ends where such a run ends. If a chunk has fewer samples than a unit has
+slots, some slots stay empty. An empty slot repeats a sample with weight 0, so that all ranks have equal shapes and take part
+in all collectives.
 """
 
 import math
@@ -152,7 +153,7 @@ class BatchPlan:
     def better_micro_batch(self) -> int:
         """Return the largest micro-batch size, not above the current one, with which the fewest slots are empty.
 
-        A slot is a place for a sample in a micro-batch of a rank.
+        A slot is a place for a sample in a micro-batch of a rank. An empty slot is computed, but has weight 0 in the loss.
         """
         largest = min(self.micro_batch_size, -(-self.global_batch_size // self.world_size))
         plans = [replace(self, micro_batch_size=m) for m in range(1, largest + 1)]

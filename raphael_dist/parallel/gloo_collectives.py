@@ -139,7 +139,10 @@ class _Nodes:
         self._started = 0
 
     def next_tag(self) -> int:
-        """Return the tag of the collective that starts now. If the sum before it is in its first stage, start the second."""
+        """Return the message tag of the collective that starts now.
+
+        If the last reduce-scatter has not started its second stage, start this stage first.
+        """
         if self.first_stage is not None:
             # The other ranks of the node have started it, so that the wait is short, and the network has something to do.
             self.first_stage.start_second()

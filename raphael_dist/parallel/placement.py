@@ -31,7 +31,7 @@ class LevelCost:
         parameters: number of parameters of all experts of this kind on the level.
         sharded_bytes: bytes that a rank sends per step if the experts are sharded.
         replicated_bytes: bytes that a rank sends per step if every rank has all experts.
-        shard: the decision: True if they are sharded.
+        shard: the decision: True if the experts are sharded.
     """
 
     kind: ExpertKind

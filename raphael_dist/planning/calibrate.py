@@ -287,6 +287,13 @@ def _this_machine(tree: Tree) -> ClusterSpec:
 
 
 def _reference_step(section: str, values: Tree, cluster: ClusterSpec, repeats: int) -> tuple[float, float]:
-    """Return (measured, predicted) seconds of a micro-step of the configuration REFERENCE, with `values` in `section`."""
+    """Return (measured, predicted) seconds of a micro-step of the configuration REFERENCE with some settings changed.
+
+    Args:
+        section: the section of the changed settings, e.g. "train".
+        values: the changed settings, by name.
+        cluster: description of this machine, for the prediction.
+        repeats: number of measurements; the fastest counts.
+    """
     config = config_from_tree({**REFERENCE, section: {**REFERENCE[section], **values}})
     return measured_step(config, repeats), predicted_step(config, cluster)

@@ -118,9 +118,9 @@ def one_pass(
 ) -> Communication:
     """Predict the time of a reduce-scatter or an all-gather. Arguments and result are those of `ring`.
 
-    On gloo the collective has one stage inside each node and one between the ranks of equal index on all nodes
-    (`parallel/gloo_collectives.py`). With NCCL, one node, one rank per node, or unequal numbers of ranks per node, it is the
-    ring that the function `ring` predicts.
+    On gloo, with several nodes and equally many (at least two) ranks on each, the collective has two stages: one inside each
+    node and one between the ranks of equal index on all nodes (`parallel/gloo_collectives.py`). In all other cases, and with
+    NCCL, the result is that of `ring`.
     """
     lanes = _ranks_in_node(ranks, cluster, stride)
     nodes = ranks // lanes
@@ -192,7 +192,10 @@ def _single_reduction(
     width = bytes_per_element(config.train.dtype)
     sharded = [cost for cost in choose_placement(config, plan) if cost.shard]
     if sharded and scheme not in ("all_reduce", "reduce_scatter"):
-        raise ValueError(f"{scheme} does not support sharded experts (parallel.space_ep or parallel.time_ep above 1)")
+        raise ValueError(
+            f"scheme={scheme} does not support sharded experts (parallel.space_ep or parallel.time_ep above 1). Use the "
+            "scheme all_reduce or reduce_scatter."
+        )
     if scheme in ("zero3", "zero3_hpz"):
         return _zero3(config, cluster, parameters, persistent, scheme)
     replicated = parameters - sum(cost.parameters for cost in sharded)

@@ -109,8 +109,8 @@ class LiveBytes(TorchDispatchMode):
     def track(self, arguments: object, result: object) -> None:
         """Start to count the memory (storages) of an operation's `result`, until this memory is freed.
 
-        `arguments`: the operation's arguments. If their storages are not known yet, they were created before this context
-        was entered, and are not counted.
+        `arguments`: the operation's arguments. A storage of an argument that was created before this context was entered is
+        not counted.
         """
         for tree, counts in ((arguments, False), (result, True)):
             for tensor in tree_leaves(tree):
