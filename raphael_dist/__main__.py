@@ -56,7 +56,8 @@ def config(argv: Sequence[str]) -> int:
 def slurm(argv: Sequence[str]) -> int:
     """Run the command `slurm`: print the path of the folder with the Slurm scripts. Returns the exit code 0.
 
-    `argv`: the command's arguments. With --home, the parent of that folder is printed instead (for RAPHAEL_HOME).
+    `argv`: the command's arguments. With --home, the parent of that folder is printed instead, which the Slurm scripts need
+    as the environment variable RAPHAEL_HOME.
     """
     parser = common.Parser(
         prog="raphael-slurm", description=COMMANDS["slurm"][1], example='sbatch "$(raphael-slurm)/train_raphael.sh"'

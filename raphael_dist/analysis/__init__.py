@@ -1,1 +1,1 @@
-"""Analyses what a trained model has learned: routes of words and timesteps, regions of words, expert health."""
+"""Analyses a trained model: experts chosen for words and timesteps, image regions of words, dead and duplicate experts."""

@@ -1,7 +1,7 @@
-"""Measures which share of the image the regions of text tokens cover, and the share of expert computation (paper, Sec. 3.1).
+"""Measures how much of the image the regions of text tokens cover, and how much space experts compute (paper, Sec. 3.1).
 
 The region of a text token is the set of image tokens whose attention to it is at least alpha times the largest one. A space
-expert processes the union of the regions of all text tokens that are routed to it. The computation is measured as the share
+expert processes the union of the regions of all text tokens that are routed to it. Its computation is measured as the share
 of all (image token, space expert) pairs that are processed. Most of the 77 text tokens are padding and have regions, too, so
 many pairs can be processed although regions are small. In training, gate noise distributes text tokens over more experts
 than in sampling.
@@ -24,10 +24,11 @@ ALPHAS = (0.2, 0.4, 0.6, 0.8, 0.9)
 
 @dataclass(frozen=True)
 class Coverage:
-    """The sizes of the regions of text tokens, and the share of expert computation, for one threshold alpha.
+    """How much of the image the regions of text tokens cover, and how much space experts compute, for one threshold alpha.
 
-    The region of a text token is the set of image tokens whose attention to it is at least alpha times the largest one. Each
-    list has one share (0..1) per transformer block.
+    The region of a text token is the set of image tokens whose attention to it is at least alpha times the largest one. A
+    space expert computes the regions of the text tokens that are routed to it. Each list has one share (0..1) per
+    transformer block.
 
     Attributes:
         alpha: the threshold.

@@ -1,6 +1,6 @@
 """Finds experts that get almost no work (dead), and pairs of experts with nearly equal outputs (duplicates).
 
-Shape legend: L transformer blocks, K experts, R rows, D width.
+Shape legend: L transformer blocks, K experts, R random inputs, D width.
 """
 
 from dataclasses import dataclass

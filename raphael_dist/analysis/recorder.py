@@ -1,7 +1,7 @@
 """Records a model's routes and regions while it draws images, without changing the model or its outputs.
 
-Routes are the chosen experts; a region is the part of the image that attends to a text token. Hooks read the expert of each
-text token and sample from the inputs of the layers, and attention maps from their outputs. This also works for images that
+Routes are the chosen experts; a region is the part of the image that attends to a text token. Hooks read the chosen experts
+from the inputs of the layers, and attention maps from their outputs. Recording also works for images that
 are drawn in the course of training, with expert parallelism and with every ZeRO stage.
 
 Shape legend: B samples, L transformer blocks, Y text tokens, N image tokens, S forward passes, h and w map height and width.

@@ -1,4 +1,4 @@
-"""Figures of routes, regions and loads, drawn with Pillow: tables of coloured cells, bands and overlays.
+"""Draws figures: the experts of words and timesteps, the image regions of words, and the loads of experts.
 
 Shape legend: L transformer blocks, W words, K experts, T timesteps, H and W image height and width.
 """

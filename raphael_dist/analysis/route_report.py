@@ -108,7 +108,7 @@ def trace_values(prompt: str, trace: PromptTrace, side: int = 192) -> JsonObject
             prompt, words, timesteps: the prompt, its words [W], and the timesteps [S].
             space, time: numbers of the experts, [W][L] and [L][S]; [] if the model has no such experts.
             at: the timestep whose regions were recorded.
-            regions: for each word and block, [h, w, cells]. The cells are a string of 0 and 1, row by row.
+            regions: for each word and block, [h, w, cells]. The string `cells` has 1 in the region, else 0, row by row.
             image: a JPEG in base64.
     """
     image = Image.fromarray(trace.pixels)

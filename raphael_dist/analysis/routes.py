@@ -50,7 +50,7 @@ def time_routes(model: RaphaelUNet, num_timesteps: int) -> Tensor | None:
 
 @torch.no_grad()
 def word_routes(model: RaphaelUNet, tokens_BYD: Tensor) -> Tensor | None:
-    """Return the space expert (chosen by the text token) of each token in each block, int64 [B, L, Y].
+    """Return the space expert that the gate of each block chooses for each text token, int64 [B, L, Y].
 
     This is route(y_i) of Sec. 3.1. Returns None if the model has no Space-MoE.
 
@@ -112,7 +112,7 @@ def _tokens_by_prefix(
     """Yield (first token, last token + 1, word) for tokenizers that do not map tokens to characters, such as ByT5's.
 
     The indices are found by tokenizing the caption twice for each word: up to the word's beginning and up to its end.
-    `encoded`: the tokenized caption; words beyond its end are left out.
+    `encoded`: the tokenized caption, which may be truncated. Words in the part that was cut off are left out.
     """
 
     def count(text: str) -> int:

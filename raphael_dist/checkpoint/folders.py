@@ -103,7 +103,7 @@ def quarantine(folder: Path) -> Path:
         if not target.exists():
             folder.rename(target)
             return target
-    raise OSError(f"{folder} cannot be renamed to damaged-*, since 1000 such folders of it exist. Delete some of them")
+    raise OSError(f"{folder} cannot be renamed, since 1000 folders {DAMAGED}{folder.name}* exist. Delete some of them")
 
 
 def remove_partial(root: Path) -> None:

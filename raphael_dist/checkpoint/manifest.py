@@ -1,7 +1,7 @@
 """The manifest of a checkpoint: a JSON file with progress, configuration, and the size and SHA-256 of every other file.
 
 The manifest is written last, so a folder with a manifest is complete. A layout is a file format of checkpoints, such as that
-of diffusers (convert/layouts/). The manifests of all layouts have the same keys, except for a few.
+of diffusers (convert/layouts/). The manifest of a converted checkpoint states its layout.
 """
 
 import hashlib

@@ -111,8 +111,8 @@ class CheckpointReader:
                 stored = {key: replace(tensor, start=int(starts[key])) for key, tensor in tensors.items()}
             except (LookupError, TypeError, ValueError) as error:
                 raise UserError(
-                    f"{self.folder / name} must have a valid entry 'starts' in its header (for each tensor, at which "
-                    f"element of its flattened parameter it begins), but {reason_unreadable(error)}. Replace the "
+                    f"{self.folder / name}: the entry 'starts' of the header must state, for each tensor, the index of the "
+                    f"tensor's first element in the flattened parameter, but {reason_unreadable(error)}. Replace the "
                     "checkpoint by a backup copy, or use another one."
                 ) from None
             ranges = {key: [t.start, t.numel] for key, t in stored.items()}
@@ -233,7 +233,7 @@ def first_good(path: Path, open_step: Callable[[Path], T], prefix: str) -> tuple
         prefix: beginning of the error message, such as "--checkpoint PATH".
 
     Returns:
-        The result of `open_step` for the first checkpoint that it could open, and an error message for each newer one.
+        The result of `open_step` for the first checkpoint that it could open, and the error messages for newer ones.
 
     Raises:
         UserError: no checkpoint could be opened.

@@ -36,7 +36,7 @@ class Restorer:
     Args:
         config: settings of the run. The checkpoints are in the folder `checkpoints` of its run.dir.
         ranks: number of this rank, and number of ranks.
-        fragments: the ranges of parameters and Adam moments that this rank owns under ZeRO, into which is restored.
+        fragments: the ranges of parameters and Adam moments that this rank owns under ZeRO. Their values are restored.
         ema: the moving average of these ranges; None: the run has no EMA.
         data: fingerprints of the training data and the base model, by setting, to compare with those in the checkpoint.
     """
@@ -155,7 +155,7 @@ class Restorer:
             there, here = (f"of shape {list(s[name])}" if name in s else "missing" for s in (old, new))
             raise UserError(
                 f"run.dir={self._config.run.dir}: {reader.folder} must have the parameters of this run's model, but {name} "
-                f"is {there} there and {here} in the model. Use another run.dir."
+                f"is {there} in the checkpoint and {here} in the model. Use another run.dir."
             )
         changes = check_same_run(reader.config(), self._config, str(reader.folder))
         changes += check_same_data(reader.manifest, self._data, self._config, str(reader.folder))

@@ -64,7 +64,10 @@ class Parser(argparse.ArgumentParser):
         super().error(message)
 
     def _suggest(self, index: int | None) -> str:
-        """Return " (did you mean ...?)" for argument number `index` of the command line; "" if nothing is similar."""
+        """Return " (did you mean ...?)" for argument number `index` of the command line; "" if nothing is similar.
+
+        Also returns "" if `index` is None (unknown).
+        """
         if index is None:
             return ""
         word, options = self._argv[index], self._long_options()
@@ -153,7 +156,7 @@ def add_version(parser: argparse.ArgumentParser) -> None:
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    """Add the option `--config`, and positional arguments `section.key=value` (overrides), which may be anywhere."""
+    """Add the option `--config`, and positional arguments `section.key=value` (overrides of the file's settings)."""
     parser.add_argument("--config", action=Once, metavar="NAME", help=f"YAML file or preset: {', '.join(preset_names())}")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.max_steps=50 optim.lr=1e-4")
 

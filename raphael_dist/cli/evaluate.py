@@ -213,8 +213,8 @@ def _make_study(args: argparse.Namespace, trained: "TrainedModel", default: "Req
         if empty:
             raise UserError(
                 f"--captions {args.captions}: text in double quotes must contain a letter or a digit, but in {len(empty)} "
-                f"of {len(requests)} captions it does not, for example in {empty[0]!r}. Remove such captions, or quote "
-                "other text."
+                f"of {len(requests)} captions it has neither, for example in {empty[0]!r}. Remove these captions, or "
+                "quote other text."
             )
         true = read_lettering(args.reference, trained.config.data.cache_dir, default.size_hw) if args.reference else []
         texts = [requested_text(request.prompt) or "" for request in requests] + [text for _, text in true]

@@ -1,4 +1,4 @@
-"""Command line: `python -m raphael_dist report RUN [RUN2 ...] --out FILE.html` writes one HTML file about some runs."""
+"""Command line: `python -m raphael_dist report RUN [RUN2 ...] --out FILE.html` writes an HTML report about runs."""
 
 import argparse
 import shlex

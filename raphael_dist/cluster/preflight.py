@@ -188,7 +188,10 @@ class Probe:
         return dist.get_backend()
 
     def _clock(self) -> float:
-        """Return by how many seconds this rank's clock is ahead of rank 0's, the smallest of 3 measurements. Collective."""
+        """Return by how many seconds this rank's clock is ahead of rank 0's. Collective.
+
+        Ranks leave a barrier at slightly different times. So 3 values are measured, and that nearest to 0 is returned.
+        """
         differences = []
         for _ in range(3):
             dist.barrier()

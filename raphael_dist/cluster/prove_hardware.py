@@ -104,7 +104,7 @@ def take_steps(proof: Proof, config: Config, tree: Tree, count_waits: list[int] 
         proof: this rank and its device.
         config: model and batch to train with.
         tree: the DeepSpeed configuration.
-        count_waits: a list to which, for each step, the number of times is appended that the host waits for the GPU. None:
+        count_waits: a list. After each step, the number of times that the host waited for the GPU is appended to it. None:
             waits are not counted.
     """
     world, device = proof.ranks.world_size, proof.device
@@ -159,7 +159,7 @@ def graphs(proof: Proof) -> Result:
     problems = []
     if not difference < 1e-2:
         problems.append(
-            Problem(f"with CUDA graphs the gradient norm differs by {difference:.1%}, but at most 1% is allowed", False)
+            Problem(f"CUDA graphs change the gradient norm by {difference:.1%}, but at most 1% is allowed", False)
         )
     without, with_graphs = (f"{runs[on].seconds * 1e3:.1f} ms" for on in (False, True))
     line = f"a step of the small model takes {without} without CUDA graphs and {with_graphs} with them"
@@ -199,8 +199,8 @@ def _simulated_waits(proof: Proof) -> Result:
 def plan(proof: Proof) -> Result:
     """Compare a measured training step of the user's configuration with the planner's prediction for it. Collective.
 
-    The planner is `raphael_dist.planning`. Compared are the step's duration, its memory, the size of this rank's fp32
-    weights, and the bytes that this rank sends to experts on other ranks.
+    The planner is `raphael_dist.planning`. The comparison includes the duration and the memory of the step, the size of this
+    rank's fp32 weights, and the bytes that this rank sends to experts on other ranks.
 
     `proof`: this rank, its device and the user's configuration. Returns measurements and problems of this rank.
     """
@@ -238,7 +238,7 @@ def plan(proof: Proof) -> Result:
         sent, planned = _expert_bytes(proof)
         lines.append(f"bytes to other ranks' experts in a micro-step: {sent:,}, planned {planned:,}")
         if sent != planned:
-            problems.append(Problem(f"this rank sent {sent:,} bytes to experts on other ranks, planned {planned:,}"))
+            problems.append(Problem(f"this rank sent {sent:,} bytes to other ranks' experts, but {planned:,} were planned"))
     missing.append("bytes on the network interfaces: not measured. Read the counters of the interfaces")
     return Result(lines, problems, {}, missing)
 
@@ -255,9 +255,9 @@ def _one_micro_step(config: Config, world: int, micro: int) -> Config:
 
 
 def _cluster(proof: Proof) -> ClusterSpec:
-    """Return the planner's description of a cluster with this rank's type of GPU; of "cpu" on a rank without a GPU.
+    """Return the planner's description of a cluster with this rank's type of GPU.
 
-    If the planner has no cluster with this type of GPU, the description of "h100x8" is returned.
+    Returns the description "cpu" if this rank has no GPU, and "h100x8" if the planner does not know this type of GPU.
     """
     if proof.device.type != "cuda":
         return load_cluster("cpu")
@@ -269,7 +269,9 @@ def _states_problems(engine: Engine, planned: int) -> list[Problem]:
     owners = {id(f.owner): f.owner for f in engine.fragments}
     actual = sum(4 * owner.numel() for owner in owners.values())
     return (
-        [] if actual == planned else [Problem(f"this rank's fp32 weights take {actual:,} bytes, planned {planned:,}", False)]
+        []
+        if actual == planned
+        else [Problem(f"this rank's fp32 weights take {actual:,} bytes, but {planned:,} were planned", False)]
     )
 
 

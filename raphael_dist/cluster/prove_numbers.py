@@ -106,14 +106,17 @@ class Steps:
         )
 
     def norm_problem(self, step: int, norm: float) -> Problem | None:
-        """Compare the gradient norm `norm` of step `step` (from 0) with the training in one process; return a problem."""
+        """Compare the gradient norm `norm` of step `step` (from 0) with the training in one process.
+
+        Returns a problem if they differ, else None.
+        """
         reference = self.norms[step]
         if math.isclose(norm, reference, rel_tol=self._tolerance):
             return None
         rest = [float(g.square().sum()) for name, g in self.gradients[step].items() if not stacked(name)]
         without = math.isclose(norm, math.sqrt(sum(rest)), rel_tol=self._tolerance)
         why = ": the gradients of the experts are left out" if without else ""
-        return Problem(f"the gradient norm of step {step + 1} is {norm:.6g}, but in one process {reference:.6g}{why}", False)
+        return Problem(f"the gradient norm of step {step + 1} is {norm:.6g}, but {reference:.6g} in one process{why}", False)
 
 
 @cache
@@ -164,7 +167,8 @@ def gradients(proof: Proof) -> Result:
 def _compare_case(proof: Proof, case: Case) -> tuple[float, Problem | None]:
     """Train with the settings of `case`, and compare with training in one process. Collective.
 
-    Returns the relative difference (L2 norm) of the weights that this rank stores, and the first problem or None.
+    Returns the relative difference (L2 norm) of this rank's weights from those of training in one process, and the first
+    problem or None.
     """
     world = proof.ranks.world_size
     expected = _steps(case.dtype, world, proof.device)
@@ -278,7 +282,8 @@ class Trained:
 def _reduced_problem(expected: Steps, run: Trained, before: list[Tensor]) -> Problem | None:
     """Compare this rank's part of the reduced gradient with training in one process; return a problem or None.
 
-    The reduced gradient is computed from the change of the weights in the first step of SGD. `before`: weights before it.
+    The reduced gradient is computed from the change of the weights in the first step of SGD. `before`: the weights before
+    this step.
     """
     clip, norm, lr = run.config.optim.max_grad_norm, run.engine.grad_norm, run.config.optim.lr
     scale = lr * min(1.0, clip / (norm + 1e-6))
@@ -308,7 +313,7 @@ def weights_difference(expected: dict[str, Tensor], run: Trained) -> float:
 
 
 def sums(proof: Proof) -> Result:
-    """Check that gradients of many bfloat16 micro-steps are summed in float32, without rounding after each. Collective.
+    """Check that gradients of many bfloat16 micro-steps are summed in float32, not in bfloat16. Collective.
 
     The engine's sum, computed from the change of the weights in a step of SGD, is compared with a float32 sum of the same
     gradients.

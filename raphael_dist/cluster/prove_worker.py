@@ -81,7 +81,10 @@ def open_log(path: Path) -> int:
 
 
 def _end_with(agent: int) -> None:
-    """End this process soon after its parent process `agent` has ended: a launcher may kill the agent alone."""
+    """Wait until the parent process, the agent, has ended; then end this process. A launcher may kill the agent only.
+
+    `agent`: process id of the agent.
+    """
     while os.getppid() == agent:
         time.sleep(1)
     os._exit(1)

@@ -209,7 +209,7 @@ def check_upscale(upscale: Upscale, control: Control) -> Iterator[str]:
 def check_sample_images(sample: Sample, upscale: Upscale, control: Control) -> Iterator[str]:
     """Yield an error message unless `sample.images` has one image for each of `sample.prompts`.
 
-    Models without super-resolution or ControlNet must have no images.
+    Without super-resolution and ControlNet, `sample.images` must be empty.
     """
     prompts, images = len(sample.prompts), len(sample.images)
     if not upscale.factor and not control.enabled:

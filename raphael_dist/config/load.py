@@ -78,7 +78,7 @@ def check_tree(tree: object) -> None:
 
 
 def _is_encodable(text: str) -> bool:
-    """Return whether a text can be encoded; a byte of a file name that is not UTF-8 can (U+DC80 to U+DCFF, see PEP 383)."""
+    """Return whether a text can be encoded as UTF-8, or as a file name with bytes that are not UTF-8 (see PEP 383)."""
     try:
         text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
@@ -136,7 +136,7 @@ def _read_one(name_or_path: str) -> ConfigTree:
     except UNREADABLE as error:
         raise UserError(
             f"--config={name_or_path}: the file is not valid YAML: {shorten(' '.join(str(error).split()))}. Correct the "
-            "line that this names; a section has the form `section: {key: value}`."
+            "line with this mistake; a section has the form `section: {key: value}`."
         ) from None
     if not isinstance(tree, dict):
         raise UserError(
@@ -171,7 +171,10 @@ def _preset_text(name: str) -> str:
 
 
 def _locate_assets(preset: JsonObject) -> JsonObject:
-    """Replace paths of data files in a preset by their actual paths, if the files come with the package; return it."""
+    """Replace paths of data files in a preset by their actual paths, if the files come with the package.
+
+    Returns the same preset.
+    """
     for section, name in (("data", "shards"), ("data", "val_shards"), ("image", "vae"), ("sample", "images")):
         value = preset.get(section, {}).get(name)
         if isinstance(value, str):
@@ -261,8 +264,8 @@ def apply_override(config: ConfigTree, override: str, config_type: type[BaseMode
         value = text
     if not isinstance(config.tree.setdefault(section, {}), dict):
         raise UserError(
-            f"{section}={value_text(config.tree[section])} in the configuration file must be a mapping of keys, but "
-            f"it is not, so the command line cannot set {shorten(key)}. Write `{section}: {{key: value}}` in the file."
+            f"{section}={value_text(config.tree[section])} in the configuration file must be a mapping of keys, "
+            f"because the command line sets {shorten(key)}. Write `{section}: {{key: value}}` in the file."
         )
     config.tree[section][name] = _for_field(_type_name(section, name, config_type), value, text)
     for place in (section, key):

@@ -23,7 +23,7 @@ ENDLESS = ("constant", "inverse_sqrt")  # do not depend on train.max_steps
 
 
 def check_lr_schedule(schedule: str, arguments: Mapping[str, float]) -> Iterator[str]:
-    """Yield an error message for each unknown argument of a learning-rate schedule, and for a required one that is missing.
+    """Yield an error message for each unknown argument of a learning-rate schedule, and for a missing required argument.
 
     Args:
         schedule: name of the schedule, the value of optim.lr_schedule.

@@ -50,7 +50,7 @@ def check_same_run(old: Config, new: Config, folder: str) -> list[str]:
         A line for each change that `run.allow_change` allows.
 
     Raises:
-        UserError: a change is not allowed. Changes of the weights' shapes never are.
+        UserError: a change is not allowed. Changes that alter the shapes of weights are never allowed.
     """
     changed = changed_fields(old, new)
     lines = [f"{name} was {before} and is now {after}" for name, (before, after) in changed.items()]
@@ -72,7 +72,7 @@ def check_same_run(old: Config, new: Config, folder: str) -> list[str]:
 def check_same_data(manifest: JsonObject, current: Mapping[str, str], config: Config, folder: str) -> list[str]:
     """Check that a resumed run has the data and encoders with which its checkpoint was trained.
 
-    Compared are fingerprints (hashes) of shards, captions and encoders, as far as both `manifest` and `current` have them.
+    Fingerprints (hashes) of shards, captions and encoders are compared, if both `manifest` and `current` have them.
 
     Args:
         manifest: the checkpoint's manifest. After a conversion it has only the fingerprint of the shards.

@@ -20,7 +20,7 @@ _NAME_LIMIT = 255  # bytes of a file name
 def require_local_path(path: str) -> str:
     """Return a path unchanged. Raises PydanticCustomError for an address (scheme://...), and for too long file names.
 
-    `Path` would turn an address into the name of a local folder, in which secrets are no longer recognised.
+    `pathlib.Path` would shorten :// to :/, so that messages would no longer recognise and hide secrets in the address.
     """
     if "://" in path:
         raise PydanticCustomError("address", "must be a local path, not an address. Give a local file or folder")
@@ -75,7 +75,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_stray_value(cls, value: object, info: ValidationInfo) -> object:
-        """Refuse values that pydantic would accept.
+        """Return the value of a field unchanged. Raises PydanticCustomError for some mistakes that pydantic accepts.
 
         These are true and false as numbers, empty strings, NUL characters, and addresses (scheme://...) as local paths.
         """

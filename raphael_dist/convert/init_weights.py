@@ -225,7 +225,8 @@ def _source(config: Config, checkpoint: Checkpoint, upcycles: bool) -> Source:
     """Return an object that gives the values of the new model's parameters, under their names in this model.
 
     This is `checkpoint` itself, or an object that computes experts from a dense checkpoint (`upcycles`). Shapes are those of
-    the new model, except that INPUT_CONV has the checkpoint's shape. Raises UserError if the experts cannot be computed.
+    the new model, except that the first convolution (INPUT_CONV) has the shape in the checkpoint. Raises UserError if the
+    experts cannot be computed.
     """
     if not upcycles:
         return checkpoint

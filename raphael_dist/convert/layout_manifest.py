@@ -16,7 +16,8 @@ from raphael_dist.storage.versions import versions
 def base_manifest(layout: str, source: Source) -> Manifest:
     """Return the content of manifest.json for a converted checkpoint, without the list of its files.
 
-    `layout`: name of the target's layout (format on disk). `source`: the checkpoint that is converted.
+    `layout`: name of the layout (format on disk) of the converted checkpoint. `source`: the checkpoint
+    from which it is made.
     """
     return {
         "layout": layout,

@@ -69,7 +69,8 @@ def names() -> list[str]:
 def layout_of(option: str, name: str) -> Layout:
     """Return the layout (format of checkpoints on disk) called `name`.
 
-    Raises UserError if no layout has this name. The message begins with `option`, the command line option with the name.
+    Raises UserError if no layout has this name. The message begins with `option`, the command line option that
+    gave the name.
     """
     if name not in names():
         known = [*names(), *(ADAPTER_FORMATS if option == "--to" else ())]
