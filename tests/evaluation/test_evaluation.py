@@ -396,7 +396,7 @@ def test_quoted_punctuation_is_refused_before_drawing(made: Path, tmp_path: Path
     assert (
         evaluate.main([*command, "--captions", f"prompts={prompts}", "--ocr", "tests.evaluation.test_evaluation:shout"]) == 2
     )
-    assert """in 2 of 3 captions it has neither, for example in 'a sign "?!"'""" in capsys.readouterr().err.replace("\n", " ")
+    assert """2 of 3 captions it has neither, for example in 'a sign "?!"'""" in capsys.readouterr().err.replace("\n", " ")
     assert not out.exists()
 
 
