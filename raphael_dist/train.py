@@ -1,4 +1,6 @@
-"""Command line: `deepspeed raphael_dist/train.py --config emoji-tiny train.max_steps=50`; `python` for one rank.
+"""The training command: `deepspeed raphael_dist/train.py --config emoji-tiny train.max_steps=50`.
+
+`python` in place of `deepspeed` starts one rank.
 
 Arguments are checked before torch is imported, so that --help, --plan and error messages appear within a second.
 """
@@ -169,7 +171,10 @@ def _main(argv: Sequence[str]) -> tuple[int, str]:
 
 
 def _dry_run(args: argparse.Namespace) -> int:
-    """Print what --plan prints, and a line for each mistake that is found without training; return the exit code."""
+    """Carry out --dry-run: check a run without training; return exit code 2 if there are mistakes, else 0.
+
+    Prints the settings, the batch plan and the DeepSpeed configuration as --plan does, and a line for each mistake.
+    """
     from raphael_dist.training.dry_run import attempt, problems
 
     config, lines = load_leniently(args.config, args.overrides)
@@ -300,9 +305,9 @@ def run(config: Config, tree: dict[str, object], stop: StopRequest) -> int:
 
 
 def _fail_unforeseen(error: Exception) -> int:
-    """Print an error that is not the user's: a bug, or the loss of another rank. Return the exit code.
+    """Print an error that is not the user's: a bug, or the loss of another rank. Return exit code 1.
 
-    The line that helps most is printed last.
+    The traceback is printed first, unless another rank was lost. The last line describes the error.
     """
     what = describe_error(error)
     if _LOST_RANK.search(what):  # its traceback, which is in this rank's log, does not explain the loss

@@ -56,9 +56,9 @@ class DataTimer:
     def take(self, elapsed: float) -> tuple[dict[str, float], str | None]:
         """Return the waiting times since the last call as metrics, and a line for the log or None.
 
-        The metrics are shares (0..1) of the time, by tag (`time/data_wait_*`). The line names the kind of work with the
-        longest wait, and the setting that would shorten this wait. A line is returned only if more than 3% of the time was
-        spent waiting, and the line before it named another kind of work. The first call returns no line, because every
+        The metrics are shares (0..1) of `elapsed`, by tag (`time/data_wait_*`). The line names the kind of work with the
+        longest wait, and the setting that would shorten this wait. No line is returned if at most 3% of `elapsed` was spent
+        waiting, or if the previous line named the same kind of work. The first call returns no line either, because every
         start has to wait for data.
 
         `elapsed`: seconds since the last call, or since the start.

@@ -68,7 +68,8 @@ def _check_run_dir(config: Config) -> None:
 def _check_space(config: Config) -> None:
     """Raise UserError if the checkpoints of the run do not fit on the disk.
 
-    The disk must have space for checkpoint.keep checkpoints and one that is being written. Existing ones are subtracted.
+    The disk must have space for checkpoint.keep checkpoints and for one more that is being written. Checkpoints that already
+    exist need no further space.
     """
     saved, every = len(newest(config.run.dir / "checkpoints")), config.checkpoint.every or config.train.max_steps
     count = max(1, min(config.checkpoint.keep + 1, -(-config.train.max_steps // every)) - saved)
@@ -165,7 +166,10 @@ def _find_shards(config: Config, name: str) -> list[str]:
 
 
 def _has_member(shard: Path, ext: str) -> bool:
-    """Return whether one of the first 32 files in a shard has the extension `ext`. UserError if it is not a tar file."""
+    """Return whether one of the first 32 files in a shard has the extension `ext`.
+
+    Raises UserError if the shard cannot be read as a tar file.
+    """
     try:
         with tarfile.open(shard, tarinfo=TarHeader) as tar:
             return any(member.name.lower().endswith(f".{ext}") for member in islice(tar, _MEMBERS))

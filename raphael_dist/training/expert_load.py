@@ -67,9 +67,9 @@ def load_entropy(share_LK: Tensor) -> float:
 class DeadExperts:
     """Detects experts that get almost no work, and creates a warning with a remedy.
 
-    An expert is dead if its load is below 1% (DEAD_SHARE) of the mean load of its transformer block. Loads are recorded at
-    every log line of the run, and summed over the most recent log lines that together have 100 samples per expert. With
-    fewer samples, an expert could get no work by chance.
+    An expert is dead if its load is below 1% (DEAD_SHARE) of the mean load of its transformer block. Loads are recorded each
+    time that the run logs metrics. The most recent records are summed, as many as are needed for 100 training samples per
+    expert. With fewer samples, an expert could get no work by chance.
     """
 
     SAMPLES = 100
@@ -103,7 +103,7 @@ class DeadExperts:
     def warning(self, kind: str, dead_LK: Tensor) -> str | None:
         """Return a warning for the log about dead experts (they get almost no work), with a remedy.
 
-        Returns None if no expert is dead, or if their number has not doubled since the last warning.
+        Returns None if no expert is dead, or if fewer than twice as many are dead as at the last warning.
 
         Args:
             kind: kind of experts, "space" or "time".

@@ -130,8 +130,8 @@ class Telemetry:
     def end_step(self, step: int, updated: bool) -> None:
         """End the recording of optimizer step `step`.
 
-        `updated`: whether the step changes the weights. The losses and expert loads of such a step are kept for the next log
-        line; those of other steps are dropped.
+        `updated`: whether the step changes the weights. If true, its losses and expert loads are kept for the next log line;
+        otherwise they are dropped.
         """
         if updated:
             self._steps.append((step, self._current_step))

@@ -81,7 +81,10 @@ def _larger(a: Tensor | float, b: Tensor | float) -> Tensor | float:
 
 
 def _flat(values: dict[str, Tensor | float], device: torch.device) -> Tensor:
-    """Return all values, in the order of their names, as one vector on the device. Numbers are copied together."""
+    """Return all values, in the order of their names, as one vector on the device.
+
+    Python numbers are copied to the device in one transfer.
+    """
     numbers = from_host([v for _, v in sorted(values.items()) if not isinstance(v, Tensor)], device)
     rest = iter(numbers.split(1))
     parts = [v.reshape(-1) if isinstance(v, Tensor) else next(rest) for _, v in sorted(values.items())]

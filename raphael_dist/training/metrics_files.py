@@ -174,7 +174,7 @@ def _without_tensorboard_errors(hook: _Hook) -> _Hook:
 def read_metrics(path: Path) -> dict[str, Series]:
     """Read a metrics.jsonl file; return the (step, value) pairs of each metric by its name, in order of steps.
 
-    Lines and values that the trainer does not write are left out without a message (unlike in `read_series`).
+    Lines without a step and values that are not numbers are left out without a message. `read_series` reports them.
     """
     return read_series(path)[0]
 
@@ -182,15 +182,15 @@ def read_metrics(path: Path) -> dict[str, Series]:
 def read_series(path: Path) -> tuple[dict[str, Series], list[str]]:
     """Read a metrics.jsonl file.
 
-    If a metric has two values for one step, the later line counts. An incomplete line, caused by a kill or a full disk, is
-    skipped, and so is a value that is null.
+    If a metric has two values for one step, the later line counts. Lines that are incomplete because of a kill or a full
+    disk are skipped, and so are values that are null.
 
     Args:
         path: the file.
 
     Returns:
-        The (step, value) pairs of each metric by its name, in order of steps; and sentences that state how many lines and
-        values were left out because the trainer does not write such lines and values.
+        The (step, value) pairs of each metric by its name, in order of steps; and sentences that state how many lines have
+        no step or have a value that is not a number. These lines or values are left out.
 
     Raises:
         OSError: the file cannot be read, or it is not a regular file.

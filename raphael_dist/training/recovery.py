@@ -65,13 +65,12 @@ def skip(run: Run, why: str, losses: StepLosses) -> bool:
         losses: for each micro-batch, the positions (numbers in the training order) and losses of this rank's samples.
 
     Returns:
-        True: the run continues with the next step. False: the run returned to an earlier checkpoint, because
-        train.max_skipped steps in a row were skipped, and no step since the checkpoint from which this process started was
-        good.
+        True: the run continues with the next step. False: the run returned to an earlier checkpoint. It does so if
+        train.max_skipped steps in a row were skipped and this process has not taken a good step.
 
     Raises:
-        NonFiniteError: train.max_skipped steps in a row were skipped, and the run cannot return to an earlier checkpoint:
-            either this process has taken a good step, or there is no such checkpoint.
+        NonFiniteError: train.max_skipped steps in a row were skipped, but this process has taken a good step, or there is
+            no earlier checkpoint.
     """
     bad = _bad_positions(losses)
     run.progress.all_non_finite = len(set(bad)) == run.config.train.global_batch_size
@@ -81,7 +80,7 @@ def skip(run: Run, why: str, losses: StepLosses) -> bool:
             return False
         raise NonFiniteError(
             f"{line}. The limit train.max_skipped={run.guard.in_a_row} of consecutive skipped steps is reached. The last "
-            "checkpoint is unchanged. Lower optim.lr, or remove these samples if they are faulty."
+            "checkpoint is unchanged. Lower optim.lr, or remove the samples at these positions if they are faulty."
         )
     run.telemetry.warn(line)
     return True
@@ -143,7 +142,8 @@ def _return_to(run: Run, saved: Progress, samples_seen: int) -> None:
 def progress_record(run: Run, *, rollbacks: int | None = None) -> Progress:
     """Return the progress of the run in the form that is stored in a checkpoint.
 
-    `rollbacks`: how many times the run has returned to that checkpoint; None: as many as `run.guard` has counted.
+    `rollbacks`: how many times the run has returned to the checkpoint that will contain the result; None: the number that
+    `run.guard` has counted.
     """
     state = run.guard.state()
     if rollbacks is not None:

@@ -2,7 +2,7 @@
 
 A route is the expert that a gate selects for a text token or a timestep.
 
-Shape legend: L transformer blocks, R text tokens or timesteps, K experts, B samples, Y text tokens, D text width.
+Shape legend: L transformer blocks, R routes of a block (one per text token or timestep), K experts.
 """
 
 import torch

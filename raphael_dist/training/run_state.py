@@ -29,9 +29,10 @@ class RunProgress:
         max_steps: number of optimizer steps of the whole run.
         step: number of the last optimizer step. Skipped steps count.
         samples_seen: number of training samples that have been used.
-        stage_start, stage_end: last step of the previous and of the current stage (an entry of train.stages); 0 for
-            `stage_end`: the stage ends with the run.
-        first_step: step at which this process began, or to which it returned by the last rollback.
+        stage_start: last step of the previous stage (an entry of train.stages).
+        stage_end: last step of the current stage. 0: the stage ends with the run.
+        first_step: step of the checkpoint from which this process started, 0 without a checkpoint. If that checkpoint was
+            given up because all steps after it were skipped: step of the earlier checkpoint that replaced it.
         updated: whether a step since `first_step` changed the weights.
         all_non_finite: whether no sample of the last skipped step had a finite loss: then the weights are the cause.
         save_due: whether to save a checkpoint after the next good step.
@@ -60,10 +61,12 @@ class RunProgress:
         return not self.stage_start <= self.step < (self.stage_end or self.max_steps)
 
     def timeout_factor(self, micro_step: int) -> float:
-        """Return the factor on the timeout of the watchdog, which ends a run that hangs, during a micro-step.
+        """Return the factor by which the watchdog's timeout is multiplied during a micro-step.
 
-        The factor is 5 for the first micro-step of this process, which compiles kernels and allocates memory, and 1 for the
-        others. `micro_step`: number of the micro-step in the current optimizer step, from 0.
+        The watchdog ends a run that hangs for longer than the timeout. The factor is 5 for the first micro-step of this
+        process, which compiles kernels and allocates memory, and 1 for the others.
+
+        `micro_step`: number of the micro-step in the current optimizer step, from 0.
         """
         return SLOW if self.step == self.first_step and micro_step == 0 else 1.0
 

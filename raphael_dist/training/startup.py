@@ -28,7 +28,7 @@ def open_run_dir(
 ) -> tuple[IO[str] | None, BatchPlan, Telemetry]:
     """Lock the run directory, and start logs and metrics in it. Collective.
 
-    From then on, `watchdog` also writes to the run directory.
+    Once the directory is locked, `watchdog` writes its heartbeats and the stack traces of a hang to it.
 
     Returns:
         The open lock file (None except on rank 0), the division of batches over ranks, and the collector of the run's

@@ -23,7 +23,7 @@ class Guard:
         skipped: number of steps that did not change the weights.
         in_a_row: number of skipped steps since the last good step.
         spikes: number of losses that were far above the losses before.
-        rollbacks: how many times the run has returned to the checkpoint to which it returned last.
+        rollbacks: how many times the run has returned to the checkpoint of the last rollback.
     """
 
     def __init__(self, train: Train) -> None:
@@ -64,11 +64,11 @@ class Guard:
 
         Args:
             state: the guard's state in that checkpoint, in the form that the method `state` returns.
-            step: the step of that checkpoint. If the last rollback was to another step, rollbacks are counted again from
+            step: the step of that checkpoint. The attribute `rollbacks` counts returns to this checkpoint only, including
                 the number in `state`.
 
         Returns:
-            Whether the run has returned to this checkpoint train.max_skipped times, so that it must end.
+            Whether the run must end, because it has returned to this checkpoint train.max_skipped times.
         """
         before = self.rollbacks if step == self._returned_to else 0
         spikes, rollbacks = self.spikes, max(before, int(state.get("rollbacks", 0))) + 1

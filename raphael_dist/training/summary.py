@@ -24,7 +24,7 @@ def start_line(run: Run) -> str:
 
 
 def stop_line(run: Run) -> str:
-    """Return a line for the end of a run that stopped early: at which step, and whether a checkpoint of it was saved."""
+    """Return a line about a run that stopped early: at which step, and the reason if no checkpoint was saved."""
     saved = "" if run.progress.step > run.progress.first_step else ", with nothing new to save"
     if run.guard.in_a_row:
         saved = f", not saved because the last {run.guard.in_a_row} steps were skipped"

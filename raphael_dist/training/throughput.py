@@ -31,9 +31,9 @@ PEAK_BF16_TFLOPS = {
 def grouped_product_flops(a: torch.Size, b: torch.Size, *_: object, **__: object) -> int:
     """Return the FLOPs of torch's grouped matrix product of tensors with shapes `a` and `b`. Other arguments are ignored.
 
-    A tensor with 3 axes has one matrix per group. A tensor with 2 axes is divided into groups along one axis. Every row (or
-    column) is multiplied with one matrix, so the result does not depend on the sizes of the groups: 2 m k n for shapes m x k
-    and k x n. If both tensors have 3 axes, it is 2 m k n times the number of groups.
+    A tensor with 3 axes has one matrix per group. A tensor with 2 axes (m x k or k x n) is divided into groups along one
+    axis. Then the product has 2 m k n FLOPs for any sizes of the groups. If both tensors have 3 axes, the product of each
+    group has 2 m k n FLOPs.
     """
     groups = a[0] if len(a) == len(b) == 3 else 1
     return int(2 * groups * a[-2] * a[-1] * b[-1])
@@ -50,7 +50,7 @@ def attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: o
 def attention_backward_flops(
     grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object
 ) -> int:
-    """Return the FLOPs of the backward pass of fused attention on a CPU: five matrix products, as torch counts elsewhere.
+    """Return the FLOPs of the backward pass of fused attention on a CPU: five matrix products, as torch counts on a GPU.
 
     `grad` (gradient of the output), `query`, `key` and `value` are the shapes of these tensors. Other arguments are ignored.
     """
@@ -68,14 +68,18 @@ FLOPS = {
 def warmup_step(engine: Engine, batch: Batch, schedule: NoiseSchedule) -> float:
     """Run a micro-batch before the first step, to detect errors and lack of memory; return model FLOPs per sample.
 
-    `batch` is a micro-batch of this rank, `schedule` the noise schedule of the diffusion. The test uses as much memory as a
-    whole step: activations, gradients, reduction buffers, Adam's moments. With several micro-batches per step it runs two,
-    because in a step the activations of the second one exist together with the accumulated gradients of the first one.
-    (Exception: with CPU offload in bfloat16 a real step needs up to 2 bytes per parameter more.) The gradients are dropped
-    and nothing else changes.
+    Collective. The test allocates as much memory as an optimizer step: activations, gradients, reduction buffers and Adam's
+    moments. If a step has several micro-batches, the test runs two of them, because the activations of the second one exist
+    together with the accumulated gradients of the first one. The gradients are dropped, and the weights do not change. With
+    CPU offload in bfloat16, a step needs up to 2 bytes per parameter more than the test.
 
-    Collective. The FLOPs are those of the forward pass without recomputation, times three, since the backward pass costs
-    twice as much as the forward pass.
+    The FLOPs are those of the forward pass without recomputation, times three, since the backward pass costs twice as much
+    as the forward pass.
+
+    Args:
+        engine: the engine with the model.
+        batch: a micro-batch of this rank.
+        schedule: the noise schedule of the diffusion.
 
     Raises:
         UserError: a micro-batch does not fit into memory.
@@ -129,8 +133,8 @@ def throughput(
         samples: number of samples that all ranks together processed.
         seconds: the time in which these samples were processed.
         flops: model FLOPs per sample, forward and backward.
-        device: this rank's device, for its peak.
-        dtype: precision that the peak is for.
+        device: this rank's device.
+        dtype: precision of the computation, which determines the device's peak TFLOP/s.
         world_size: number of ranks.
     """
     rate = samples / max(seconds, 1e-9)
@@ -163,7 +167,10 @@ def peak_tflops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def peak_gib(device: torch.device) -> float:
-    """Return the largest memory use of this process so far, in GiB: of its tensors on the GPU; on a CPU, all its memory."""
+    """Return the largest memory use of this process so far, in GiB.
+
+    With a GPU, this is the memory of the tensors on the GPU. On a CPU, it is the resident memory of the process.
+    """
     if is_gpu(device):
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -46,7 +46,8 @@ def build(
     """Open the run directory and the data, build the engine, and resume from the newest checkpoint. Collective.
 
     `json_tree`: the user's DeepSpeed JSON. `device`: this rank's device. `stop`: requests to stop early. `open_data`: opens
-    the training data. `watchdog`: one that is already running; None: start one. Raises UserError on all ranks.
+    the training data. `watchdog`: one that is already running; None: start one. Raises UserError on all ranks if the run
+    cannot start, e.g. because of its settings or missing data.
     """
     with ExitStack() as on_error:
         if watchdog is None:
@@ -325,8 +326,8 @@ def save(run: Run, last: bool) -> None:
 def _slots(run: Run) -> Iterator[list[tuple[int, float]]]:
     """Yield for each micro-step, without end, (position in training order, weight) of each of this rank's samples.
 
-    A run has no fixed number of micro-steps, because steps after a rollback are repeated with new samples. `samples_seen`
-    is read only at the start: later it lags behind the prefetcher, which reads ahead.
+    `samples_seen` is read only at the start. Later it is behind the numbers that are yielded here, because batches are
+    prefetched.
     """
     for first in count(run.progress.samples_seen, run.config.train.global_batch_size):
         for micro_step in range(run.plan.accumulation):

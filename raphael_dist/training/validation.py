@@ -93,9 +93,9 @@ def forward_group_size(config: Config, engine: Engine, world_size: int) -> int:
 
 
 def active_ranks(count: int, world_size: int, group: int, span: int) -> int:
-    """Return how many ranks share `count` samples, so that each of their groups has samples. The other ranks do nothing.
+    """Return how many ranks process `count` samples: as many groups of ranks as have samples. Other ranks do nothing.
 
-    The result is a multiple of `group`.
+    The result is a multiple of `group`, and at least `group`.
 
     Args:
         count: number of samples.
