@@ -1,7 +1,9 @@
 """Inspect a checkpoint: `python tools/inspect_checkpoint.py runs/demo`.
 
-Exit codes: 0: the checkpoint is intact; 1: it is damaged, or experts are dead, identical or not finite; 2: it is not a
-checkpoint, or its file headers are damaged.
+Exit codes:
+0: the checkpoint is intact;
+1: the checkpoint is damaged, or experts are dead (all weights are zero), identical, or have NaN or infinity;
+2: the path is not a checkpoint, or the headers of its files are damaged.
 """
 
 import argparse

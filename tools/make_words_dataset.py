@@ -95,9 +95,9 @@ def training_samples(vocabulary: Vocabulary, seed: int, numbers: range, scope: S
 
 
 def held_out_texts(vocabulary: Vocabulary, longest: int | None) -> dict[str, list[str]]:
-    """Return PROMPTS texts for each evaluation set, by the name of the set (the keys of GRID).
+    """Return 300 texts (PROMPTS) for each evaluation set, by the name of the set, such as "held-out-words".
 
-    Prompts and validation shards use these texts. If there are fewer than PROMPTS different texts, they are repeated, and
+    Prompts and validation shards use these texts. If there are fewer than 300 different texts, they are repeated, and
     drawn in different looks. The sets "trained-words" and "held-out-font" have words that training images also show.
     `longest`: largest number of characters of a text; None: any.
     """
@@ -134,7 +134,7 @@ def prompt(name: str, text: str, look: Look) -> str:
 
 
 def write_prompts(vocabulary: Vocabulary, out: Path, scope: Scope) -> None:
-    """Write prompts-NAME.txt with the prompts of each set, and prompts.txt with the first few of each set (GRID)."""
+    """Write prompts-NAME.txt for each evaluation set NAME, and prompts.txt with the first 6 or 12 prompts of each set."""
     out.mkdir(parents=True, exist_ok=True)
     grid = []
     for name, texts in held_out_texts(vocabulary, scope.longest).items():

@@ -59,7 +59,8 @@ def torture(args: argparse.Namespace) -> bool:
         return True
     if unknown := set(args.only) - {word for k in kinds.values() for word in (k.name, k.group, k.where)}:
         raise UserError(
-            f"--only={sorted(unknown)[0]} must be a kind, group or place of faults, but it is not. --list shows all of them."
+            f"--only={sorted(unknown)[0]} must be a kind, group or place of faults, but none has this name. "
+            "Use one that --list shows."
         )
     names, notes = campaign.available(args.only)
     for note in notes:

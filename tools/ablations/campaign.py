@@ -292,5 +292,5 @@ def _check(code: int, name: str, folder: Path) -> None:
         error = next((line for line in reversed(lines) if line.startswith("error")), f"exit code {code}")
         raise UserError(
             f"{name} failed: {error.removeprefix('error: ')} (its output is in {folder / 'output.txt'}). Remove "
-            "the cause; the same command continues."
+            "the cause, and start the same command again to continue the campaign."
         )

@@ -1,7 +1,7 @@
-"""Results of a campaign: one row for each run; for each variant the mean, its interval, and the difference to `full`.
+"""Results of an ablation campaign: losses of each run, and for each variant their mean and the difference to `full`.
 
-`full` is the variant with all parts of the model. Intervals are 95%, by Student's t over seeds. Differences are computed
-between runs with the same seed, because these have the same images, noise and timesteps in the same order.
+`full` is the variant with all parts of the model. Means have 95% intervals by Student's t over seeds. Differences are
+computed between runs with the same seed, because these have the same images, noise and timesteps in the same order.
 """
 
 import csv
@@ -35,13 +35,15 @@ class RunResult:
     """The results of one finished run.
 
     Attributes:
-        variant, seed, outcome, overrides: which run it is, and how it ended.
+        variant, seed: which run it is.
+        outcome: how the run ended: "complete", or "diverged" (with an infinite or NaN loss).
+        overrides: the settings of the variant that differ from the base configuration, as strings by field.
         parameters, flops_per_image: size of the model.
         losses: denoising loss on held-out data with fixed noise, over all timesteps and over each quarter of the
             timesteps, by name of the metric (VALIDATION).
         train_loss: mean denoising loss of the last tenth of the steps.
         images_per_s: training speed, median over the log lines.
-        benchmark: the value of each row of the emoji benchmark, and the scores of rendered text.
+        benchmark: results of the emoji benchmark and scores of rendered text, by name of the measure.
         routing: last value of each metric in ROUTING (loads of experts, entropy of gates), by metric.
         curves: points (images seen, value) of each metric in VALIDATION (losses) and ROUTING, by metric.
     """
@@ -90,7 +92,10 @@ class Summary:
     """The results of a variant of the model, as means over all its finished runs (seeds).
 
     Attributes:
-        variant, what, overrides, match: name, description and settings, as in `variants.Variant`.
+        variant, what: name and description of the variant.
+        overrides: its settings that differ from the base configuration, as strings by field.
+        match: which number was made equal to that of `full` by scaling the expert width: "parameters" or "flops". None: the
+            width was not scaled.
         runs, diverged: number of finished runs, and of those with an infinite or NaN loss.
         parameters, flops_per_image, images_per_s, benchmark, routing: as in `RunResult`.
         loss, train_loss: held-out loss and training loss.

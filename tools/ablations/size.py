@@ -34,8 +34,8 @@ def size_of(config: Config) -> Size:
 def matched_widths(target: Config, config: Config, what: Literal["parameters", "flops"]) -> tuple[int, ...]:
     """Return expert widths, one per U-Net level, with which the model of `config` is as large as that of `target`.
 
-    `what`: whether they shall have equally many parameters or FLOPs. All widths are scaled by the same factor. Both counts
-    are linear in this factor, so two points determine it, and the result is exact up to rounding.
+    All widths of `config` are scaled by one factor. The number of parameters and of FLOPs is linear in this factor, so the
+    result is exact up to rounding. `what`: whether both models shall have equally many parameters or equally many FLOPs.
 
     Raises:
         UserError: even the smallest width gives a larger model.

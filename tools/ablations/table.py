@@ -41,7 +41,10 @@ def describe(campaign: Campaign, summaries: Sequence[Summary]) -> str:
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[tuple[str, dict[str, Interval]]], sign: str = "") -> list[str]:
-    """Return the lines of a Markdown table with one row per variant, (name, intervals by column); [] if all are empty."""
+    """Return the lines of a Markdown table with one row per variant; [] if no variant has values.
+
+    `rows`: (name of the variant, intervals by column). `sign`: "+" to show the sign of positive values too.
+    """
     rows = [(name, values) for name, values in rows if values]
     if not rows:
         return []

@@ -22,8 +22,9 @@ class Variant:
         name: name on the command line and of its folder.
         what: description for tables.
         overrides: settings that differ from the base configuration, as strings by field ("section.key").
-        match: what is made equal to the variant `full` by scaling the expert width. None: the width is not scaled.
-        seeds: number of its runs.
+        match: which number is made equal to that of the variant `full` by scaling the expert width: "parameters" or "flops".
+            None: the width is not scaled.
+        seeds: number of runs of the variant, each with another seed.
     """
 
     name: str
@@ -48,7 +49,8 @@ class Base:
 def read_base(name: str, overrides: Sequence[str]) -> Base:
     """Read the configuration that all variants change, and check that a campaign can use it.
 
-    Raises UserError for overrides of fields that a campaign sets, and for a model that lacks a part or held-out data.
+    Raises UserError if `overrides` has fields that a campaign sets, if the model lacks space experts, time experts or the
+    edge loss, or if there are no validation shards.
     """
     load_config(name, overrides)  # reports malformed and repeated overrides
     base = Base(name, dict(override.split("=", 1) for override in overrides))
@@ -124,10 +126,10 @@ def choose(base: Base, words: Sequence[str], seeds: int = 1, images: int | None 
 
     Args:
         base: the configuration that the variants change.
-        words: groups, names of variants or `all`; WORD:N: with N seeds. Of several variants with the same model, only the
-            first is returned.
-        seeds: number of seeds of each other variant. `full` has at least as many as any variant, because differences are
-            computed between runs with the same seed.
+        words: groups, names of variants or `all`. A word "NAME:N" chooses N seeds for NAME. Of several variants with the
+            same model, only the first is returned.
+        seeds: number of seeds of variants that are named without ":N". `full` has at least as many seeds as any other
+            variant, because differences to it are computed between runs with the same seed.
         images: images of each run, see `steps_of`.
 
     Raises:

@@ -63,7 +63,8 @@ def bench_convert(source: Path, options: Options, layouts: Sequence[str], repeat
     """Return the median seconds of copying the run `source`, and of converting it to each layout (format on disk).
 
     In each of `repeats` rounds the run is copied and converted to each layout. Written files are synced to the disk. With
-    more than one round, there is one more at the beginning, which is not counted. `options`: for layout "deepspeed".
+    more than one round, there is one more at the beginning, which is not counted. `options`: number of ranks and ZeRO stage
+    of converted checkpoints of the layout "deepspeed".
     """
     target = source.with_name(source.name + "-target")
     rows: dict[str, list[float]] = {}

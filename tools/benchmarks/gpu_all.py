@@ -1,9 +1,9 @@
 """`tools/bench.py gpu --all`: takes all documented measurements of one GPU. The same command can be repeated to continue.
 
-Each measurement is a process of its own (`tools/bench.py gpu --json`), so one that fails does not affect the others. All are
-taken once before any is taken again, so that slow changes of the machine affect all of them. Results are written to a JSON
-file after each measurement; a command that is called again continues from there. It ends after `--minutes`, with the table
-so far.
+Each measurement runs in its own process (`tools/bench.py gpu --json`), so that a failed measurement does not affect the
+others. Every measurement is taken once before the second round begins, so that slow changes of the machine affect all of
+them. Results are written to a JSON file (`--out`) after each measurement; the next call takes the missing measurements. The
+command ends after `--minutes` at the latest, and prints the table of all results so far.
 """
 
 import argparse
@@ -81,8 +81,8 @@ def _against_diffusers(config: str, images: int) -> list[Case]:
 def _switches(config: str, each_off: bool = False) -> list[tuple[str, ...]]:
     """Return combinations of train.kernels to measure, as overrides: no kernel, and all kernels that the preset can use.
 
-    With space experts there is also the combination with the other kernel for them. With `each_off` there are also
-    combinations that leave out one kernel each.
+    The kernels space_moe and space_moe_dense exclude each other, so a model with space experts has a combination for each of
+    them. With `each_off` there are also combinations that leave out one kernel each.
     """
     loaded = load_config(config)
     model = loaded.model

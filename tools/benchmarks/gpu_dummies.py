@@ -61,9 +61,9 @@ def _by_way_of_the_host(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _with_even_loads(loop: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Wrap the loop over experts, so that each expert gets equally many rows if the counts of rows are not known.
+    """Wrap the loop over experts, so that each expert gets equally many tokens if their numbers are not known.
 
-    Counts that the host reads from tensors without data are zeros, which do not add up to the number of rows.
+    The host reads the number of tokens of each expert from a tensor. If this tensor has no data, all numbers are 0.
     """
 
     def divided(experts: Experts, x_RD: Tensor, counts: list[int], bias: bool) -> Tensor:

@@ -93,6 +93,6 @@ def run(args: argparse.Namespace) -> None:
             opened, memory, walked = queue.get()
             process.join()
             print(
-                f"rank {number}: {opened:.2f} s to open index and list and look up the first sample; {walked:.2f} s for "
-                f"20,000 of the first 2 million samples and their keys; {memory:.0f} MB of private memory"
+                f"rank {number}: {opened:.2f} s to open index and list and look up the first sample; {walked:.2f} s to "
+                f"look up 20,000 of the first 2 million samples, with their keys; {memory:.0f} MB of private memory"
             )

@@ -160,7 +160,10 @@ def _step(layer: nn.Module, h_BND: Tensor, *inputs: Any) -> Callable[[], None]:
 
 
 def _median_ms(step: Callable[[], None], repeats: int, traffic: Traffic) -> tuple[float, int]:
-    """Time `repeats` calls of `step`; return the median milliseconds of the slowest rank, and the bytes that it sends."""
+    """Time `repeats` calls of `step`; return the median milliseconds of the slowest rank, and the bytes sent by this rank.
+
+    The bytes are those of a single call. `traffic`: the counter of sent bytes.
+    """
     times = []
     for _ in range(repeats + 1):
         traffic.take()

@@ -91,8 +91,8 @@ class Row:
         case: the measurement.
         wire: bytes that the network interface sent, with headers, acknowledgements and TCP retransmissions.
         payload: bytes of data that the other nodes have acknowledged.
-        counted: bytes that the node's ranks counted (`comm/*`); 0 for other trainers, which do not count.
-        planned: bytes that the planner predicts; 0 for other trainers, which it does not know.
+        counted: bytes that the node's ranks counted (`comm/*`); 0 for trainers other than ours.
+        planned: bytes that the planner predicts; 0 for trainers other than ours.
     """
 
     case: Case

@@ -2,9 +2,9 @@
 
 Nodes are simulated by network namespaces of this machine (tests/lib/netns.py). The ranks of a node reach each other without
 a limit. The prediction is the time of the same step over links without a limit, plus the planner's time of all communication
-between nodes. For ZeRO-2 with `overlap_comm` it assumes that the reduction of all gradient buckets except the last one is
-hidden behind the backward pass, as far as this is long enough. The table shows the measured share of the reduction that
-was hidden. Requires root.
+between nodes. For ZeRO-2 with `overlap_comm`, the prediction assumes that the reduction of all gradient buckets except the
+last one overlaps with the backward pass. If the backward pass is shorter than this reduction, the rest is not hidden. The
+table shows the measured share of the reduction that was hidden. Requires root.
 """
 
 import argparse

@@ -68,7 +68,7 @@ class PretendGpu:
         self._stack = ExitStack()
 
     def take(self) -> Notes:
-        """Return what the pretended GPU has recorded since the last call (launches, bytes, waits), and begin anew."""
+        """Return the launches, bytes and waits recorded on the simulated GPU since the last call, and clear the records."""
         taken, self.notes, self._origin = self.notes, Notes(), {}
         return taken
 

@@ -21,10 +21,14 @@ def finish(ranks: Any, seconds: float) -> None:
 
 
 def run_ranks(words: list[str], links: Sequence[Any], per_node: int = 1) -> None:
-    """Run `python tools/bench.py WORDS` as ranks on simulated nodes, `per_node` ranks on each.
+    """Run ranks of a benchmark on simulated nodes, and wait for them.
 
-    `links`: the network link of each node (tests.lib.netns.Link), so there are as many nodes as links. Ends this program
-    with a message if nodes cannot be simulated or a rank fails.
+    Ends this program with a message if nodes cannot be simulated or a rank fails.
+
+    Args:
+        words: the arguments of tools/bench.py.
+        links: the network link (tests.lib.netns.Link) of each node, so there are as many nodes as links.
+        per_node: number of ranks on each node.
     """
     with import_netns().Network(links) as network:
         finish(network.start_ranks(["tools/bench.py", *words], per_node), 3600)

@@ -99,7 +99,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the bytes per parameter of model, gradients, optimizer and average on each rank, of one configuration."""
+    """Print the bytes per parameter on a rank for weights, gradients, optimizer states and the moving average."""
     ranks = discover()
     device = initialise(ranks)
     small = ["train.global_batch_size=8", "train.micro_batch_size=2", "model.checkpoint_activations=blocks"]

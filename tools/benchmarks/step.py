@@ -7,8 +7,9 @@ The following are compared:
 - our U-Net with experts (auto), and computed by the paper's formula as printed (reference)
 - our blocks with DeepSpeed's `MoE` layers
 
-All get equal batches in float32 and use AdamW. Rounds are interleaved, and the fastest time of each part counts, because it
-was disturbed least. RAPHAEL's efficiency is its FLOP/s divided by those of the dense step: 1.00 is as efficient as dense.
+All get equal batches in float32 and use AdamW. The models take steps in turn. The fastest forward pass, backward pass and
+update of each model count, because they were disturbed least. RAPHAEL's efficiency is its FLOP/s divided by those of the
+dense step: 1.00 is as efficient as dense.
 """
 
 import argparse
@@ -201,8 +202,8 @@ def _deepspeed(config: Config, batch: Batch, schedule: NoiseSchedule) -> Contend
 def with_deepspeed_moe(config: Config, ranks: int = 1) -> tuple[RaphaelUNet, Config]:
     """Return our dense U-Net with two DeepSpeed `MoE` layers in place of each feed-forward layer, and its configuration.
 
-    One layer has as many experts as our Time-MoE, the other as many as our Space-MoE. Its experts are sharded over the
-    greatest common divisor of their number and `ranks`.
+    One layer has as many experts as our Time-MoE, the other as many as our Space-MoE. The experts of each layer are sharded
+    over as many ranks as possible: the greatest common divisor of `ranks` and the number of experts.
     """
     m, dense = config.model, dense_of(config)
     model = RaphaelUNet(dense)
