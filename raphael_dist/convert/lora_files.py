@@ -4,8 +4,8 @@
     adapter_model.safetensors     A [rank, in] and B [out, rank] of each linear layer, float32; of a layer with K experts
                                   A [K rank, in] and B [out, rank K], as peft stores them for stacked parameters
 
-peft wraps a layer with experts once for each adapted parameter. The wrapper of w1, the first, is called `LAYER.base_layer`,
-the wrapper of w2 `LAYER`.
+A layer with experts has two stacked weights, w1 and w2. peft wraps the layer once for each weight that has an adapter. If
+both have adapters, the tensors for w1 have the prefix `LAYER.base_layer`, and those for w2 the prefix `LAYER`.
 
 diffusers' pytorch_lora_weights.safetensors has the same tensors; it may have the LoraConfig in its metadata.
 """
@@ -257,8 +257,8 @@ def adapter_of_tensors(tensors: Mapping[str, Tensor], config: JsonObject | None,
         rank = rows if config is None else int(config["r"])
         if parameter is None or pair.keys() != {"A", "B"} or rows != pair["B"].shape[1] or not rows or rows % rank:
             raise UserError(
-                f"{option}: the adapter of {module} in {file} must match {source}: one matrix A and one matrix B, with the "
-                "rank and for a layer that are stated there. But it does not match. Use the files of one training run."
+                f"{option}: the adapter of {module} in {file} must have one matrix A and one matrix B, with the rank and "
+                f"the target parameters that {source} states, but it does not. Use the files of one training run."
             )
         if not stacked(parameter) and rows != rank:
             raise UserError(
@@ -310,7 +310,8 @@ def _read_config(file: Path, option: str) -> JsonObject | None:
 def _parameter_of(module: str, modules: Container[str], parameters: list[str]) -> str | None:
     """Return the name of the model's parameter that the tensors of `module`, a module name in peft's file, adapt.
 
-    None if `parameters` (`target_parameters` in peft's adapter_config.json) do not match `modules`, all modules in the file.
+    `modules`: names of all modules in the file. `parameters`: `target_parameters` in peft's adapter_config.json. Returns
+    None if the parameters do not match the modules.
     """
     layer = module.removesuffix(".base_layer")
     adapted = [(f"{layer}.{target.rpartition('.')[2]}", target) for target in parameters]

@@ -36,7 +36,7 @@ class Checkpoint:
         progress: progress of the run, such as its step.
         dataset: fingerprint of the training data of the run.
         files: size and SHA-256 of each file, from the manifest; empty without a manifest.
-        topology: description of the ranks that wrote the checkpoint, for the user.
+        topology: text for the user that describes the ranks that wrote the checkpoint: their number, ZeRO stage, ...
         notes: lines to show to the user.
         layout: name of the checkpoint's layout. `open_checkpoint` sets this attribute and `whole`.
         whole: whether this layout contains everything that a run needs to continue.
@@ -126,7 +126,8 @@ class Checkpoint:
             raise UserError(
                 f"run.init_from={self.path} must state the prediction type with which the model was trained, but it has no "
                 "scheduler/scheduler_config.json with prediction_type. Copy the folder scheduler/ of the original pipeline "
-                "into it, or convert it by tools/convert_checkpoint.py with --prediction epsilon or v_prediction."
+                "into this folder, or convert the model by tools/convert_checkpoint.py with --prediction epsilon or "
+                "v_prediction."
             )
         check_same_prediction("run.init_from", self.path, self.config, prediction)
 

@@ -38,7 +38,8 @@ def config_of_unet(unet: JsonObject, where: Path, diffusion: JsonObject | None =
         value, expected = unet.get(field, default), field == _LINEAR or default
         if value != expected and (value or expected):  # both None and False turn a feature off
             raise UserError(
-                f"{where}: {field}={value!r} must be {expected!r}, as in U-Nets of Stable Diffusion 2. Use such a U-Net."
+                f"{where}: {field}={value!r} must be {expected!r}, as in U-Nets of Stable Diffusion 2. Use a U-Net of "
+                "Stable Diffusion 2."
             )
     sizes = sizes_of_unet(unet, where)
     if unet["in_channels"] != sizes["latent_channels"]:
@@ -69,8 +70,8 @@ def sizes_of_unet(unet: JsonObject, where: Path) -> JsonObject:
         ) from None
     if len(widths) != 1 or not isinstance(layers, int):
         raise UserError(
-            f"{where} must have attention heads of one width and one number of layers per block, but the widths are "
-            f"{sorted(widths)} and layers_per_block={layers}. Use a U-Net of Stable Diffusion 2."
+            f"{where}: all attention heads must have the same width, and layers_per_block must be an integer, but the "
+            f"widths are {sorted(widths)} and layers_per_block={layers}. Use a U-Net of Stable Diffusion 2."
         )
     return {"channels": channels, "attention": attention, "layers_per_block": layers,
              "head_dim": widths.pop(), "norm_groups": norm, "latent_channels": latent, "text_width": text}  # fmt: skip
@@ -148,7 +149,7 @@ def config_of_shapes(shapes: Mapping[str, tuple[int, ...]], where: Path) -> Conf
         linear = len(shapes["mid_block.attentions.0.proj_in.weight"]) == 2
     except LookupError as error:
         raise UserError(
-            f"{where} must be a U-Net of Stable Diffusion 2, but it lacks the tensor {error}. Use such a U-Net."
+            f"{where} must be a U-Net of Stable Diffusion 2, but it lacks the tensor {error}. Use another U-Net."
         ) from None
     if not linear or not channels:
         raise UserError(

@@ -74,7 +74,7 @@ class Piece:
 
     Attributes:
         kind: kind of the values: "master" (fp32 weights), "exp_avg", "exp_avg_sq" (Adam moments) or "ema". ZEROS: zeros, for
-            padding or moments that the source lacks. STEP: one number, the optimizer's step, which is `span.start`.
+            padding or moments that the source lacks. STEP: one number, the optimizer's step, read from `span.start`.
         span: the elements [start, start + numel) of the flattened parameter.
         rows: if not 0, the elements are a matrix of this many rows, which is written transposed.
         duplicate: whether these elements are also written elsewhere. `check_complete` ignores such a piece.

@@ -277,7 +277,7 @@ DEEPSPEED_DAMAGES = [
         lambda f: (f / "zero_pp_rank_1_mp_rank_00_optim_states.pt").write_bytes(
             (f / "zero_pp_rank_0_mp_rank_00_optim_states.pt").read_bytes()
         ),
-        r"requires conv_in.bias at no place in the flat buffer, but",
+        r"of conv_in.bias in the flat buffer must be none, as the model",
     ),
     (lambda f: torch.save({}, f / "mp_rank_00_model_states.pt"), r"must contain .*(dp_world_size|optimizer_state)"),
     (lambda f: torch.save([1], f / "mp_rank_00_model_states.pt"), r"must contain .*dp_world_size"),

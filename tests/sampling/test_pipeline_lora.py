@@ -153,7 +153,7 @@ def test_argument_that_cannot_work_is_named(adapted: Any, tmp_path: Path) -> Non
         (lambda: load(tmp_path, revision="main"), "revision='main' is not supported"),
         (lambda: load(tmp_path, hotswap=True), "hotswap=True requires a loaded adapter"),
         (lambda: load(tmp_path, weight_name="x.safetensors"), "x.safetensors cannot be read as a safetensors file"),
-        (lambda: load(layers), r"the adapter of x in the tensors must match"),
+        (lambda: load(layers), r"the adapter of x in the tensors must have one matrix A"),
         (lambda: save(tmp_path), "unet_lora_layers must be the tensors"),
         (lambda: save(tmp_path, layers, text_encoder_lora_layers=layers), "text_encoder_lora_layers is not supported"),
         (lambda: save(tmp_path, layers, safe_serialization=False), "safe_serialization=False is not supported"),

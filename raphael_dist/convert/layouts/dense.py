@@ -144,7 +144,7 @@ def scheduler_settings(folder: Path) -> JsonObject:
         folder: the pipeline's folder, or the folder unet/ in it.
 
     Raises:
-        UserError: the noise schedule is neither scaled_linear nor linear, nor that of flow matching without a shift.
+        UserError: the scheduler has trained_betas, or has no beta_schedule and is not flow matching with shift=1.
     """
     paths = [home / "scheduler" / "scheduler_config.json" for home in (folder, folder.parent)]
     scheduler = next((read_object(path) for path in paths if path.is_file()), {})
@@ -156,9 +156,9 @@ def scheduler_settings(folder: Path) -> JsonObject:
     no_betas = "_class_name" in scheduler and "beta_schedule" not in scheduler  # another scheduler of flow matching
     if no_betas or scheduler.get("trained_betas") is not None:
         raise UserError(
-            f"{folder}: the noise schedule must have beta_schedule scaled_linear or linear, but its "
-            f"{scheduler.get('_class_name', 'scheduler')} uses another kind of schedule. Use a U-Net that was trained with "
-            "such a schedule."
+            f"{folder}: the scheduler must have beta_schedule scaled_linear or linear, or be {FLOW} with shift=1, but "
+            f"{scheduler.get('_class_name', 'the scheduler')} uses another kind of noise schedule. Use a U-Net that was "
+            "trained with scaled_linear, linear, or flow matching with shift=1."
         )
     return {ours: scheduler[theirs] for theirs, ours in names.items() if scheduler.get(theirs) is not None}
 

@@ -32,7 +32,7 @@ def _enum_member(owner: object, name: str) -> int:
     `getattr(owner, name)`. Raises UnpicklingError if `owner` is not DeepSpeed's enum of ZeRO stages.
     """
     if owner is not _zero_stage or name not in _STAGES:
-        raise pickle.UnpicklingError("GLOBAL getattr, called for something other than DeepSpeed's enum of ZeRO stages")
+        raise pickle.UnpicklingError("GLOBAL builtins.getattr is allowed only for DeepSpeed's enum of ZeRO stages")
     return _STAGES[name]
 
 

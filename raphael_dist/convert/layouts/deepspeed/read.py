@@ -1,10 +1,11 @@
 """Reads what DeepSpeed 0.19 writes: `mp_rank_00_model_states.pt` and `zero_pp_rank_R_mp_rank_00_optim_states.pt`.
 
-ZeRO's files hold flat buffers without names. Names come from `param_shapes` (the order in the buffer) and are compared with
-`param_slice_mappings` (offset and size by name) in every file of a rank. Which experts such a file holds is computed from
-its rank and the N in the name `ep_size_N` of a parameter group (experts sharded over N ranks), not from the groups' order.
+ZeRO's files hold flat buffers without names. `param_shapes` states the names, in the order of the buffer. They are
+compared with `param_slice_mappings` (offset and size by name) in the file of each rank. The experts of a rank are computed
+from the rank's number and from the N in the name `ep_size_N` of a parameter group: the number of ranks over which the
+group's experts are sharded.
 
-Other programs wrote the files, so `_item` checks every structure in them that is used.
+Other programs wrote the files, so `_item` checks that each entry that is read exists and has the expected type.
 """
 
 import re
@@ -154,8 +155,10 @@ def _item(file: Path, tree: Any, key: str | int, kind: type[T]) -> T:
 class _Files:
     """Finds where the values of all parameters lie in DeepSpeed's files of one checkpoint.
 
-    `spans`: for each (kind, parameter), the parts of files that hold its values. `topology`: description of the ranks that
-    wrote the files, for the user.
+    Attributes:
+        spans: for each (kind, parameter), where its values are in the files. Kinds are "master" (fp32 weights), "exp_avg"
+            and "exp_avg_sq" (Adam moments).
+        topology: text for the user that states the number of ranks, the ZeRO stage and the expert parallelism of the files.
     """
 
     def __init__(self, model_file: Path, model: Tree, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -254,8 +257,19 @@ class _Files:
     ) -> Group:
         """Compute where the parameters of the optimizer's group `i` lie in a rank's flat buffer.
 
-        Raises UserError if the rank's file states other offsets or sizes. `shapes`: shapes in the model's file, by name.
-        `state`: the optimizer's state in the rank's file. `ep_size`: number of ranks over which the experts are sharded.
+        Args:
+            file: the rank's file, for messages.
+            rank: number of the rank.
+            ep_size: number of ranks over which the experts are sharded.
+            shapes: shapes of the group's parameters on one rank, by name, as the model's file states them.
+            state: the optimizer's state in the rank's file.
+            i: number of the group.
+
+        Returns:
+            The group, with the offset of each parameter in the flat buffer.
+
+        Raises:
+            UserError: the rank's file states other parameters, shapes, offsets or sizes than the computed ones.
         """
         unknown = next((name for name in shapes if name not in self._shapes), None)
         if unknown:
@@ -283,9 +297,9 @@ class _Files:
         if stated != computed:
             name = min(n for n in stated.keys() | computed.keys() if stated.get(n) != computed.get(n))
             raise UserError(
-                f"{file}: the model of --config requires {name} at {computed.get(name) or 'no place'} in the flat buffer, "
-                f"but the file has it at {stated.get(name) or 'no place'} (first element, number of elements). "
-                f"{_OTHER_CONFIG}"
+                f"{file}: (first element, number of elements) of {name} in the flat buffer must be "
+                f"{computed.get(name) or 'none'}, as the model of --config requires, but the file states "
+                f"{stated.get(name) or 'none'}. {_OTHER_CONFIG}"
             )
         return group
 

@@ -1,7 +1,7 @@
 """Plans the files that DeepSpeed 0.19's `load_checkpoint` reads, for any number of ranks, ZeRO stage and expert sharding.
 
     PATH/latest
-    PATH/global_step100/mp_rank_00_model_states.pt                              weights in the type of training
+    PATH/global_step100/mp_rank_00_model_states.pt                              weights in train.dtype
     PATH/global_step100/[bf16_]zero_pp_rank_R_mp_rank_00_optim_states.pt        fp32 weights and moments of rank R
     PATH/global_step100/manifest.json, ema-*.safetensors                        of this project; DeepSpeed ignores them
 
@@ -45,7 +45,7 @@ Tree = dict[str, Any]  # of dicts, lists and plain values, with an Entry for eac
 
 
 class _Target:
-    """The configuration, topology and progress of the checkpoint to write, on which all files of a conversion depend."""
+    """What all files of a conversion depend on: the configuration, the division over ranks, and the progress (step, ...)."""
 
     def __init__(self, source: Source, options: Options) -> None:
         self.source, self.options = source, options
