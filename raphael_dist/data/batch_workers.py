@@ -1,7 +1,7 @@
 """Builds micro-batches in worker processes ahead of the training step, if samples are cached or stored in encoded form.
 
 A single thread builds about 800 samples per second, which is too slow for a small model on a GPU. torch's DataLoader runs
-the processes. They are forks of the rank, use no device and ignore signals.
+the processes. They are forks of the rank's process, use no device and ignore signals.
 """
 
 import copy
@@ -70,7 +70,10 @@ class BatchPrefetcher(Prefetcher[Any, Batch]):
         super().__init__(builder.build, slots, depth)
 
     def _iterate(self, slots: Iterator[Slots]) -> Iterator["_WorkerBatch"]:
-        """Yield the workers' batches in order, and replace workers that are lost."""
+        """Yield the workers' batches in order, and replace workers that are lost.
+
+        `slots`: for each micro-batch, (position in the endless order of training, weight) of each of its samples.
+        """
         shorten_socket_paths()
         losses = 0
         while True:

@@ -24,7 +24,8 @@ class BatchBuilder:
 
     Attributes:
         phase: Position of the first sample of a training step, modulo `global_batch_size`. Timesteps are stratified over
-            each step, so its start must be known. 0 by default; after a change of the global batch size the caller sets it.
+            the samples of a step, so the builder must know where a step begins. 0 by default; the trainer sets this
+            attribute when a run starts or resumes.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class BatchBuilder:
         self.config, self.stream, self.encoder, self.num_blocks = config, stream, encoder, num_blocks
         self.seed = config.run.seed
         self.global_batch_size = global_batch_size or config.train.global_batch_size
-        self.phase = 0  # the position at which steps begin, modulo global_batch_size
+        self.phase = 0
         self.pin = pin
         self.gate_noise = gate_noise and config.model.gate_noise > 0
 
@@ -126,9 +127,10 @@ class BatchBuilder:
         return signed + torch.from_numpy(np.stack(noise).astype(np.float32)).to(signed.device)
 
     def _gate_noise(self, positions: Sequence[int], tokens: int) -> GateNoise:
-        """Return standard normal noise for the gates' logits. The trainer scales it to the strength of the current step.
+        """Return standard normal noise for the logits of the gates of all blocks. The trainer later scales the noise.
 
-        `tokens`: number of tokens of a caption, each of which has a space gate.
+        `positions`: position of each sample in the endless order of training, which is the seed of the sample's noise.
+        `tokens`: number of tokens of a caption; each token has its own space gate.
         """
         m = self.config.model
         time = self._normal(Purpose.TIME_GATE, positions, (self.num_blocks, m.time_experts))

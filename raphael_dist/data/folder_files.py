@@ -56,7 +56,7 @@ def count_unused_archives(folder: Path, files: Iterable[Path], shards: Iterable[
 
 
 def count_texts_without_image(folder: Path, files: Sequence[Path]) -> SkipCounts:
-    """Count the .txt and .json files in a folder that have no image: no file of another type has the same name.
+    """Count the .txt and .json files in a folder that have no image. For example, a.txt and a.png.txt belong to a.png.
 
     `files`: paths of all files in `folder` and its subfolders.
     """

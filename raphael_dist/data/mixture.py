@@ -76,10 +76,11 @@ class MixedOrder:
         return self._parts[source].lookup(source_position)
 
     def windows_from(self, position: int, count: int) -> list[list[int]]:
-        """Return `count` lists of shard numbers: the shards in the current window of each source, then in the next windows.
+        """Return the numbers of the shards that are read next, as `count` lists.
 
-        `position`: number of the current sample in the endless order of training. A window is a group of shards (tar files)
-        whose samples are shuffled together.
+        List 0 has the shards in the current windows of all sources, list 1 those in the windows after these, and so on. A
+        window is a group of shards (tar files) whose samples are shuffled together. `position`: number of the current
+        sample in the endless order of training.
         """
         block = position // self.run_length // BLOCK
         firsts = [block * share * self.run_length for share in self.shares]
@@ -97,9 +98,9 @@ class MixedOrder:
         return source, (block * self.shares[source] + int(before[place])) * self.run_length + offset
 
     def _make_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the source of each run of a block, and how many earlier runs in the block have the same source.
+        """Return, for each run of a block, its source, and how many earlier runs in the block have the same source.
 
-        Both are arrays, int64 [BLOCK].
+        A run is `run_length` consecutive positions, and block number `block` has BLOCK runs. Both results are int64 [BLOCK].
         """
         sources = np.repeat(np.arange(len(self.shares)), self.shares)
         # `extra` differs from those of SampleOrder, which draws for the same purpose with lower numbers.

@@ -57,7 +57,8 @@ class Encoders:
     def side_stream(self) -> Iterator[None]:
         """Return a context manager that runs its block on a separate CUDA stream, one per thread. Without a GPU: no effect.
 
-        So the training stream does not wait for the block. At the end of the block, the host thread waits for this stream.
+        The training stream does not wait for the block. At the end of the block, the calling thread waits for the separate
+        stream.
         """
         if not is_gpu(self.device):
             yield
@@ -229,7 +230,7 @@ class HostEncoder(BatchEncoder):
     """
 
     def __init__(self, encoder: BatchEncoder, null: TextFeatures | None) -> None:
-        """Create it with the shapes and settings of `encoder`.
+        """Create a host encoder with the shapes and settings of `encoder`.
 
         Args:
             encoder: The `BatchEncoder` of the rank, which has a device.

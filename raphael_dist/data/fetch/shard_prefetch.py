@@ -77,21 +77,25 @@ class ShardPrefetcher:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _has_room(self, windows: list[list[int]]) -> bool:
-        """Return whether the remote shards of these windows fit into data.shard_cache, and the local ones into memory."""
+        """Return whether the remote shards of `windows` fit into data.shard_cache, and the local ones into free memory.
+
+        `windows`: numbers of the shards in each window (group of shards that are read together).
+        """
         shards = {number for window in windows for number in window}
         local = self._local(shards)
         num_bytes = int(self._index.num_bytes[list(shards - local)].sum())
         return num_bytes <= _SHARE_OF_CACHE * self._index.store.max_bytes and _fits(self._index, local)
 
     def _local(self, shards: Iterable[int]) -> set[int]:
-        """Return those of the given shards that are local files; a short epoch lists a shard several times."""
+        """Return the set of those numbers in `shards` whose shards are local files."""
         return {number for number in shards if not is_remote(self._index.shards[number].source)}
 
     def _prefetch(self, number: int, earlier: Sequence[Future[None]]) -> None:
-        """Fetch a shard when all shards of the previous window have been fetched, so that it does not slow these down.
+        """Wait until all shards of the previous window have been fetched, then fetch a shard.
 
-        `number`: number of the shard. `earlier`: the fetches of the previous window. They were submitted to the pool first,
-        so they never wait for the thread that this call occupies.
+        Otherwise the shard would slow down the previous window, which is needed earlier. `number`: number of the shard.
+        `earlier`: the fetches of the previous window. Waiting for them cannot block forever: they were submitted to the
+        thread pool first.
         """
         wait(earlier)
         shard = self._index.shards[number]
