@@ -43,8 +43,9 @@ class Choice:
         stage: ZeRO stage.
         overlap: whether gradients are reduced during the backward pass.
         micro_batch_size: images per rank and micro-step.
-        recompute: which activations the backward pass recomputes: "none", those of transformer "blocks" or "all".
-        placement: `parallel.placement`: "shard" shards all experts, "auto" only where this sends fewer bytes.
+        recompute: activations that the backward pass recomputes: "none", "blocks" (those of transformer blocks) or "all".
+        placement: value of `parallel.placement`. "shard": shard all experts. "auto": on each U-Net level, shard experts if
+            sharding sends fewer bytes than replication.
     """
 
     space_ep: int
@@ -171,9 +172,11 @@ class Search:
     def check(self, choice: Choice) -> tuple[Config, BatchPlan] | None:
         """Return the configuration with the settings `choice`, and the division of the batch over ranks.
 
-        Returns None if the choice is not possible (e.g. the micro-batch is too large), or if it repeats another choice: if
-        placement "auto" shards all experts or none, the choice with placement "shard", or without expert parallelism, has
-        the same effect.
+        Returns None in two cases:
+
+        - The choice is not possible, e.g. because the micro-batch is too large.
+        - Placement "auto" shards all experts or none. Another choice with placement "shard", or without expert parallelism,
+          has the same effect.
         """
         config = choice.apply(self.config)
         if choice.micro_batch_size > -(-config.train.global_batch_size // self.world):
@@ -243,9 +246,10 @@ class Search:
 def exchange_bytes(config: Config, plan: BatchPlan) -> int:
     """Return by how many bytes the exchanges of expert parallelism raise the peak memory of the activations.
 
-    On each U-Net level with sharded space experts, a transformer block stores the tokens of the other ranks three times: as
-    received, concatenated, and their outputs. All tokens are counted, as in exchanges of fixed size. With recomputation
-    only one block at a time stores tokens. `config`: the run's configuration. `plan`: how the batch is divided over ranks.
+    On each U-Net level with sharded space experts, a transformer block stores three tensors for the tokens of other ranks:
+    the received tokens, the concatenated tokens and the outputs of the experts. All tokens of the other ranks are counted,
+    although an exchange may send only those that are routed to this rank. With recomputation, only one block at a time
+    stores these tensors. `config`: the run's configuration. `plan`: how the batch is divided over ranks.
     """
     recomputes = config.model.checkpoint_activations != "none"
     sizes = [0]

@@ -38,7 +38,7 @@ class StepTime:
         launches: additional time because the host launches operations more slowly than the GPU runs them; on a CPU, time of
             all launches.
         exposed: time of communication that does not overlap with computation.
-        parts: the predicted communication, one entry per kind.
+        parts: the predicted communication, one entry per kind, such as the reduction of gradients.
         images: number of images of the step, on all ranks.
         ranks: number of devices.
         flops: model FLOPs per image, three times those of the forward pass.
@@ -116,7 +116,7 @@ def update_time(config: Config, footprint: MemoryFootprint, cluster: ClusterSpec
 
     - The norm reads the gradients, and converts them to float32 if they are in bfloat16.
     - The optimizer reads gradients, and reads and writes fp32 weights and moments.
-    - The moving average reads the weights, and is read and written.
+    - The moving average (EMA) of the weights is read and written. Its update also reads the weights.
     - The weights that the model computes with are written.
     """
     states = footprint.states

@@ -35,15 +35,17 @@ class Trace:
 
     Attributes:
         samples: images of the micro-step.
-        kind, phase, op_class: int64 [ops], for each operation in order of execution: the part of the model (index into
-            KINDS), the pass (into PHASES: forward, backward, recomputed), and the class such as convolution (into CLASSES).
+        kind: int64 [ops], for each operation the part of the model, as an index into KINDS.
+        phase: int64 [ops], for each operation the pass, as an index into PHASES (forward, backward, recomputed).
+        op_class: int64 [ops], for each operation its class, such as convolution, as an index into CLASSES.
         segment: int64 [ops], the number of each operation's segment; -1 outside of segments. A backward operation belongs to
             the segment of the forward operation that it differentiates.
         flops, bytes: int64 [ops]. Bytes are those of inputs and outputs by their shapes, as if nothing stayed in a cache.
         is_block: bool [segments], True for transformer blocks.
         saved_by: int64 [segments], bytes that the forward pass of a segment keeps for its backward pass.
-        peaks: int64 [2, segments + 1]. Element [p, i] is the largest number of live bytes in the forward (0) or backward (1)
-            pass at a time when `i` segments had started. Gradients of weights are freed at once, as ZeRO does.
+        peaks: int64 [2, segments + 1]. largest numbers of live bytes. Element [0, i] is for those operations of the
+            forward pass that run while `i` segments have started, element [1, i] for the backward pass of the same
+            operations. Gradients of weights are freed at once, as ZeRO does.
         saved: bytes of activations that are alive after the forward pass.
         sent: bytes that the rank sends to the experts of other ranks.
     """
@@ -73,7 +75,7 @@ class Trace:
     def total(self, values: NDArray[np.int64], phase: str | None = None, kind: str | None = None) -> int:
         """Return the sum of `values` (`flops` or `bytes`) over the operations of one pass and one part of the model.
 
-        `phase`: the pass, a name in PHASES. `kind`: the part, a name in KINDS. None: all of them.
+        `phase`: the pass, a name in PHASES; None: all passes. `kind`: the part, a name in KINDS; None: all parts.
         """
         chosen = np.ones(len(values), dtype=bool)
         if phase is not None:
@@ -131,7 +133,7 @@ class Profile:
     def at(self, samples: int, recompute: Recompute = "none") -> Trace:
         """Return the trace (operations and memory) of a micro-step of `samples` images, by linear extrapolation.
 
-        `recompute`: which activations the backward pass recomputes: "none", those of transformer "blocks" or "all".
+        `recompute`: activations that the backward pass recomputes: "none", "blocks" (those of transformer blocks) or "all".
         """
         share = (samples - self.few.samples) / (self.many.samples - self.few.samples)
 
@@ -155,8 +157,8 @@ class Profile:
 def profile(config: Config) -> Profile:
     """Trace one micro-step (forward and backward) twice, with two and with four images.
 
-    From the two traces a `Profile` computes the costs of any micro-batch size. There is no expert parallelism and no
-    recomputation.
+    From the two traces a `Profile` computes the costs of any micro-batch size. Both traces are without expert
+    parallelism and without recomputation.
     """
     few, many = (trace(config, samples, "none") for samples in SAMPLES)
     assert few.launches == many.launches, "the number of images changed which operations run"
