@@ -40,9 +40,9 @@ class UpcycledSource:
     def __init__(self, source: Source, config: Config, *, any_text_width: bool = False) -> None:
         """Upcycle the dense checkpoint `source` to the model of `config`.
 
-        `any_text_width`: allow another width of the text tokens. In this case, do not read the layers that take these tokens
-        as input, because their values in the source have other shapes. Raises UserError if the two models differ in more
-        than experts and edge modules.
+        `any_text_width`: allow that the text tokens of the two models have different widths. The caller must then not read
+        the layers that take text tokens as input, because these layers have other shapes in the source. Raises UserError if
+        the two models differ in more than experts and edge modules.
         """
         self._source, self.config, self.path = source, config, source.path
         self.progress, self.dataset = START, ""

@@ -118,6 +118,7 @@ class BatchBuilder:
         """Convert small images (inputs of super-resolution), uint8 [B, 3, Hs, Ws], to float32 in -1..1, and add noise.
 
         The noise (upscale.noise) prepares the model for sampling, where small images are generated and have errors.
+        `positions`: position of each sample in the endless order of training, which is the seed of the sample's noise.
         """
         signed, max_noise = small_B3HsWs.float() / 127.5 - 1, self.config.upscale.noise
         if not max_noise:

@@ -239,7 +239,8 @@ class _Files:
             i: number of the group, for messages.
             master: location of the buffer of fp32 weights in the file.
             moments: the optimizer's state, with the locations of the buffers of Adam moments.
-            spans: ranges of parameters that the buffers contain, each with its offset in a buffer.
+            spans: for each range of a parameter's elements in these buffers, the offset of its first element. The offset is
+                the same in all buffers.
             size: smallest number of elements that a buffer must have.
         """
         flat_moments = {kind: _item(file, moments, kind, StoredTensor) for kind in MOMENTS if kind in moments}
