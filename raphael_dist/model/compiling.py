@@ -29,8 +29,8 @@ def compile_parts(model: nn.Module, device: torch.device, dynamic: bool) -> None
         model: the U-Net.
         device: the device that the model runs on.
         dynamic: whether one graph is compiled for all tensor sizes. It must be True if sizes change within a run (several
-            image sizes, expert parallelism). With False, torch could then compile another graph between a forward pass and
-            its recomputation in the backward pass, and the two passes would save different tensors.
+            image sizes, expert parallelism). Otherwise torch could compile another graph after a forward pass and before its
+            recomputation in the backward pass, and the two passes would save different tensors.
 
     Raises:
         UserError: there is no compiler for `device`.

@@ -123,8 +123,8 @@ class Experts(nn.Module):
 
         Experts without rows are run on an empty tensor, so that every parameter gets a gradient on every rank. (Otherwise
         ZeRO would add gradients of different experts to each other.) On a GPU a grouped matrix product reads the counts on
-        the device. On a CPU, for float32, and for widths that are not multiples of 8, a loop over experts runs instead. The
-        loop reads the counts on the host, so the host waits if the tensors are on a GPU.
+        the device. A loop over experts runs instead on a CPU, and on a GPU if the dtype is float32 or a width is no multiple
+        of 8. The loop reads the counts on the host, so the host waits if the tensors are on a GPU.
 
         Args:
             x_RD: the rows of all experts, sorted by expert.

@@ -259,7 +259,7 @@ class RaphaelUNet(nn.Module):
     ) -> list[BlockRouting]:
         """Choose the experts of every block (Sec. 3.1 and 7.3) from timesteps and captions; return one routing per block.
 
-        `embedding_BE`: timestep embeddings. `text_mask_BY`: False at padding. `noise`: on the gates' logits, or None.
+        `embedding_BE`: timestep embeddings. `text_mask_BY`: False at padding. `noise`: added to the gates' logits, or None.
         """
         m = self.config
         none: Sequence[Any] = [None] * self.num_blocks
@@ -322,7 +322,7 @@ class RaphaelUNet(nn.Module):
         return self._gate_logits(self.text_gates, text_RD.to(self.conv_in.weight.dtype))
 
     def _gate_logits(self, gates: nn.ModuleList, x: Tensor) -> Tensor:
-        """Return the logits of every block's gate, float32 [L, ..., K], for x [..., D]."""
+        """Return the logits of the gates of all L blocks for the same input x [..., D], float32 [L, ..., K]."""
         if self.gathers_weights:
             return torch.stack([gate(x) for gate in gates])
         return gate_logits(cast(Sequence[Gate], gates), x)

@@ -59,9 +59,9 @@ def all_gather(out: Tensor, part: Tensor, group: dist.ProcessGroup) -> Work:
 def exchange(received: Sequence[Tensor], sent: Sequence[Tensor], group: dist.ProcessGroup) -> Work:
     """Start to send `sent[p]` to each rank p of a gloo group, and to receive `received[p]` from it. Skip empty tensors.
 
-    Gloo's all-to-all starts to send before it starts to receive. A rank's request for the data of another rank then waits
-    until its own data are sent, so that a link transfers in one direction after the other. This function starts to receive
-    first, so that a link transfers in both directions at once.
+    Gloo's all-to-all starts to send before it starts to receive. Then a rank requests the data of another rank only after it
+    has sent data, so that a link transfers in one direction after the other. This function starts to receive first, so that
+    a link transfers in both directions at once.
     """
     size, own = len(sent), dist.get_rank(group)
     others = [(own + step) % size for step in range(1, size)]

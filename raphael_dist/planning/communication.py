@@ -146,9 +146,9 @@ def gathered_again(parameters: int, recomputes: bool, distance: int = MAX_REUSE_
         distance: DeepSpeed's stage3_max_reuse_distance, in elements.
 
     After a module's forward pass DeepSpeed frees its weights, unless they are used again before `distance` elements of other
-    weights have been used. Let n be the number of elements in all later modules. These are used twice before the module's
-    backward pass: in their forward and in their backward pass (three times with recomputation). So a module keeps its
-    weights if 2 n (or 3 n) is at most `distance`.
+    weights have been used. Let n be the number of elements in the weights of all later modules. Between the module's forward
+    and backward pass, these n elements are used twice: in the forward and in the backward pass of the later modules. (With
+    recomputation, they are used three times.) So a module keeps its weights if 2 n (or 3 n) is at most `distance`.
     """
     return max(0.0, 1 - distance / ((3 if recomputes else 2) * parameters))
 

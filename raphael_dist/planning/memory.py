@@ -2,8 +2,8 @@
 
 Model states (weights, gradients, optimizer moments, moving average) are exact: `convert.zero_partition` computes which
 elements each rank stores. (With `overlap_comm` the padding of each bucket, a few elements per rank, is left out.) Tests
-compare these elements with real engines, and the bytes with those of DeepSpeed 0.19. Activations are predicted from a
-recorded list of the operations of a micro-step (trace.py), and buffers from DeepSpeed's settings.
+compare the stored elements with those of real engines, and the bytes with those of DeepSpeed 0.19. Activations are predicted
+from a recorded list of the operations of a micro-step (trace.py), and buffers from DeepSpeed's settings.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -95,7 +95,7 @@ class MemoryFootprint:
         buffer_elements: elements in DeepSpeed's buckets for gradients, and under ZeRO-3 in the gathered weights.
         update_bytes: bytes of temporary copies in the optimizer update of ZeRO-1 to 3: copies of the rank's gradients (flat,
             and in float32), and with `overlap_comm` of the weights, which are gathered at once.
-        persistent: elements of the small parameters, which ZeRO-3 never frees.
+        persistent: total elements of the small parameters, which ZeRO-3 never frees.
     """
 
     states: States
@@ -198,8 +198,9 @@ def memory_footprint(
 
 
 def persistent_elements(shapes: Shapes) -> int:
-    """Return the total elements of the small parameters (up to 100,000 elements each), which ZeRO-3 never frees.
+    """Return the total elements of the small parameters, which ZeRO-3 never frees.
 
+    A parameter is small if it has up to 100,000 elements (stage3_param_persistence_threshold in ds_configs/zero3.json).
     `shapes`: shapes of the whole model's parameters, by name.
     """
     return sum(size for size in map(prod, shapes.values()) if size <= PERSISTENT)

@@ -146,7 +146,10 @@ class TracedUNet(RaphaelUNet):
 
 
 class _FusedAttention(TorchFunctionMode):
-    """A context in which attention runs as one kernel. On the `meta` device, torch divides it into several operations."""
+    """A context in which attention runs as one kernel, also on the `meta` device.
+
+    Without this context, torch divides attention on the `meta` device into several operations.
+    """
 
     def __torch_function__(
         self, func: Callable[..., object], types: Sequence[type], args: Arguments = (), kwargs: Options | None = None
