@@ -83,7 +83,7 @@ class DeadExperts:
         self._lines.clear()
 
     def find(self, kind: str, load_LK: Tensor, samples: float) -> Tensor | None:
-        """Record the expert loads since the last call; return which experts are dead, bool [L, K].
+        """Record the expert loads since the last call; return which experts are dead (get almost no work), bool [L, K].
 
         Returns None while fewer than 100 samples per expert (SAMPLES) have been recorded.
 

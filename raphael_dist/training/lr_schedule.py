@@ -61,10 +61,10 @@ def annealing_factor(schedule: str, done: float) -> float:
 def _schedule(
     name: str, lr: float, warmup: int, steps: int, arguments: tuple[tuple[str, float], ...]
 ) -> Callable[[int], float]:
-    """Return the schedule `name` of transformers: a function from the number of steps taken to a factor on the peak rate.
+    """Return the schedule `name` of transformers: a function from the number of steps taken to the factor of the peak rate.
 
-    `lr`: the peak rate. `warmup`, `steps`: numbers of warm-up steps and of all steps. `arguments`: (name, value) of each
-    entry of optim.lr_schedule_args.
+    `lr`: the peak rate. `warmup`, `steps`: numbers of warm-up steps and of all steps. `arguments`: further arguments of the
+    schedule as (name, value), from optim.lr_schedule_args.
     """
     import torch
     from transformers import get_scheduler

@@ -103,7 +103,7 @@ def return_to_earlier_checkpoint(run: Run, line: str) -> bool:
     if saved is None:
         return False
     run.telemetry.warn(
-        f"{line}. No step since the return to step {first_step} was good, so the checkpoint of that step was renamed to "
+        f"{line}. No step after step {first_step} was good, so the checkpoint of step {first_step} was renamed to "
         "damaged-step-*"
     )
     _return_to(run, saved, samples_seen)

@@ -36,9 +36,9 @@ def end_lines(config: Config, steps: int, images: int, seconds: float) -> list[s
 
     Args:
         config: the run's configuration.
-        steps: optimizer steps of the run.
-        images: number of training images that were processed.
-        seconds: duration of this process, which may have resumed an earlier one.
+        steps: optimizer steps of the whole run.
+        images: number of training images that the whole run has used.
+        seconds: duration of this process, which is shorter than the run if this process resumed the run.
     """
     run_dir = quoted(config.run.dir)
     minutes, rest = divmod(round(seconds), 60)

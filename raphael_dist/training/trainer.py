@@ -326,6 +326,7 @@ def save(run: Run, last: bool) -> None:
 def _slots(run: Run) -> Iterator[list[tuple[int, float]]]:
     """Yield for each micro-step, without end, (position in training order, weight) of each of this rank's samples.
 
+    The weight is 1, or 0 for samples that only fill up a micro-batch.
     `samples_seen` is read only at the start. Later it is behind the numbers that are yielded here, because batches are
     prefetched.
     """

@@ -86,7 +86,7 @@ def poisoned(trial: Trial) -> Outcome:
     poison(trial.run, at)
     codes = trial.train(sections={"train": {"max_steps": STEPS + 6}})
     assert codes == [0] * WORLD, f"exit codes {codes}:\n{trial.output}"
-    assert f"No step since the return to step {at} was good" in trial.log
+    assert f"No step after step {at} was good" in trial.log
     assert (trial.run / "checkpoints" / f"damaged-step-{at:08d}").is_dir()
     newest = checkpoints(trial.run)[-1]
     reader = CheckpointReader(newest)

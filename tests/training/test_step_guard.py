@@ -171,7 +171,7 @@ def test_checkpoint_without_good_steps_is_left_for_an_earlier_one(forks: Forks, 
     assert not (run / "checkpoints" / "step-00000005").exists()
     forks.must(run, 2, **spec(train={"max_steps": 9}))
     for step in (4, 3):
-        assert f"No step since the return to step {step} was good" in log(run)
+        assert f"No step after step {step} was good" in log(run)
         assert (run / "checkpoints" / f"damaged-step-{step:08d}").is_dir()
     assert f"back at step 2 and continues with sample {10 * G}" in log(run)
     assert at(run, 9).integrity_error() is None
@@ -190,7 +190,7 @@ def test_return_to_an_earlier_stage_trains_with_its_settings(forks: Forks, tmp_p
     forks.must(run, 2, **spec(train={"max_steps": 3, **stages}))
     poison(run, 3)
     forks.must(run, 2, **spec(train={"max_steps": 7, "log_every": 1, **stages}))
-    assert "No step since the return to step 3 was good" in log(run)
+    assert "No step after step 3 was good" in log(run)
     assert "step 2: the rollback returned to an earlier stage" in log(run)
     rates = dict(read_metrics(run / "metrics.jsonl")["optim/lr"])
     assert [rates[step] for step in (3, 4, 7)] == pytest.approx([0.01, 0.02, 0.02])
