@@ -4,8 +4,8 @@
    55 seconds plus 0.1 seconds per rank.
 2. `check_cluster.py --judge DIR`, once, prints the verdict.
 
-Exit codes of --judge: 0 passed; 1 failed; 2 failed with the same fault on every node; 4 some nodes are faulty, but enough
-others passed. DIR/good-nodes then lists the nodes that passed.
+Exit codes of --judge: 0 passed; 1 failed; 2 failed with the same fault on every node; 4 some nodes are faulty, but as many
+nodes passed as the run needs (--need). With exit code 4, DIR/good-nodes lists the nodes that passed.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def verdict(args: argparse.Namespace) -> int:
         return 0
     good = [node for node in args.nodes if node not in result.faults]
     if result.everywhere:
-        print("preflight failed with the same fault on every node")
+        print("preflight failed with the same fault on every node. Remove its cause, which the lines above state.")
         return EXIT_USER_ERROR
     if not args.need or len(good) < args.need:
         names = ", ".join(result.faults)

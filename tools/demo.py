@@ -51,7 +51,7 @@ def main() -> int:
     run_dir = shlex.quote(str(args.run_dir))
     print(f"""
 The loss fell from {first:.3f} to {last:.3f} in {time.monotonic() - began:.0f} s.
-  images       {shlex.quote(str(grid))}   (the last two pairs of thing and style were never trained on)
+  images       {shlex.quote(str(grid))}   (training had no images of the last two emoji in these drawing styles)
   checkpoint   {run_dir}/checkpoints
   curves       tensorboard --logdir {run_dir}/tensorboard
 Next:

@@ -1,8 +1,9 @@
 """Compare a super-resolution model with bicubic interpolation: `enlarge.py --checkpoint RUN --out rows.png`.
 
-Held-out images are reduced by the model's factor and enlarged again. Bicubic interpolation is the baseline, with and without
-back-projection. This correction makes an enlarged image equal the small one when it is reduced again; it is also applied to
-the model's images. The autoencoder's reconstruction of the original image is the upper bound.
+Held-out images are reduced by the model's factor (upscale.factor) and enlarged again. Bicubic interpolation is the baseline,
+with and without back-projection. Back-projection corrects an enlarged image so that it equals the small image when it is
+reduced again. It is also applied to the model's images. The autoencoder's reconstruction of the original image is the upper
+bound.
 """
 
 import argparse
@@ -49,7 +50,7 @@ def enlarge(
     guidance: float,
     batch: int = 16,
 ) -> Iterator[Enlargement]:
-    """Reduce held-out samples by the model's factor, and enlarge them again by each method (METHODS).
+    """Reduce held-out images by the model's upscale.factor, and enlarge them again by each method (METHODS).
 
     Args:
         sampler: the super-resolution model. Its prompts are the first captions of the samples.

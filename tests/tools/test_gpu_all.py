@@ -70,7 +70,7 @@ def test_what_is_cut_off_is_tried_again_with_the_whole_time(tmp_path: Path) -> N
 def test_results_of_another_machine_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
     Results(path, MACHINE).add({"case": CASES[0].name})
-    with pytest.raises(UserError, match=r"--out=.*holds results of .*abc.*but this is .*def.*Give another --out"):
+    with pytest.raises(UserError, match=r"--out=.*has results of .*abc.*but the present .*def.*Give another --out"):
         Results(path, {**MACHINE, "commit": "def"})
 
 

@@ -111,8 +111,8 @@ class Results:
         stored = json.loads(path.read_text())
         if stored["machine"] != machine:
             raise UserError(
-                f"--out={path} holds results of {stored['machine']}, but this is {machine}. Give another --out, or remove "
-                "the file."
+                f"--out={path} has results of {stored['machine']}, but the present device, commit and versions are "
+                f"{machine}. Give another --out, or remove the file."
             )
         self.records = stored["records"]
 

@@ -87,7 +87,7 @@ class Case:
 
     @property
     def link_limit(self) -> float:
-        """Images per second that the link of a node carries, since every node receives every image."""
+        """Largest number of images per second for a node's link. Every node receives all images over its own link."""
         return self.mbit_s * 1e6 / 8 * TCP_SHARE / len(make_sample(0))
 
     def config(self, shards: Sequence[str], folder: str, cache: str) -> Config:

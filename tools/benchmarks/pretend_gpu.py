@@ -42,7 +42,7 @@ _NOT_A_PLACE = ("/torch/", "/contextlib.py", "/gpu_dummies.py", __file__)
 
 @dataclass
 class Notes:
-    """What was recorded on the simulated GPU. A place is the line of code, `file:line`, that caused it.
+    """What was recorded on the simulated GPU. A place is a line of code, `file:line`, that caused a wait or an operation.
 
     Attributes:
         waits: number of times that the host waited for the GPU, by (place, kind).
