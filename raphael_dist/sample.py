@@ -131,7 +131,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.control is None and (args.control_scale != 1 or args.control_kind != "hed"):
         raise UserError(
             "--control-scale and --control-kind require --control, but it is not given. Add --control IMAGE with the image "
-            "whose edges the sample follows, or leave them out."
+            "whose edges the sample follows, or leave out --control-scale and --control-kind."
         )
 
 

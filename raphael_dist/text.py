@@ -60,7 +60,7 @@ def read_text(path: Path, regular: bool = True) -> str:
     with open(open_regular(path) if regular else path, "rb") as file:
         data = file.read(MAX_TEXT + 1)
     if len(data) > MAX_TEXT:
-        raise ValueError(f"it is larger than {MAX_TEXT >> 20} MiB")
+        raise ValueError(f"the file is larger than {MAX_TEXT >> 20} MiB")
     return decode_text(data)
 
 

@@ -43,7 +43,7 @@ class Trace:
         flops, bytes: int64 [ops]. Bytes are those of inputs and outputs by their shapes, as if nothing stayed in a cache.
         is_block: bool [segments], True for transformer blocks.
         saved_by: int64 [segments], bytes that the forward pass of a segment keeps for its backward pass.
-        peaks: int64 [2, segments + 1]. largest numbers of live bytes. Element [0, i] is for those operations of the
+        peaks: int64 [2, segments + 1], the largest numbers of live bytes. Element [0, i] is for those operations of the
             forward pass that run while `i` segments have started, element [1, i] for the backward pass of the same
             operations. Gradients of weights are freed at once, as ZeRO does.
         saved: bytes of activations that are alive after the forward pass.

@@ -98,7 +98,10 @@ def write_bundle(examined: Examined, report: str, path: Path) -> list[str]:
 
 
 def _members(examined: Examined, report: str, folder: Path) -> Iterator[tuple[str, str]]:
-    """Yield (name, text) of each file of the archive. Files that cannot be read are listed in its not-included.txt."""
+    """Yield (name, text) of each file of the archive. The file not-included.txt lists what could not be read.
+
+    `examined`: the run and what is known about it. `report`: text that `doctor` printed. `folder`: the run directory.
+    """
     left_out = list(examined.notes)
     yield "doctor.txt", report
     yield "plan.txt", "\n".join([*plan_lines(examined.plan), examined.plan_note]) + "\n"

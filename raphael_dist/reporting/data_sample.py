@@ -74,7 +74,10 @@ def sample_data(config: Config) -> DataSample:
 
 
 def _inspect(config: Config, patterns: list[str], count: int) -> Findings:
-    """Decode `count` samples of the first two local shards of a source. `patterns`: the paths or patterns of its shards."""
+    """Decode `count` samples of the first two local shards of a source of data; return what the decoding found.
+
+    `patterns`: paths or patterns of the source's shards. Raises UserError if all of them are remote addresses.
+    """
     option = "data.sources" if config.data.sources else "data.shards"
     local = [pattern for pattern in patterns if not is_remote(pattern)]
     if not local:

@@ -137,7 +137,7 @@ def silent_seconds(run: RunFiles, history: History, now: datetime) -> float | No
     """Return the seconds since a run's last log line if they are unusually many; None otherwise, or if the run has ended.
 
     The time is unusually long if it is at least 10 minutes and at least 20 times the median time between two lines of
-    progress ("step 10/1000 ..."). If the log has fewer than two lines of progress, it must be at least an hour.
+    progress ("step 10/1000 ..."). If the log has fewer than two lines of progress, an hour is unusually long.
     """
     if not run.log or _last_end(history) in ENDS:
         return None

@@ -101,7 +101,8 @@ def _median(part: Series) -> float:
 def _standard_error(series: Series, size: int) -> float:
     """Return the standard error of the difference of two medians of `size` losses each.
 
-    The noise is estimated from differences of consecutive losses in the last half, which do not contain the trend.
+    The noise is estimated from the last half of the losses, as the differences between consecutive losses. The trend of
+    the loss hardly changes these differences.
     """
     recent = series[-max(MIN_LINES, len(series) // 2) :]
     deviation = median(abs(b - a) for (_, a), (_, b) in pairwise(recent)) / 0.954  # of normal noise

@@ -42,9 +42,9 @@ SECTIONS = {
 def build_page(runs: Sequence[Examined]) -> str:
     """Return the HTML report of one or more runs, as the text of one file with figures, scripts and styles inside.
 
-    The page has at most MAX_BYTES bytes. Therefore curves are drawn with fewer points. The remaining bytes are for sample
-    grids, whose images are scaled down, and for routes (which expert processes each word and timestep). Both are shown for
-    fewer training steps if necessary. The page states what is left out.
+    The page has at most MAX_BYTES bytes. Therefore curves are downsampled. The remaining bytes are for sample grids, whose
+    images are scaled down, and for routes (which expert processes each word and timestep). If there are still too many
+    bytes, grids and routes of some training steps are left out. The page states what is left out.
 
     `runs`: for each run, its metrics, logs, detected problems and predictions.
 
@@ -86,7 +86,8 @@ def with_labels(runs: Sequence[Examined]) -> list[Examined]:
 def _bytes_left(runs: Sequence[Examined], parts: Mapping[str, str], data: JsonObject) -> int:
     """Return how many bytes of sample grids or routes can still be added to the page.
 
-    The result is negative if the page is too large already. `parts`, `data`: content of the page so far (`_document`).
+    The result is negative if the page is too large already. `parts`: HTML of its sections so far, by name. `data`: values
+    that its scripts draw.
     """
     return MAX_BYTES - len(_document(runs, parts, data).encode()) - NOTE_BYTES * len(runs)
 

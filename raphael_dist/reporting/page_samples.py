@@ -55,9 +55,9 @@ def samples_section(runs: Sequence[Examined], data: JsonObject, limit: int) -> s
 
 
 def routes_section(runs: Sequence[Examined], data: JsonObject, limit: int) -> str:
-    """Return the HTML of the routes (experts of words and timesteps); add them to `data`, in at most `limit` bytes.
+    """Return the HTML of the section with routes, and add the routes to `data`, in at most `limit` bytes.
 
-    `data`: values that the scripts of the page draw.
+    Routes state which expert processes each word and timestep. `data`: values that the scripts of the page draw.
     """
     parts = []
     for number, examined in enumerate(runs):
@@ -134,7 +134,7 @@ def _read_image(path: Path) -> tuple[Image.Image, int]:
 
 
 def _jpeg_within(image: Image.Image, limit: int) -> tuple[bytes | None, int]:
-    """Return an image as a JPEG in at most `limit` bytes, scaled down if necessary, and its longer side in pixels.
+    """Return a JPEG of the image in at most `limit` bytes, scaled down if necessary, and the JPEG's longer side in pixels.
 
     The JPEG is None if the image would have to be smaller than MIN_SIDE.
     """
@@ -152,7 +152,10 @@ def _jpeg_within(image: Image.Image, limit: int) -> tuple[bytes | None, int]:
 
 
 def spread(steps: Sequence[int], count: int) -> list[int]:
-    """Return at most `count` of the steps, evenly distributed, with the first and the last; only the last for `count` 1."""
+    """Return at most `count` of the steps, evenly distributed, including the first and the last step.
+
+    If `count` is 1, only the last step is returned.
+    """
     if len(steps) <= count:
         return list(steps)
     if count < 2:

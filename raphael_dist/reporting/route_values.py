@@ -12,9 +12,9 @@ MAX_SIDE = 256  # of a region, in cells
 def checked_routes(routes: object) -> JsonObject:
     """Check the types and shapes of routes that were read from a JSON file; return those keys that the report draws.
 
-    `routes`: the parsed file, as `analysis.route_report.trace_values` describes it: experts of words and timesteps.
+    `routes`: the parsed file, with the keys and values that `analysis.route_report.trace_values` describes.
 
-    Raises ValueError if something is missing or has another form, such as a timestep that is NaN.
+    Raises ValueError if a key is missing, or if its value has the wrong type or shape or contains NaN.
     """
     if not isinstance(routes, dict) or not {"words", "space", "regions", "time", "timesteps"} <= set(routes):
         raise ValueError("it contains no routes")
@@ -36,7 +36,7 @@ def checked_routes(routes: object) -> JsonObject:
 
 def _require(is_valid: bool, key: str) -> None:
     if not is_valid:
-        raise ValueError(f"the values of {key!r} do not have the form in which the trainer writes them")
+        raise ValueError(f"the values of {key!r} have another type or shape than those that the trainer writes")
 
 
 def _is_list(value: object, is_valid: Callable[[object], bool]) -> bool:

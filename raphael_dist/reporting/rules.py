@@ -166,7 +166,8 @@ def truncated_captions(evidence: RunEvidence) -> Finding | None:
 
     If samples of the data were checked, their captions are counted. Otherwise the counts are taken from the log: each
     process warns once, and states how many captions it had encoded by then and how many of them were too long. With
-    data.features=cached it counts all captions of the shards, with data.features=online only the first ones.
+    data.features=cached a process counts all captions of the shards; with data.features=online it counts captions up to the
+    first one that is too long.
     """
     remedy = "shorten the captions, or raise text.max_tokens in a new run if the encoder allows more"
     data = evidence.data

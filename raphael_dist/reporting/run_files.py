@@ -221,15 +221,15 @@ def _config(path: Path) -> JsonObject:
     except UNREADABLE as error:
         raise ValueError(error) from None
     if not isinstance(tree, dict):
-        raise ValueError("it is not a mapping of sections")
+        raise ValueError("the file is not a mapping of sections")
     count = sum(len(section) if isinstance(section, dict) else 1 for section in tree.values())
     if count > MAX_KEYS or _depth(tree) > MAX_DEPTH:
-        raise ValueError(f"it has over {MAX_KEYS:,} keys, or values that are nested more than {MAX_DEPTH} levels deep")
+        raise ValueError(f"the file has over {MAX_KEYS:,} keys, or values that are nested more than {MAX_DEPTH} levels deep")
     return tree
 
 
 def _depth(tree: JsonObject) -> int:
-    """Return how many times the values of a tree of dicts and lists are nested."""
+    """Return how deeply the dicts and lists of a tree are nested. A dict of numbers has depth 2."""
     depth, level = 0, list[object]([tree])
     while level:
         depth += 1

@@ -15,7 +15,7 @@ def keep_freed_memory() -> bool:
     """Make glibc keep freed memory for later tensors; return whether it does so.
 
     Each step allocates the memory that the previous step freed. By default glibc returns tensors above 32 MB to the system
-    and requests them again, and the system clears every page. With weights of this size that takes a quarter of a step.
+    and requests them again, and the system clears every page. With weights above 32 MB, this takes a quarter of a step.
     After this call the process never gives memory back. Nothing is changed (False) if the environment selects another
     allocator or sets glibc's variables.
     """
@@ -29,8 +29,9 @@ def keep_freed_memory() -> bool:
 def without_long_collections() -> Iterator[None]:
     """Return a context manager inside which Python's garbage collector ignores all objects that were created before.
 
-    The modules and the model are about a million objects. A full collection takes 0.4 s for them. With activation
-    checkpointing it happens every eight steps, at a different time on each rank, while all other ranks wait.
+    The modules and the model are about a million objects, for which a full collection takes 0.4 s. With activation
+    checkpointing, each rank runs a full collection every eight steps. Ranks do so at different times, and all other ranks
+    wait meanwhile.
     """
     gc.collect()
     gc.freeze()

@@ -1,9 +1,9 @@
 """Ends a process whose thread never releases Python's global interpreter lock (GIL).
 
-The watched process starts `python interpreter_watchdog.py PID SECONDS TICK`. It sends a byte to the standard input of this
-program as a sign of life. When the input ends, this program ends. If for SECONDS no byte comes and the
-input does not end, the watched process gets SIGUSR2, for which faulthandler writes the stacks of its threads, and is then
-killed.
+The watched process, whose id is PID, starts `python interpreter_watchdog.py PID SECONDS TICK`. The watched process sends
+bytes to the standard input of this program as signs of life. This program waits for a byte for at most TICK seconds at a
+time, and ends when the input ends. If no byte comes for SECONDS although the input has not ended, the watched process gets
+SIGUSR2, for which faulthandler writes the stacks of its threads. Then the watched process is killed.
 
 Time in which either process was suspended does not count. A suspended job has not hung; and if only one rank is suspended,
 the other ranks report it.
@@ -44,7 +44,7 @@ def main(pid: int, seconds: float, tick: float) -> None:
         os.kill(pid, signal.SIGUSR2)
         time.sleep(1.0)
         print(
-            f"error: process {pid} kept the lock of the Python interpreter (GIL) for {seconds:g} s, so it is being ended",
+            f"error: process {pid} kept the lock of the Python interpreter (GIL) for {seconds:g} s and is killed now",
             file=sys.stderr,
             flush=True,
         )

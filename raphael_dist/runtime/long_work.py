@@ -39,10 +39,11 @@ class AbandonedError(RuntimeError):
 
 @contextmanager
 def long_work(doing: str) -> Iterator[Reporter]:
-    """Return a context manager for work of any length that every rank does, instead of waiting in a collective.
+    """Return a context manager in which every rank does work of any length.
 
-    If the work fails on one rank, all ranks raise its error. The work must not call collectives, and must report at least
-    every 30 minutes (SILENCE_S). The end of the context is collective.
+    Ranks that finish first do not wait in a collective, which could time out. If the work fails on one rank, all ranks raise
+    an error. The work must not call collectives, and must report at least every 30 minutes (SILENCE_S). The end of the
+    context is collective.
 
     Args:
         doing: what is done, for progress bars and messages, e.g. "indexing".
@@ -71,7 +72,7 @@ def long_work(doing: str) -> Iterator[Reporter]:
 
 
 def run_on_all_ranks(doing: str, work: Callable[[Reporter], T]) -> T:
-    """Run work of any length on every rank, and return this rank's result. If it fails on one rank, all raise its error.
+    """Run work of any length on every rank, and return this rank's result. If `work` fails on one rank, all raise an error.
 
     All ranks must call this function. Unlike in a collective, waiting for a slow rank does not time out while it reports.
 
@@ -84,7 +85,7 @@ def run_on_all_ranks(doing: str, work: Callable[[Reporter], T]) -> T:
 
 
 def run_on_rank0(doing: str, work: Callable[[Reporter], T]) -> T:
-    """Run work of any length on rank 0 only, and return its result on all ranks. All ranks raise its error if it fails.
+    """Run work of any length on rank 0 only, and return its result on all ranks. If `work` fails, all ranks raise an error.
 
     All ranks must call this function. Unlike in a collective, waiting for rank 0 does not time out while it reports.
 
@@ -104,7 +105,7 @@ def run_on_rank0(doing: str, work: Callable[[Reporter], T]) -> T:
 def report_failure(reason: str) -> None:
     """Report to the other ranks that this rank has failed and will not take part in the next `long_work` (shared work).
 
-    The other ranks then do not wait for it at the end of that work, but raise a HungError with the message `reason`.
+    The other ranks then do not wait for this rank at the end of that work, but raise a HungError with the message `reason`.
     """
 
     def post() -> None:
@@ -164,8 +165,8 @@ class Watch:
         while not self._over.wait(min(1.0, self._silence / 8)):
             if self._clock.now() - self._answered > self._silence:
                 raise HungError(
-                    f"{self._doing}: the store through which ranks exchange their status (in rank 0, or in the launcher's "
-                    f"agent on its host) has not answered for {self._silence:g} s. The last report was: {self._last_status}"
+                    f"{self._doing}: the store through which ranks exchange their status (usually in the process of rank 0) "
+                    f"has not answered for {self._silence:g} s. The last report was: {self._last_status}"
                 )
         if self._problem is not None:
             if self._rank == 0:  # the store may end with this process: let the others read it first
@@ -215,7 +216,7 @@ class Watch:
             self._changed.clear()
 
     def _read_store(self) -> int:
-        """Read the status of all ranks from the store after a change; return how many ranks have finished."""
+        """Read from the store the newest status and whether a rank has failed; return how many ranks have finished."""
         self._last_status = self._store.get("last").decode()
         for listener in listeners:
             listener()

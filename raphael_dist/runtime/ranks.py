@@ -138,8 +138,8 @@ def _choose_device(ranks: Ranks) -> torch.device:
         return torch.device("cpu")
     if ranks.local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"the launcher must start one rank per GPU, but it started {ranks.local_world_size} ranks on a host with "
-            f"{torch.cuda.device_count()} GPUs. Start at most one rank per GPU."
+            f"the launcher must start at most one rank per GPU, but it started {ranks.local_world_size} ranks on a host "
+            f"with {torch.cuda.device_count()} GPUs. Start fewer ranks on this host, or make more GPUs visible to them."
         )
     torch.cuda.set_device(ranks.local_rank)
     return torch.device("cuda", ranks.local_rank)
@@ -148,14 +148,17 @@ def _choose_device(ranks: Ranks) -> torch.device:
 def own_group(members: list[int], timeout: timedelta = TIMEOUT) -> dist.ProcessGroup:
     """Create a process group of `members`, one of which must be this rank. Collective among the members only.
 
-    Each rank makes one call for its own group, instead of one call for every group. Before that, all ranks must have created
-    equally many groups, because the members find each other by a name that contains this count.
+    Each rank makes one call for its own group, instead of one call for every group. Before this call, all ranks must have
+    created the same number of groups: the members find each other by the name of the new group, which contains this number.
     """
     return cast(dist.ProcessGroup, dist.new_group(members, timeout=timeout, use_local_synchronization=True))
 
 
 def _master_by_mpi() -> tuple[str, str]:
-    """Ask rank 0 by MPI (mpi4py) for its address and a free port, since mpirun sets no variables with them; return both."""
+    """Return the address of rank 0 and a free port on its host, which rank 0 sends to all ranks by MPI (mpi4py).
+
+    mpirun sets no environment variables with address and port. Raises UserError if mpi4py is not installed.
+    """
     try:
         from mpi4py import MPI
     except ImportError:
@@ -191,8 +194,8 @@ def rank_table(ranks: Ranks, device: torch.device) -> list[str]:
 def free_port() -> int:
     """Return a TCP port of this host that is free now.
 
-    It is below the range from which the kernel takes ports for outgoing connections, so that no such connection takes it
-    before the caller uses it.
+    The port is usually below the range from which the kernel takes ports for outgoing connections. So no outgoing
+    connection takes the port before the caller uses it.
     """
     first_given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     candidates = range(10_000, first_given) if first_given > 12_000 else [0]

@@ -27,10 +27,10 @@ _stores: list[dist.Store] = []  # the store of this process, once it is connecte
 
 
 def connect(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
-    """Return torch.distributed's key-value store that all ranks share, and connect this rank to it.
+    """Connect this rank to torch.distributed's key-value store that all ranks share, and return the store.
 
-    The store is in the process of rank 0, which must be running; the other ranks need not be. If torchrun started the ranks,
-    its agent must be running too. `timeout`: how long to wait for rank 0.
+    The store is in the process of rank 0, which must be running. The other ranks need not be running. If torchrun started
+    the ranks, torchrun's agent must be running too. `timeout`: how long to wait for rank 0.
 
     Raises:
         UserError: MASTER_ADDR or MASTER_PORT is invalid.
@@ -62,8 +62,9 @@ def connect(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
 
 
 def _store_of_rank0(agent_store: dist.TCPStore, rank: int, timeout: timedelta) -> dist.TCPStore:
-    """Return a store in the process of rank 0, whose address ranks exchange through torchrun's store (`agent_store`).
+    """Return a key-value store in the process of rank 0, which all ranks share.
 
+    Rank 0 creates the store, and sends the store's address to the other ranks through torchrun's store (`agent_store`).
     Torchrun's own store ends with torchrun, which may be before the ranks have written their last checkpoint.
     """
     key = f"raphael_dist/attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
@@ -89,8 +90,8 @@ def _own_address() -> str:
 def wait_for_all(rank: int, world_size: int, timeout: timedelta) -> None:
     """Wait until all ranks have called this function. Raises HungError, which names the missing ranks, after `timeout`.
 
-    Forming the process group would also wait for all ranks. But it holds Python's global interpreter lock meanwhile, so that
-    no thread of this process could watch it.
+    Forming the process group would also wait for all ranks. But torch holds Python's global interpreter lock during that
+    wait, so that the watchdog thread of this process could not run.
     """
     if world_size == 1:
         return

@@ -1,6 +1,6 @@
 """Ends a run that hangs. A thread on each rank follows the progress of the training thread.
 
-It watches the progress of the training loop and not process groups, so it detects a hang in any of them. Every rank writes
+The thread watches the training loop and not the process groups, so it detects a hang in any process group. Each rank writes
 its heartbeat (the place that its training loop has reached) to a file in the run directory. When the timeout of a rank is
 over, this rank reads the heartbeats of all ranks, reports the ranks that are behind, writes the stacks of its own threads to
 `logs/stacks-rank-N.txt`, and exits with EXIT_HUNG. The launcher then ends the other ranks.
@@ -9,8 +9,8 @@ The watchdog starts before the ranks are connected. Until the run directory is o
 (rendezvous.py).
 
 A thread that never releases Python's global interpreter lock would also stop the watchdog thread. Therefore each rank starts
-a small process (interpreter_watchdog.py). It receives a byte from the watchdog thread at every tick, and kills the rank if
-none arrives.
+a small process (interpreter_watchdog.py). The small process receives a byte from the watchdog thread at every tick, and
+kills the rank if no byte arrives.
 """
 
 import contextlib

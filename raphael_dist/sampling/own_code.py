@@ -1,4 +1,4 @@
-"""States whether this code runs in the installed package, or as the copy of it in the folder of an exported model."""
+"""States whether this code runs in the installed package, or as the copy that the folder of an exported model contains."""
 
 from typing import Final
 

@@ -41,7 +41,7 @@ Output = ImagePipelineOutput | tuple[Any]  # the images; a tuple with `return_di
 
 
 class RaphaelPipeline(LoraLoader, Denoiser):
-    """A diffusers pipeline that draws images from captions: with the same `seed`, those that `raphael_dist.sample` draws."""
+    """A diffusers pipeline that draws images from captions. Equal seeds give the same images as `raphael_dist.sample`."""
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
     _optional_components = ["vae", "text_encoder", "tokenizer"]  # noqa: RUF012 (diffusers requires this name and type)
@@ -204,7 +204,9 @@ class RaphaelPipeline(LoraLoader, Denoiser):
         call = CallArguments(**defaults | {name: value for name, value in arguments.items() if value is not None})
         call.check(self.vae_scale_factor, self.scheduler.config.num_train_timesteps)
         if self.vae is None and call.output_type != "latent" and self.unet.config.out_channels != 3:
-            raise UserError(f"output_type={call.output_type!r} requires a vae, but the pipeline has none. Use 'latent'.")
+            raise UserError(
+                f"output_type={call.output_type!r} requires a vae, but the pipeline has none. Use output_type='latent'."
+            )
         self._guidance_scale, self._guidance_rescale = float(call.guidance_scale), call.guidance_rescale
         self._interrupt = False
         noise, inputs = self._noise(call), self._read_images(call)
@@ -322,7 +324,8 @@ class RaphaelPipeline(LoraLoader, Denoiser):
     def _decode(self, latents: Tensor, small: Tensor | None, output_type: str) -> Any:
         """Decode latents to PIL images, or to values in 0..1: arrays [B, H, W, 3] ("np") or tensors [B, 3, H, W] ("pt").
 
-        `small`: small images of super-resolution, [B, 3, Hs, Ws] in -1..1, which the results must match; or None.
+        `small`: input images of super-resolution, [B, 3, Hs, Ws] in -1..1. The results are corrected so that downscaled
+        results match these images. None: no correction.
         """
         images = latents.float().clamp(-1, 1)
         if self.vae is not None:

@@ -136,7 +136,7 @@ def check_texts(
 
     Args:
         prompt: one prompt or several, or None.
-        negative: negative prompts: one for all prompts, or one for each. None without `negative_embeds`: empty texts.
+        negative: one negative prompt for all prompts, or one for each. None: use `negative_embeds`, or else empty strings.
         prompt_embeds: embeddings of the prompts, [prompts, tokens, width], or None.
         negative_embeds: embeddings of the negative prompts, or None.
         prompt_mask: mask of `prompt_embeds`, or None.
@@ -182,8 +182,8 @@ def check_embeddings(
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape != embeds.shape[:2]):
         mask_name = name.replace("embeds", "attention_mask")
         raise UserError(
-            f"{mask_name} of {_kind(mask)} must have shape {list(embeds.shape[:2])} as a tensor, a value for each token of "
-            f"{name}. Pass the mask that encode_prompt() returns with the embeddings."
+            f"{mask_name} of {_kind(mask)} must be a tensor of shape {list(embeds.shape[:2])}, with one value for each "
+            f"token of {name}. Pass the mask that encode_prompt() returns with the embeddings."
         )
 
 
@@ -200,8 +200,8 @@ def for_each(name: str, value: object, count: int) -> list[Any]:
     values = list(value) if isinstance(value, list | tuple) else [value] * count
     if len(values) != count:
         raise UserError(
-            f"{name} must be one value, or a list with a value for each prompt ({count}), but the list has {len(values)}. "
-            f"Pass a single value or a list of length {count}."
+            f"{name} must be one value, or a list with a value for each prompt ({count}), but the list has "
+            f"{len(values)} values. Pass a single value or a list of length {count}."
         )
     return values
 
@@ -216,7 +216,7 @@ def _is_real(value: object) -> TypeGuard[float]:
 
 
 def check_whole(name: str, value: object, low: int, high: int | None = None) -> None:
-    """Raise UserError unless `value` is a whole number from `low` to `high`. None: no upper limit.
+    """Raise UserError unless `value` is a whole number from `low` to `high`. If `high` is None, there is no upper limit.
 
     `name`: the argument of the pipeline that has this value, for the message.
     """
@@ -249,7 +249,7 @@ def _check_floats(name: str, embeds: object) -> None:
     """Raise UserError unless text embeddings, the argument `name`, are a tensor of floats [prompts, tokens, width]."""
     if not isinstance(embeds, Tensor) or not embeds.is_floating_point() or embeds.ndim != 3 or not embeds.numel():
         raise UserError(
-            f"{name} of {_kind(embeds)} must have shape [prompts, tokens, width], each at least 1, as a tensor of floats. "
+            f"{name} of {_kind(embeds)} must be a tensor of floats of shape [prompts, tokens, width], each at least 1. "
             "Pass what encode_prompt() returns."
         )
 
@@ -272,7 +272,7 @@ def _check_schedule(name: str, values: Any) -> None:
 
 
 def _read_images(name: str, value: Any, count: int) -> list[Image.Image]:
-    """Return a PIL image for each of `count` prompts from the argument `name`, whose value has a type of `Images`."""
+    """Return a PIL image for each of `count` prompts from `value`, the value of the argument `name` (a type in `Images`)."""
     is_batch = isinstance(value, np.ndarray | Tensor) and value.ndim == 4
     if is_batch or isinstance(value, list | tuple):
         return for_each(name, [_to_pil(name, image) for image in value], count)

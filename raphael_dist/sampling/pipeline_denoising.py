@@ -138,7 +138,7 @@ class Denoiser(PipelineFiles):
     def _begin(self, call: CallArguments, noise: Tensor, inputs: ImageInputs) -> tuple[Tensor, Tensor]:
         """Set the scheduler's timesteps, and return the latents with which the first step starts and the steps' timesteps.
 
-        The latents are float32 [B, C, h, w]: the initial noise `noise`, or with an image to change, its noised latents.
+        The latents are float32 [B, C, h, w]: the initial noise `noise`, or the noised latents of the images to change.
         """
         scheduler = self.scheduler
         try:
@@ -243,8 +243,8 @@ class Denoiser(PipelineFiles):
     ) -> Tensor:
         """Return the U-Net's prediction for latents `x` at timestep `t`, float32 in the shape of `x`.
 
-        `x`, `text` (embeddings) and `mask` (of the embeddings) have B samples, or with guidance 2 B: B samples with prompts,
-        then the same with negative prompts.
+        `x`, `text` (embeddings) and `mask` (of the embeddings) have B samples, or with guidance 2 B: first B samples
+        with the prompts, then the same B samples with the negative prompts.
         """
         unet, options = self.unet.eval(), JsonObject()
         text, timestep = text.to(unet.dtype), torch.full((len(x),), t.item(), device=x.device)

@@ -193,7 +193,7 @@ def check_component(folder: Path, index: JsonObject, name: str, required: bool, 
 
 
 def _safetensors_error(path: Path) -> str | None:
-    """Return why a safetensors file is damaged; None if its header is intact and the file has the size that it states."""
+    """Return why a safetensors file is damaged; None if its header is intact and agrees with the size of the file."""
     try:
         with safe_open(path, "pt"):
             return None

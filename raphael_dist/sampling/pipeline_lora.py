@@ -1,7 +1,7 @@
 """LoRA adapters of a pipeline, under diffusers' method names.
 
-Adapters are added to the weights in memory. This works for attention and for experts, which peft does not support, and
-sampling takes no longer than without adapters. The original weights of changed parameters are kept in host memory, because
+Adapters are added to the weights in memory. This works for attention and for experts (peft does not support experts).
+Sampling takes no longer than without adapters. The original weights of changed parameters are kept in host memory, because
 subtracting an adapter from a rounded sum would not restore them exactly.
 """
 

@@ -46,8 +46,8 @@ class LoraFiles:
             weight_name: name of the file; None: pytorch_lora_weights.safetensors.
             save_function: called with (tensors, path) instead of writing safetensors.
             safe_serialization: always True, since only safetensors files are read.
-            unet_lora_adapter_metadata: peft's `LoraConfig.to_dict()`. None: alpha is read as the rank, and adapters of
-                experts are not recognised.
+            unet_lora_adapter_metadata: peft's `LoraConfig.to_dict()`. None: a reader of the file takes alpha to be
+                equal to the rank, and does not recognise adapters of experts.
             text_encoder_lora_adapter_metadata: not supported.
 
         Raises:

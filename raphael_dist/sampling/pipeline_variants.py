@@ -62,8 +62,8 @@ class RaphaelImg2ImgPipeline(RaphaelPipeline):
 class RaphaelInpaintPipeline(RaphaelPipeline):
     """A pipeline for inpainting: replaces a part of an image.
 
-    After each step, the latents outside the mask are replaced by the noised latents of the image. The U-Net has no input
-    channels for the mask, because such channels are not trained; so it does not know where the mask is.
+    After each step, the latents outside the mask are replaced by the noised latents of the image. The U-Net is
+    trained without an input channel for the mask, so the U-Net does not know where the mask is.
     """
 
     @shows_options
@@ -77,8 +77,8 @@ class RaphaelInpaintPipeline(RaphaelPipeline):
             prompt: one caption or several.
             image: a PIL image, an array [H, W, 3] or a tensor [3, H, W] of floats in 0..1, or a list with one of them for
                 each prompt. It is resized and cropped to height x width.
-            mask_image: a mask, of the types of `image` or without channels ([H, W]), and of the size of the image: white (1)
-                where the image is drawn, black (0) or transparent where it is kept.
+            mask_image: a mask of the size of the image, with the types of `image`; arrays and tensors may also be [H, W].
+                White (1): the image is drawn here. Black (0) or transparent: the image is kept.
             strength: share of the denoising steps, 0 to 1, that are applied to the image. 1: the masked part starts from
                 pure noise.
             options: other arguments of RaphaelPipeline.

@@ -30,7 +30,7 @@ def read_requests(path: Path, default: Request) -> list[Request]:
 
     Args:
         path: the file.
-        default: the request from which fields are taken that a line does not state.
+        default: a request whose fields are used where a line does not state them.
 
     Raises:
         UserError: the file cannot be read, or a line is invalid; the message names file and line.

@@ -181,7 +181,7 @@ def _to(text: TextFeatures, device: torch.device, dtype: torch.dtype) -> TextFea
 
 
 def _both(text: TextFeatures, null: TextFeatures, batch: int, device: torch.device, dtype: torch.dtype) -> TextFeatures:
-    """Join the features `text` of captions and `null` of negative captions to one batch of 2 `batch` captions.
+    """Join the features of `batch` captions (`text`) and of their negative captions (`null`) to one batch, in this order.
 
     The result is on `device`, and its tokens have the dtype `dtype`.
     """

@@ -1,8 +1,9 @@
 """Files with a checksum, for derived data such as an index: undetected damage in them would change results.
 
 A *sealed* file ends with the 32 bytes of the SHA-256 of the data before them. A sealed folder contains `sums.json`, a sealed
-file with the size and SHA-256 of each other file. The CRC-32 of a large file is in a small file next to the large one. A
-process compares the two once after its start. If a file is damaged, the caller computes and writes it again.
+file with the size and SHA-256 of each other file. The CRC-32 of a large file is in a small file next to the large one. After
+its start, a process compares a large file with the CRC-32 only once. If a file is damaged, the caller computes the data
+again and writes a new file.
 """
 
 import hashlib
@@ -119,11 +120,10 @@ def write_crc(path: Path, content: Path) -> None:
 
 
 def is_verified(path: Path) -> bool:
-    """Return whether the large file `path` was written or found to be intact since this process started.
+    """Return whether this or another process has written or verified the large file `path` since this process started.
 
-    The result is also True if another process wrote or verified the file since then. A process that does so sets the
-    modification time of the small file with the CRC-32. So only one of the processes of a node, which start together, must
-    read the large file.
+    A process that writes or verifies a large file also sets the modification time of the small file with the CRC-32. The
+    other processes check this time. So only one of the processes of a node must read the large file.
     """
     try:
         key = (str(path), path.stat().st_ino)

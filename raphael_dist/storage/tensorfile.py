@@ -1,7 +1,7 @@
 """Reads and writes safetensors files, and computes the SHA-256 of files while they are written.
 
 Data is read with pread into buffers, not memory-mapped, so that a process uses only the memory it asks for. A header is
-checked before anything is allocated, since the file may come from others.
+checked before anything is allocated, since the file may be damaged or malicious.
 """
 
 import hashlib
@@ -92,7 +92,7 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         with open(open_regular(path), "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(MAX_HEADER, size - 8):
-                raise ValueError(f"it is truncated, or it is not a safetensors file ({size} bytes)")
+                raise ValueError(f"the file is truncated, or is not a safetensors file ({size} bytes)")
             header = json.loads(file.read(length), object_pairs_hook=_without_duplicates)
         metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else {}
         tensors = {name: _stored(path, 8 + length, entry) for name, entry in header.items()}
@@ -127,10 +127,10 @@ def _check_extent(tensors: dict[str, StoredTensor], base: int, size: int) -> Non
     at = base
     for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.numel)):
         if tensor.offset != at:
-            raise ValueError(f"its tensors overlap or leave a gap at byte {min(at, tensor.offset)}")
+            raise ValueError(f"the tensors overlap or leave a gap at byte {min(at, tensor.offset)}")
         at += tensor.numel * tensor.dtype.itemsize
     if at != size:
-        raise ValueError(f"it has {size} bytes, but the tensors in its header end at byte {at}")
+        raise ValueError(f"the file has {size} bytes, but the tensors in its header end at byte {at}")
 
 
 class FileReader:

@@ -58,12 +58,12 @@ def load_tree(path: Path, allowed: Sequence[Allowed] = ()) -> Any:
             pickles = sum(entry.file_size for entry in archive.infolist() if entry.filename.endswith("data.pkl"))
             if size > path.stat().st_size or pickles > MAX_PICKLE:
                 raise ValueError(
-                    f"the sizes that its zip entries state must add up to at most the file's {path.stat().st_size} bytes, "
-                    f"and pickled entries to at most {MAX_PICKLE} bytes, but they add up to {size} and {pickles} bytes"
+                    f"the zip entries must take at most {path.stat().st_size} bytes (the size of the file), and pickles "
+                    f"among them at most {MAX_PICKLE}, but all entries take {size} and pickles {pickles} bytes"
                 )
             order = next((archive.read(e) for e in archive.infolist() if e.filename.endswith("/byteorder")), b"")
         if order not in (b"", sys.byteorder.encode()):
-            raise ValueError("it was written on a machine with another byte order")
+            raise ValueError("the file was written on a machine with another byte order")
         with FakeTensorMode(), torch.serialization.safe_globals(list(allowed)):
             return _with_places(torch.load(path, weights_only=True, map_location="cpu"), path, [MAX_VALUES])
     except FileNotFoundError:
@@ -104,7 +104,7 @@ def _with_places(node: object, path: Path, left: list[int]) -> Any:
     """
     left[0] -= 1
     if left[0] < 0:
-        raise ValueError(f"it contains more than {MAX_VALUES:,} values")
+        raise ValueError(f"the file contains more than {MAX_VALUES:,} values")
     if isinstance(node, dict):
         return {key: _with_places(value, path, left) for key, value in node.items()}
     if isinstance(node, torch.Size):
@@ -127,7 +127,7 @@ class _Storage(Generic[P]):
 
 
 class _Pickler(pickle.Pickler, Generic[P]):
-    """Pickles a tree as `torch.save` does, with a tensor for each placeholder object. `write_tree` writes its data later."""
+    """Pickles a tree as `torch.save` does, with a tensor for each placeholder object. `write_tree` writes the data later."""
 
     def __init__(self, file: io.BytesIO, placeholder: type[P]) -> None:
         super().__init__(file, protocol=2)

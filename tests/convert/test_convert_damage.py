@@ -145,7 +145,7 @@ DAMAGES = [
     (one_expert_more, r"experts.6.w1.weight, which is not a tensor of the model"),
     (another_architecture, r"must have the shape \[11\], but it has \[10\]"),
     (flip_a_bit, r"exp_avg.safetensors does not match its checksum"),
-    (truncate, r"ema.safetensors cannot be read .*: it has .* bytes, but the tensors in its header end at"),
+    (truncate, r"ema.safetensors cannot be read .*: the file has .* bytes, but the tensors in its header end at"),
     (remove_a_file, r"exp_avg_sq.safetensors is missing"),
     (huge_header, r"truncated, or it is not a safetensors file"),
     (overlapping, r"overlap or leave a gap"),
