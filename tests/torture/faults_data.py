@@ -234,7 +234,7 @@ def vanish(trial: Trial) -> Outcome:
 
     codes = case.train(trial.run, meanwhile)
     assert all(codes) or not any(codes), f"one rank continued alone: {codes}"
-    if what == "cache cut off" and "each step encodes its samples" in trial.log:
+    if what == "cache cut off" and "each step encodes the samples of this file" in trial.log:
         assert codes == [0] * WORLD, f"exit codes {codes}:\n{trial.output}"
         trial.check_equals_oracle(rounded=1e-3)  # encoded in the steps, without the cache's rounding
         return survived(f"{what} after {wait:.1f} s; exit codes {codes}, encoded in the steps")

@@ -251,7 +251,9 @@ class ShardStore:
                     write_all(descriptor, memoryview(piece))
             finally:
                 os.close(descriptor)
-            changed = RemoteError(f"{hide_secrets(url)} has changed since it was indexed. Start the run again")
+            changed = RemoteError(
+                f"{hide_secrets(url)} has changed since it was indexed. Index it again with tools/index_shards.py"
+            )
             by_content = stamp.mark.startswith(_SHA256)
             if not by_content and self.stamp(url) != stamp:
                 raise changed
