@@ -109,7 +109,9 @@ def _tokens_by_word(encoded: "BatchEncoding", caption: str) -> Iterator[tuple[in
 def _tokens_by_prefix(
     tokenizer: "PreTrainedTokenizerBase", encoded: "BatchEncoding", caption: str
 ) -> Iterator[tuple[int, int, str]]:
-    """Yield (first token, last token + 1, word) for tokenizers that do not map tokens to characters, such as ByT5's.
+    """Yield (first token, last token + 1, word) of each word of `caption`, from the number of tokens before each word.
+
+    This is for tokenizers that do not map tokens to characters, such as that of ByT5.
 
     The indices are found by tokenizing the caption twice for each word: up to the word's beginning and up to its end.
     `encoded`: the tokenized caption, which may be truncated. Words in the part that was cut off are left out.
@@ -131,8 +133,10 @@ def collect_word_paths(
 ) -> list[tuple[str, int, list[int]]]:
     """Return (word, number of its caption, path) for each word of each caption. The model must have a Space-MoE.
 
-    A path is the list of the space experts in all blocks for the first token of the word. Captions that differ only in
-    spaces and capitals have the same number. `text`: the text encoder. `batch`: number of captions encoded at a time.
+    A path is the list of the space experts in all blocks for the first token of the word. Captions are numbered from 0;
+    captions that differ only in spaces and capitals have the same number.
+
+    `text`: the text encoder. `batch`: number of captions encoded at a time.
     """
     paths = []
     numbers: dict[str, int] = {}

@@ -219,7 +219,7 @@ class CheckpointStore:
         return save.failure
 
     def _make_room(self, save: Save) -> tuple[int, str | None]:
-        """Create the folder to write into, and compare the bytes of all ranks with the free space. Collective.
+        """Create the folder `save.temporary`, and compare the bytes of all ranks with the free space. Collective.
 
         Returns:
             The number of bytes that all ranks will write, and the reason why they cannot be written, or None.
@@ -243,7 +243,7 @@ class CheckpointStore:
         return total, problem
 
     def _write(self, save: Save, values: Tensor) -> WrittenFile:
-        """Write this rank's file of the checkpoint `save`. `values`: the copy of its training state. Runs in the thread."""
+        """Write this rank's file of the checkpoint `save`, in a thread. `values`: the copy of this rank's training state."""
         name = f"rank-{self._ranks.rank:05d}.safetensors"
         ranges = self._snapshot.ranges
         layout = [(key, numel) for key, (_, numel) in ranges.items()]

@@ -110,7 +110,7 @@ def write_snapshot(
 def _finite(layout: list[tuple[str, int]], values: Tensor, report: Reporter) -> Iterator[Tensor]:
     """Yield the buffer `values` in blocks. If a value is NaN or infinite, raise OSError, which names its tensor.
 
-    `layout`: (key, number of elements) of each tensor in the buffer.
+    `layout`: (key, number of elements) of each tensor in the buffer. `report`: called with a line of progress per block.
     """
     for i, piece in enumerate(torch.split(values, tensorfile.CHUNK)):
         report(f"{i * tensorfile.CHUNK} of {values.numel()} numbers written")

@@ -137,8 +137,10 @@ def protocol_of(args: argparse.Namespace, trained: "TrainedModel", **study: obje
     """Return all settings that affect the results of an evaluation, as JSON values for the file protocol.json.
 
     A command that continues in a folder with other settings in protocol.json is refused, so that results of different
-    settings are never mixed. `study`: further settings to include, which depend on the subcommand (`images` or
-    `text`).
+    settings are never mixed.
+
+    `args`: the parsed command line. `trained`: the model. `study`: further settings to include, which depend on the
+    subcommand (`images` or `text`).
     """
     from raphael_dist.storage.versions import versions
 
@@ -225,7 +227,10 @@ def _make_study(args: argparse.Namespace, trained: "TrainedModel", default: "Req
 
 
 def _describe_study(args: argparse.Namespace, study: "Study") -> dict[str, object]:
-    """Return what protocol.json states about the images to sample: the subcommand's options, number and hash of prompts."""
+    """Return what protocol.json states about the images to sample.
+
+    This is the subcommand's options from the command line `args`, and the number and a hash of the prompts in `study`.
+    """
     import hashlib
 
     prompts = hashlib.sha256(json.dumps([[r.prompt, r.seed, r.index] for r in study.requests]).encode()).hexdigest()[:16]

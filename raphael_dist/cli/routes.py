@@ -98,7 +98,7 @@ def _check(args: argparse.Namespace, trained: "TrainedModel") -> None:
 
 
 def _draw_time_routes(out: Path, trained: "TrainedModel", report: "Report") -> None:
-    """Draw which time expert each block uses at each timestep."""
+    """Draw which time expert each block uses at each timestep, as time.png in `out`; add this to `report`."""
     from raphael_dist.analysis.route_figures import draw_bands
     from raphael_dist.analysis.routes import time_routes
     from raphael_dist.sampling.grid import save_image
@@ -112,7 +112,11 @@ def _draw_time_routes(out: Path, trained: "TrainedModel", report: "Report") -> N
 
 
 def _draw_prompt(args: argparse.Namespace, trained: "TrainedModel", number: int, prompt: str, report: "Report") -> None:
-    """Sample the image of a prompt; draw the experts of its words, and the words' regions in the image."""
+    """Sample the image of a prompt; draw the experts of its words, and the words' regions in the image.
+
+    The figures are written into `args.out`, under names with `number`, the number of the prompt. The experts and the sizes
+    of the regions are added to `report`.
+    """
     from PIL import Image
 
     from raphael_dist.analysis.coverage import measure_coverage, route_agreement
@@ -141,7 +145,10 @@ def _draw_prompt(args: argparse.Namespace, trained: "TrainedModel", number: int,
 
 
 def _report_experts(args: argparse.Namespace, trained: "TrainedModel", report: "Report") -> None:
-    """Report dead and duplicate experts; draw how often the words of the captions choose each space expert."""
+    """Add dead and duplicate experts to `report`; draw how often the words of captions choose each space expert.
+
+    The captions come from `args.captions`, or from the training data of the model.
+    """
     import torch
 
     from raphael_dist.analysis.experts import expert_loads, find_dead, find_duplicates

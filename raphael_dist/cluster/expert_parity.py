@@ -10,8 +10,10 @@ from raphael_dist.parallel.expert_dispatch import STACKED, ParallelSpaceMoE
 def expert_parity(expert_group: ExpertGroup, num_experts: int, device: torch.device) -> float:
     """Compare a Space-MoE layer whose experts are sharded over `expert_group` with the same layer on one rank. Collective.
 
-    It tests whether expert parallelism computes correct results on this machine. `num_experts`: experts of the layer.
-    Outputs and gradients are compared, for random inputs that are equal on all ranks.
+    It tests whether expert parallelism computes correct results on this machine. Outputs and gradients are compared, for
+    random inputs that are equal on all ranks.
+
+    `num_experts`: number of experts of the layer. `device`: this rank's device, on which the layers run.
 
     Returns:
         The largest difference, relative to the largest absolute value of the compared tensor.

@@ -90,7 +90,7 @@ def judge(reports: list[Report], num_ranks: int, nodes: list[str]) -> Verdict:
 
 
 def _unreachable(reports: list[Report]) -> set[str]:
-    """Return the nodes of the ranks that rank 0 cannot reach.
+    """Return the nodes of the ranks that rank 0 cannot reach, according to the preflight's `reports`.
 
     If rank 0 reaches none of several other nodes, its own node is returned instead, because its link must be broken. When a
     link breaks, collectives fail on all nodes, so that their errors do not show which node is cut off.
@@ -192,7 +192,7 @@ def _judge_pairs(verdict: Verdict, reports: list[Report]) -> None:
 
 
 def _pair_speeds(reports: list[Report]) -> dict[tuple[str, str], float]:
-    """Return the measured GB/s between nodes, by the names of both in alphabetical order."""
+    """Return the measured GB/s between two nodes, by (name, name) in alphabetical order, from the preflight's `reports`."""
     return {
         (min(r["node"], other), max(r["node"], other)): speed
         for r in reports
@@ -201,7 +201,7 @@ def _pair_speeds(reports: list[Report]) -> dict[tuple[str, str], float]:
 
 
 def _slow_nodes(reports: list[Report]) -> set[str]:
-    """Return the nodes whose links to most other nodes are slow.
+    """Return the nodes whose links to most other nodes are slow, according to the preflight's `reports`.
 
     A link is slow if its bandwidth is below SLOW_PAIR (0.3) times the bandwidth that the fastest quarter of all links
     reaches. If half of the nodes or more have slow links, no node is returned: the network itself is then uneven.

@@ -106,10 +106,7 @@ class Steps:
         )
 
     def norm_problem(self, step: int, norm: float) -> Problem | None:
-        """Compare the gradient norm `norm` of step `step` (from 0) with the training in one process.
-
-        Returns a problem if they differ, else None.
-        """
+        """Return a problem if `norm`, the gradient norm of step `step` (from 0), differs from training in one process."""
         reference = self.norms[step]
         if math.isclose(norm, reference, rel_tol=self._tolerance):
             return None
@@ -282,8 +279,9 @@ class Trained:
 def _reduced_problem(expected: Steps, run: Trained, before: list[Tensor]) -> Problem | None:
     """Compare this rank's part of the reduced gradient with training in one process; return a problem or None.
 
-    The reduced gradient is computed from the change of the weights in the first step of SGD. `before`: the weights before
-    this step.
+    The reduced gradient is computed from the change of the weights in the first step of SGD.
+
+    `expected`: the training in one process. `run`: the training on all ranks. `before`: the weights before this step.
     """
     clip, norm, lr = run.config.optim.max_grad_norm, run.engine.grad_norm, run.config.optim.lr
     scale = lr * min(1.0, clip / (norm + 1e-6))

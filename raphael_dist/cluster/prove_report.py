@@ -30,6 +30,7 @@ class CheckReport:
     """The result of one check of `prove` on all ranks.
 
     Attributes:
+        name, title: name of the check, and its title in the report.
         status: GREEN (passed), AMBER (passed with warnings), RED (failed), NOT_PROVEN (cannot run on this machine) or
             NOT_RUN.
         code: exit code of this check: 0, 2 (bad environment) or 3 (wrong numbers).

@@ -187,7 +187,8 @@ def _locate_assets(preset: JsonObject) -> JsonObject:
 def _find_places(root: yaml.Node | None, file: str) -> dict[str, str]:
     """Return file and line (such as "my.yaml, line 3") of each section and key, by `section` or `section.key`.
 
-    Raises UserError if a mapping (dict) has the same key twice. YAML would silently keep the last one.
+    `root`: the parsed file; None if the file is empty. `file`: the file's name. Raises UserError if a mapping (dict) has the
+    same key twice. YAML would silently keep the last one.
     """
     places: dict[str, str] = {}
     for depth, parent, mapping in _mappings(root):

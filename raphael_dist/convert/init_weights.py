@@ -222,7 +222,7 @@ def _widened_shape(shape: tuple[int, ...], config: Config) -> tuple[int, ...]:
 
 
 def _source(config: Config, checkpoint: Checkpoint, upcycles: bool) -> Source:
-    """Return an object that gives the values of the new model's parameters, under their names in this model.
+    """Return an object that gives the values of the new model's parameters (of `config`), under their names in this model.
 
     This is `checkpoint` itself, or an object that computes experts from a dense checkpoint (`upcycles`). Shapes are those of
     the new model, except that the first convolution (INPUT_CONV) has the shape in the checkpoint. Raises UserError if the
