@@ -52,10 +52,11 @@ def preset_names() -> list[str]:
 
 
 def check_tree(tree: object) -> None:
-    """Raise UserError if a configuration, as nested dicts and lists, cannot be validated.
+    """Raise UserError if a configuration is too large, or contains a string that is not valid Unicode.
 
-    It must have at most MAX_VALUES (100,000) values, since a few lines of YAML aliases can expand to billions, and its
-    strings must not contain half of a surrogate pair, which YAML accepts as an escape such as "\\uD800".
+    `tree`: the configuration as nested dicts and lists. It must have at most MAX_VALUES (100,000) values, since a few lines
+    of YAML aliases can expand to billions. A string must not contain half of a surrogate pair, which YAML accepts as an
+    escape such as "\\uD800".
     """
     count, queue = 0, [("", tree)]
     while queue:
