@@ -6,8 +6,8 @@
    samples.
 3. The runs of a window are permuted. Samples that do not fill a run are carried over to the next window.
 
-So an epoch drops fewer than `run_length` samples of each bucket, and all epochs have the same length. Memory does not grow
-with the number of samples: only shards are counted, and samples are listed for one window at a time.
+So an epoch drops fewer than `run_length` samples of each bucket, and all epochs have the same length. The memory for this
+does not grow with the number of samples: it holds counts for each shard, and the sample ids of a few windows.
 """
 
 from collections.abc import Sequence
@@ -105,9 +105,9 @@ class SampleOrder:
         self.dropped_per_epoch = num_samples - self.samples_per_epoch
         if self.samples_per_epoch == 0:
             raise UserError(
-                f"image.buckets must contain an image size with at least {run_length} samples, since that many consecutive "
-                "samples have one size (data.bucket_run, or train.micro_batch_size in validation), but the most "
-                f"frequent size has {totals_B.max()} of {num_samples} samples. Use fewer sizes or more data, or lower "
+                f"image.buckets must contain an image size with at least {run_length} samples, since samples of one size "
+                f"are read in groups of {run_length} (data.bucket_run, or train.micro_batch_size in validation), but the "
+                f"most frequent size has {totals_B.max()} of {num_samples} samples. Use fewer sizes or more data, or lower "
                 "data.bucket_run and train.micro_batch_size."
             )
         self._epoch = lru_cache(maxsize=4)(self._make_epoch)
@@ -116,9 +116,9 @@ class SampleOrder:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all samples; with data.filters, followed by a hash of the samples that pass the filters.
+        """Hash of the names of all shards and samples; with data.filters, also a hash of the samples that pass the filters.
 
-        A run that resumes from a checkpoint must have the same fingerprint.
+        Checkpoints store it. A run that resumes must have the fingerprint that is stored in its checkpoint.
         """
         return f"{self.index.fingerprint} {self.view.digest}" if self.view.dropped else self.index.fingerprint
 
@@ -146,7 +146,10 @@ class SampleOrder:
         return windows
 
     def _find(self, position: int) -> tuple[int, int, int]:
-        """Return (number of the epoch, number of the window in it, offset in the window) of a global position."""
+        """Return (epoch, number of the window in the epoch, offset in the window) of a global position, all from 0.
+
+        A window is a group of shards (tar files) whose samples are shuffled together.
+        """
         if position < 0:
             raise ValueError(f"sample position {position} is negative")
         epoch, offset = divmod(position, self.samples_per_epoch)
@@ -162,7 +165,10 @@ class SampleOrder:
         return _Epoch(shards, counts, (counts // self.run_length).sum(axis=1) * self.run_length)
 
     def _make_members(self, epoch: int, window: int) -> list[np.ndarray]:
-        """Return the ids of a window's samples, in random order, in a separate array for each bucket (image size)."""
+        """Return the ids of the samples in a window, in random order: one array for each bucket (image size).
+
+        `window`: number in the epoch of a window, a group of shards (tar files) whose samples are shuffled together.
+        """
         first = window * self.window_shards
         shards = self.first_shard + self._epoch(epoch).shards[first : first + self.window_shards]
         starts = self.index.starts
@@ -176,9 +182,10 @@ class SampleOrder:
         return first + np.flatnonzero(self.bucket_of[first:end] >= 0)
 
     def _make_window(self, epoch: int, window: int) -> np.ndarray:
-        """Return the sample ids at the window's positions: the runs that are completed in this window, in random order.
+        """Return the sample ids at the positions of a window: the runs that end in this window, in random order.
 
-        A run is a group of `run_length` samples of one bucket (image size). It may begin in an earlier window.
+        A window is a group of shards (tar files) whose samples are shuffled together. A run is a group of `run_length`
+        samples of one bucket (image size). The first samples of a run may belong to an earlier window.
         """
         ends_WB = self._epoch(epoch).counts[window : window + 2] // self.run_length * self.run_length
         taken = [self._take(epoch, bucket, first, last) for bucket, (first, last) in enumerate(ends_WB.T.tolist())]
@@ -186,7 +193,11 @@ class SampleOrder:
         return generator(self.seed, Purpose.ORDER, epoch, extra=2 + 2 * window).permutation(runs).reshape(-1)
 
     def _take(self, epoch: int, bucket: int, first: int, last: int) -> np.ndarray:
-        """Return entries `first` to `last` - 1 of the list of all sample ids of a bucket in an epoch, ordered by window."""
+        """Return entries `first` to `last` - 1 of the list of all sample ids of a bucket (image size) in an epoch.
+
+        The list has the ids of the epoch's windows (groups of shards) one window after another, as `_make_members` returns
+        them.
+        """
         if first == last:
             return np.zeros(0, np.int64)
         counts = self._epoch(epoch).counts[:, bucket]

@@ -43,12 +43,13 @@ def read_samples(
 def _warn(option: str, index: DatasetIndex, unreadable: Sequence[BadSample]) -> None:
     """Log the number of damaged shards and the number of samples that cannot be used.
 
-    `option`: where the user named the shards. `unreadable`: samples that could not be decoded; `index` lists the others.
+    `option`: where the user named the shards. `index`: lists the samples that were rejected when the shards were indexed.
+    `unreadable`: further samples, which could not be decoded.
     """
     for shard, reason in itertools.islice(index.damaged.items(), 1):
         count = len(index.damaged)
         _log.warning(
-            "%s: %d of %d shards cannot be read to the end, so samples are missing; the first is %s: %s",
+            "%s: %d of %d shards cannot be read to the end, so samples are missing; the first such shard is %s, which %s",
             option, count, len(index.shards), index.shards[shard].name, reason,
         )  # fmt: skip
     if bad := index.num_bad + len(unreadable):

@@ -146,7 +146,10 @@ class TrainStream:
         return [self.sample(position) for position in positions]
 
     def _request(self, position: int) -> Request:
-        """Return what `sample` first loads for a position: (sample id, number of the image size, whether to mirror)."""
+        """Return the request for the sample at a position: (sample id, number of the image size, whether to mirror).
+
+        For a sample that is known to be unusable, this is the request for its replacement.
+        """
         place = self.order.lookup(position)
         is_bad = self._is_bad(place.sample_id)
         sample_id = self._replacement(place.sample_id, place.bucket) if is_bad else place.sample_id
@@ -231,7 +234,10 @@ class TrainStream:
         return sample_id in self.bad_samples
 
     def _record_bad(self, sample_id: int, error: BadSampleError | ShardError) -> None:
-        """Treat a sample as unusable from now on. Raises UserError if data.on_error=stop."""
+        """Record that a sample cannot be used; `error` states the reason. Raises UserError if data.on_error=stop.
+
+        After a ShardError, the sample counts as usable again in 600 s (RETRY_AFTER_S).
+        """
         bad = error.sample if isinstance(error, BadSampleError) else self.order.index.bad_sample(sample_id, error.reason)
         if self._on_error == "stop":
             raise _stop_error(bad) from error

@@ -60,7 +60,7 @@ def test_parquet_columns_of_other_writers_are_read() -> None:
         assert np.array_equal(read["url"], [word_code("x"), np.nan, np.nan], equal_nan=True)
     assert parquet_columns(parquet_of(key=[7], score=[1.5]), ["7"])["score"].tolist() == [1.5]
     for key, kind in [([1.5], "double"), ([b"a"], "binary"), ([["a"]], "list<element: string>")]:
-        with pytest.raises(ValueError, match=rf"its column 'key' must have the type string or integer, but it has {kind}"):
+        with pytest.raises(ValueError, match=rf"the column 'key' must have the type string or integer, but it has {kind}"):
             parquet_columns(parquet_of(key=key), ["a"])
 
 

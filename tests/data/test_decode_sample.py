@@ -111,7 +111,7 @@ def test_failed_read_is_a_shard_error_and_opens_the_file_again(tmp_path, monkeyp
         return pread(fd, size, offset)
 
     monkeypatch.setattr(decode_sample.os, "pread", fail_on_stale)
-    with pytest.raises(ShardError, match=r"a\.tar at byte \d+: Stale file handle"):
+    with pytest.raises(ShardError, match=r"a\.tar cannot be read at byte \d+: Stale file handle"):
         data.load(0, 0)
     monkeypatch.setattr(decode_sample, "RETRY_AFTER_S", 0.0)
     assert data.load(0, 0).captions == ["x"]

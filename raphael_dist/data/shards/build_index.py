@@ -44,9 +44,11 @@ def open_index(names: Sequence[str], store: ShardStore, columns: Sequence[str] =
     the columns that filters use.
 
     Returns:
-        The index. None if it must be built: there is no index of these shards with these columns; a local shard has changed;
-        a shard was missing, or a parquet file required for `columns` could not be accessed, when the index was written; or
-        the index is damaged.
+        The index, or None if it must be built again:
+
+        - there is no index of these shards with these columns, or the index is damaged;
+        - a local shard has changed since the index was written;
+        - when the index was written, a shard was missing, or a server denied access to a parquet file.
     """
     if store.folder is None:
         return None
@@ -74,7 +76,7 @@ def open_index(names: Sequence[str], store: ShardStore, columns: Sequence[str] =
 def unindexed(names: Sequence[str], store: ShardStore, report: Reporter = no_report) -> list[tuple[str, int]]:
     """Return (name, size in bytes) of each shard that was never indexed, has changed since then, or cannot be reached.
 
-    A shard also counts as changed if the parquet file next to it has changed, or is new or missing.
+    A shard also counts as changed if the parquet file next to it was changed, added or removed.
     `names`: paths and URLs of the shards (tar files). `store`: provides the shards; its folder contains the index.
     `report`: called with lines of progress. The size of a shard that cannot be reached is 0.
     """
@@ -101,7 +103,7 @@ def scan_shards(names: Sequence[str], store: ShardStore, report: Reporter = no_r
     shard again. `report`: called with a line of progress for each shard.
 
     Raises:
-        UserError: A shard cannot be reached (and may exist), or a record cannot be written.
+        UserError: A shard may exist but cannot be reached (e.g. its server fails), or a record cannot be written.
     """
     records = []
     for number, name in enumerate(names, start=1):
@@ -188,8 +190,8 @@ def _digest_of(records: Iterable[ShardRecord], names: Sequence[str], columns: Se
         )
     if columns and denied:
         _log.warning(
-            "data.filters: the server denies access to the parquet files of %d shards, if there are any, so their columns "
-            "are not known",
+            "data.filters: the server denies access to the parquet files of %d shards, so the columns in these files are "
+            "not known. (The server may also answer this if a shard has no parquet file.)",
             denied,
         )
     return digest.hexdigest()[:32]
@@ -256,9 +258,9 @@ def _pointer_path(folder: Path, names: Sequence[str]) -> Path:
 
 
 def _local_stamps(store: ShardStore, name: str) -> tuple[Stamp, Stamp | None] | None:
-    """Return the present stamps (versions) of a local shard and its parquet file; UNREACHED if they cannot be read.
+    """Return the present stamps (versions) of a local shard and of the parquet file next to it (None: there is no file).
 
-    None: the shard is remote. Its version is checked when it is fetched.
+    (UNREACHED, None): the shard cannot be read. None: the shard is remote, and its version is checked when it is fetched.
     """
     if remote.is_remote(name):
         return None

@@ -109,7 +109,7 @@ def parquet_columns(data: bytes, keys: Sequence[str]) -> dict[str, np.ndarray]:
             )
         kinds = {field.name: _value_type(pyarrow.types, field.type) for field in file.schema_arrow}
         if not (_is_string(pyarrow.types, kinds[_KEY]) or pyarrow.types.is_integer(kinds[_KEY])):
-            raise ValueError(f"its column '{_KEY}' must have the type string or integer, but it has {kinds[_KEY]}")
+            raise ValueError(f"the column '{_KEY}' must have the type string or integer, but it has {kinds[_KEY]}")
         used = [name for name, kind in kinds.items() if _is_scalar(pyarrow.types, kind)]
         # Read as dictionaries, each distinct string is in memory once.
         strings = [name for name in used if _is_string(pyarrow.types, kinds[name])]
@@ -151,9 +151,10 @@ def check_expansion(file: Arrow, num_bytes: int) -> None:
 
 
 def _rows_of(batches: Iterable[Arrow], keys: Sequence[str]) -> dict[str, dict[str, object]]:
-    """Return the rows of a parquet file (read as `batches`) that belong to samples of the shard, by the key in the row.
+    """Return those rows of a parquet file that belong to samples of a shard: from a row's key to its values by column name.
 
-    A row belongs to a sample if its key is one of `keys`, or the last part of one of `keys` without the folders.
+    A row belongs to a sample if the row's key equals the sample's key, with or without the folders in the sample's key.
+    `batches`: the content of the file. `keys`: the keys (names) of the shard's samples.
     """
     known = {*keys, *map(_base, keys)}
     rows: dict[str, dict[str, object]] = {}
@@ -167,7 +168,7 @@ def _rows_of(batches: Iterable[Arrow], keys: Sequence[str]) -> dict[str, dict[st
 
 
 def _base(key: str) -> str:
-    """Return a key without its folders: a sample may be in a folder of the tar, which a parquet file does not list."""
+    """Return a sample's key without the folders in the tar: keys in a parquet file have no folders."""
     return key.rpartition("/")[2]
 
 

@@ -118,7 +118,7 @@ class ShardIndex:
 
 
 class _Shards:
-    """The shards of an index, by number. A `ShardIndex` is created when it is accessed."""
+    """The shards of an index, by number. The `ShardIndex` of a shard is created when the shard is accessed."""
 
     def __init__(self, index: "DatasetIndex") -> None:
         self._index = index
@@ -271,8 +271,8 @@ def open_table(folder: Path, store: ShardStore, names: Sequence[str] | None = No
     Args:
         folder: The folder with the files of the index.
         store: Provides the shards as local files.
-        names: Complete names of the shards. They are required if URLs contain secrets (passwords, signatures), since the
-            index stores them without these. None: use the names in the index.
+        names: Complete names of the shards, required if URLs contain secrets (passwords, signatures): the index stores
+            names without secrets. None: use the names in the index.
 
     Raises:
         UserError: The index is damaged, or was written by another version of this package.
@@ -281,12 +281,12 @@ def open_table(folder: Path, store: ShardStore, names: Sequence[str] | None = No
         about = json.loads((folder / "shards.json").read_text())
         about["names"] = about["names"] if names is None else list(names)
         if about["version"] != VERSION:
-            raise ValueError(f"its format has version {about['version']}, not {VERSION}")
+            raise ValueError(f"the index has version {about['version']}, but this package reads version {VERSION}")
         arrays = {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
         arrays["shards"] = np.array(arrays["shards"])
         keys, bad = _map_bytes(folder / "keys.bin"), _map_bytes(folder / "bad.bin")
         if len(arrays["place"]) != len(arrays["size"]) or len(arrays["place"]) != arrays["shards"][-1, SAMPLES]:
-            raise ValueError("its files have different numbers of samples")
+            raise ValueError("the files of the index have different numbers of samples")
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"data.cache_dir: the index of the shards in {folder} cannot be read ({error}). Delete this folder; the next "

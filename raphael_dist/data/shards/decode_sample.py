@@ -108,9 +108,10 @@ class ImageDataset:
         return {ext: members[ext] for ext in exts if ext in members}
 
     def _read_span(self, number: int, row: int) -> bytes:
-        """Return the bytes of sample `row` of shard `number`. If the shard cannot be read, ShardError is raised.
+        """Return the part of a shard that contains all files of one sample. ShardError: the shard cannot be read.
 
         For the next 600 s, the same error is then raised again without another attempt to read the shard.
+        `number`: number of the shard in the index. `row`: number of the sample in the shard.
         """
         failed_at, error = self._failed_shards.get(number, (0.0, None))
         if error is not None and time.monotonic() - failed_at < RETRY_AFTER_S:
@@ -202,7 +203,9 @@ class _OpenFiles:
         except OSError as error:
             self._file.cache_clear()  # a descriptor of a network file system stays useless after it has gone stale
             source = self._index.shards[shard]
-            raise ShardError(source.name, f"{source.source} at byte {offset}: {error.strerror or error}") from error
+            raise ShardError(
+                source.name, f"{source.source} cannot be read at byte {offset}: {error.strerror or error}"
+            ) from error
 
 
 class _OpenFile:

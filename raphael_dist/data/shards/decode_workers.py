@@ -65,7 +65,7 @@ def ignore_signals(_: int = 0) -> None:
 
 
 class DecodePool:
-    """Decodes samples in worker processes. A process starts when the first sample is requested."""
+    """Decodes samples in worker processes. A worker process starts when it gets its first sample to decode."""
 
     def __init__(self, dataset: ImageDataset, workers: int) -> None:
         """Create a pool of `workers` processes, each with a copy of `dataset`, which reads and decodes samples.
@@ -143,7 +143,8 @@ class DecodePool:
     def _handle_loss(self, request: Request, losses: "list[_WorkerLostError]", future: Future[DecodedSample]) -> None:
         """Log that a worker process was lost while it decoded a sample. If decoding is the cause, mark the sample as bad.
 
-        `losses`: all losses for this request. `future`: receives the error of a bad sample.
+        `request`: the sample. `losses`: the errors of all worker processes that were lost while they decoded this sample.
+        `future`: receives a BadSampleError if the sample is bad.
         """
         last = losses[-1]
         sample = self._dataset.index.bad_sample(request[0], str(last))

@@ -168,7 +168,8 @@ def order_of(
         training: Whether these are the training samples, not those for validation.
 
     Raises:
-        UserError: No image size has enough samples for a run of consecutive samples of one size; or a weight is too small.
+        UserError: No image size has enough samples for a run of consecutive samples of one size; or the weight of a source
+            is so small that none of its samples would be used.
     """
     # A micro-batch has one image size, so samples of one size come in runs.
     seed, window, run = config.run.seed, config.data.window_shards, bucket_run_length(config, training) or 1
@@ -209,7 +210,7 @@ def check_damage(index: DatasetIndex, on_error: str, max_bad_fraction: float) ->
     Args:
         index: The index: a table of all samples of the shards (tar files), with the shards that could not be read.
         on_error: data.on_error. "stop": no shard and no sample may be unreadable. "skip": `max_bad_fraction` of the shards
-            may be unreadable; unreadable samples are allowed here, and limited by `TrainStream`.
+            may be unreadable; unreadable samples raise no error here, but `TrainStream` limits their number.
         max_bad_fraction: data.max_bad_fraction. One unreadable shard is always allowed with "skip".
     """
     if on_error == "stop" and index.num_bad:

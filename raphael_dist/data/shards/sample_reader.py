@@ -11,9 +11,9 @@ from raphael_dist.data.shards.decode_workers import DecodePool
 
 
 class SampleReader:
-    """Lets a data set decode samples in worker processes (data.workers), and fetches its shards (tar files) ahead of time.
+    """Makes a data set decode samples in worker processes (data.workers), and fetches shards (tar files) ahead of time.
 
-    It does so from its creation until `close` or the end of a `with` block.
+    This lasts from the creation of the reader until its method `close` or the end of a `with` block.
     """
 
     def __init__(
@@ -36,8 +36,8 @@ class SampleReader:
         """Start to read and decode a batch in the background.
 
         Args:
-            position: Number of the batch's first sample in the endless order of training. The shards that are read from
-                there on are fetched, too.
+            position: Number of the batch's first sample in the endless order of training. The shards of the samples from
+                this position on are fetched, too.
             requests: For each sample of the batch, the arguments of `ImageDataset.load` (sample id, number of the image
                 size, whether to mirror). `load` must afterwards be called exactly once with each of them.
         """

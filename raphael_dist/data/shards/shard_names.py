@@ -143,7 +143,10 @@ def _count_names(pattern: str) -> int:
 
 
 def _range_length(first: str, last: str, step: str) -> int:
-    """Return the number of names of a range {first..last..step}; 1 for a letter and a number, which are no range."""
+    """Return the number of names to which the braces {first..last..step} expand.
+
+    If only one of `first` and `last` is a letter, the braces are not a range, and the result is 1.
+    """
     if first.isalpha() != last.isalpha():
         return 1
     width = ord(last) - ord(first) if first.isalpha() else int(last) - int(first)
@@ -157,8 +160,8 @@ def _expand_url(url: str, retry: RetryPolicy) -> list[str]:
         return [url]
     if not can_list:
         raise UserError(
-            f"data.shards={address!r} requires a server that lists its files, which web servers do not do. Use a range "
-            "such as part-{00000..00511}.tar."
+            f"data.shards={address!r} has the wildcard *, which requires a server that lists its files, but a web server "
+            "does not list them. Use a range such as part-{00000..00511}.tar."
         )
     try:
         if "*" not in address and _exists_remotely(url, retry):
@@ -172,7 +175,7 @@ def _expand_url(url: str, retry: RetryPolicy) -> list[str]:
 
 
 def _without_hidden(pattern: str, matches: Iterable[tuple[str, str]]) -> list[str]:
-    """Return the paths or URLs in `matches` that do not belong to hidden files, and log how many do.
+    """Return the paths or URLs of those files in `matches` that are not hidden, and log the number of hidden files.
 
     `matches`: (path or URL, path relative to the folder before the first wildcard of `pattern`) of each file. Only the
     relative path is checked, so the user may name a hidden folder in `pattern`.

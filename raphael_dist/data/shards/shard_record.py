@@ -161,7 +161,7 @@ def unreached_record(name: str, reason: str) -> ShardRecord:
 
 
 class _Rows:
-    """Collects the samples of a shard while it is read, and makes the record."""
+    """Collects the samples of a shard while the shard is read, and creates the shard's `ShardRecord`."""
 
     def __init__(self) -> None:
         self.damage = ""
@@ -263,9 +263,11 @@ def _parquet_name(name: str) -> str:
 
 
 def _read_parquet(store: ShardStore, name: str, stamp: Stamp, keys: Sequence[str]) -> dict[str, np.ndarray]:
-    """Return the columns in the parquet file next to the shard `name`, by name, with a row for each of its samples.
+    """Return the columns in the parquet file next to a shard, by name: float32 [len(keys)] each.
 
-    `stamp`: version of the parquet file. `keys`: keys (names) of the samples, in the order of the rows.
+    `store`: states how failed downloads are repeated. `name`: path or URL of the shard. `stamp`: version of the parquet
+    file. `keys`: keys (names) of the shard's samples, in order. ShardError: the server fails. UserError: the file cannot be
+    used.
     """
     parquet = _parquet_name(name)
     try:

@@ -41,7 +41,7 @@ class SkipCounts:
         self.counts[reason] = (before + count, first)
 
     def merge(self, other: "SkipCounts", prefix: str = "") -> None:
-        """Add the counts of `other` to these. `prefix`: text to put in front of its file names."""
+        """Add the counts of `other` to this object. `prefix`: text to put in front of the file names in `other`."""
         for reason, (count, first) in other.counts.items():
             self.add(reason, f"{prefix}{first}", count)
 

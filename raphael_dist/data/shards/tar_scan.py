@@ -93,10 +93,10 @@ def gunzip(source: Path, target: Path) -> None:
             while piece := packed.read(_PIECE_BYTES):
                 written += len(piece)
                 if written > limit:
-                    raise DamagedShardError(f"expands to more than {limit} bytes; split or gunzip it")
+                    raise DamagedShardError(f"expands to more than {limit} bytes; split or gunzip the shard")
                 plain.write(piece)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DamagedShardError(f"is damaged or cut short ({error}); write or copy it again") from error
+        raise DamagedShardError(f"is damaged or cut short ({error}); write or copy the shard again") from error
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def members_of(data: bytes, key: str) -> dict[str, bytes]:
         if named is not None and named[0] == key:
             members.setdefault(named[1], data[first : first + size])
     if not members:
-        raise ValueError("the shard no longer has the sample at the position that its index states")
+        raise ValueError("the shard no longer has the sample at the byte offset that the index states")
     return members
 
 
@@ -220,7 +220,8 @@ def _tar_members(file: io.BufferedReader, skipped: SkipCounts) -> Iterator[tarfi
     for magic, kind in _COMPRESSED.items():
         if head.startswith(magic):
             raise DamagedShardError(
-                f"is compressed ({kind}), but its name does not end in .tar.gz; decompress it, or use gzip and .tar.gz"
+                f"is compressed ({kind}), but its name does not end in .tar.gz; decompress the shard, or use gzip and the "
+                "name ending .tar.gz"
             )
     start: int | None = 0
     while start is not None:
@@ -236,10 +237,10 @@ def _tar_members(file: io.BufferedReader, skipped: SkipCounts) -> Iterator[tarfi
                 end = tar.offset
         except TAR_ERRORS as error:
             where = f" from byte {start} on" if start else ""
-            raise DamagedShardError(f"is not a complete tar file{where} ({error}); write or copy it again") from error
+            raise DamagedShardError(f"is not a complete tar file{where} ({error}); write or copy the shard again") from error
         # tarfile treats a damaged header in the middle, or a cut between two members, as the end.
         if os.pread(file.fileno(), tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):
-            raise DamagedShardError(f"is damaged or cut short at byte {end}; write or copy it again")
+            raise DamagedShardError(f"is damaged or cut short at byte {end}; write or copy the shard again")
         yield None
         start = _next_tar(file.fileno(), end)
 
@@ -269,8 +270,8 @@ def check_sample(
 
     Returns:
         - (width, height) of the image in pixels, from its header, after the EXIF rotation;
-        - the fields of the json, and a field quoted_text: the number of characters in double quotes in the caption that has
-          the fewest of them.
+        - the fields of the json, and a field quoted_text: the number of characters in double quotes in the caption (if there
+          are several captions, the smallest of these numbers).
 
     Raises:
         ValueError: The sample cannot be used; the message is the reason.

@@ -182,9 +182,9 @@ def _compute(index: DatasetIndex, buckets: Buckets, filters: Sequence[Filter], b
 
 
 def _nearest_buckets(sizes: np.ndarray, buckets: Buckets) -> np.ndarray:
-    """Return the bucket nearest to each image size, int64 [N]. `sizes`: uint16 [N, 2], width and height.
+    """Return the number of the bucket nearest to each image size, int64 [N]. `sizes`: uint16 [N, 2], width and height.
 
-    Equal sizes are computed once.
+    The bucket of equal sizes is computed only once.
     """
     packed = sizes[:, 0].astype(np.uint32) << 16 | sizes[:, 1]
     distinct, place = np.unique(packed, return_inverse=True)

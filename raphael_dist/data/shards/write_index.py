@@ -27,8 +27,8 @@ class _Writer:
     """Writes the records of shards, one after the other, into the files of an index.
 
     Attributes:
-        rows: Rows of shards.npy (dataset_index.py).
-        about: Content of shards.json.
+        rows: Rows of the array in shards.npy: counts and offsets of each shard (dataset_index.py describes them).
+        about: Content of shards.json: names, versions, digests and damage of the shards.
     """
 
     def __init__(self, columns: Sequence[str], open_file: Callable[[str], BinaryIO]) -> None:
