@@ -50,7 +50,8 @@ class Report:
 
     Attributes:
         written: Number of samples in the shard.
-        bad: (name of the source file, or else key; reason) of each sample that was left out.
+        bad: (name, reason) of each sample that was left out. The name is that of the image file or, if the input is a
+            shard, the key of the sample.
         skipped: Input files that belong to no sample: from the reason to (how many, name of the first one).
     """
 
@@ -86,7 +87,7 @@ class Preparer:
         """Return the stored report about the shard of `part`; None if this shard is not completely written yet.
 
         `part`: the input of one shard. Raises UserError if the shard was written with other settings or from other input.
-        The input is not compared if the report is of an earlier version, which did not record it.
+        The input is not compared if an earlier version of this package wrote the report, without a hash of the input.
         """
         try:
             about = json.loads((self.out / f"{part.name}.json").read_text())

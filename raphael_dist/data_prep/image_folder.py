@@ -182,7 +182,10 @@ def _from_table(folder: Path, table: Path, rows: Iterable[Row], caption: str | N
 
 
 def _table_path(folder: Path, name: str) -> Path:
-    """Convert the file name in a table's row to a path. Backslashes are separators (Windows) unless such a file exists."""
+    """Convert the file name in a table's row to a path.
+
+    Backslashes separate folders (Windows), unless the folder contains a file with exactly this name.
+    """
     if "\\" not in name or (folder / name).is_file():
         return Path(name)
     path = PureWindowsPath(name)
@@ -210,10 +213,11 @@ def _check_columns(table: Path, row: Row, caption: str | None) -> None:
 
 
 def _captions(row: Row, caption: str | None, problem: str = "") -> tuple[list[str], str]:
-    """Return (captions in a table row or json; "", or the reason if there are none).
+    """Return (captions in a table row or json, reason why there are no captions). The reason is "" if there are captions.
 
     `row`: the values of the row or json, by name. `caption`: name of the column or field with the captions; None: search the
-    usual names. `problem`: why an earlier source, such as the txt file, had no captions; if it is not "", it is the reason.
+    usual names. `problem`: why an earlier source, such as the txt file, had no captions, or "". A `problem` other than ""
+    takes the place of the reason.
     """
     if caption is None or caption in row:
         captions, row_problem = first_texts(row, CAPTION_COLUMNS if caption is None else (caption,))

@@ -50,8 +50,8 @@ class Part:
         name: File name of the shard to write, without .tar.
         read: Function that yields the samples, with a `BadSample` in place of a sample that cannot be used.
         held_out: Whether the shard is for validation.
-        file_of: From the key (name) of a sample to the name of its source file, for messages. A message shows the key of a
-            sample that is not in it.
+        file_of: From the key (name) of a sample to the name of its source file, for messages. Samples of existing shards
+            have no source file; messages then show the key.
         skipped: Counts of the input files that belong to no sample; complete when the iterator of `read` has ended.
         fingerprint: Function that returns a hash of the options and input files which determine the samples.
     """
@@ -139,6 +139,7 @@ def _select_held_out(count: int, share: float) -> list[bool]:
 def _part_of_folder(name: str, images: list[tuple[int, SourceImage]], held_out: bool, options: Sequence[object]) -> Part:
     """Return the input of the new shard `name`, made from `images`: (number, image) of each sample.
 
+    The number identifies the image in the folder; the sample's key is made from it.
     `held_out`: whether the shard is for validation. `options`: values of the command's options, for the fingerprint.
     """
 
@@ -224,10 +225,10 @@ def _shard_parts(paths: Sequence[str], held_out: float, skipped: SkipCounts) -> 
 
 
 def _part_of_shard(name: str, path: str, held_out: float, validation: bool = False) -> Part:
-    """Return the input of one new shard: the validation samples of the existing shard `path`, or its other samples.
+    """Return the input of one new shard: the validation samples of the existing shard `path`, or its training samples.
 
-    `name`: name of the new shard. `held_out`: fraction of the samples for validation. `validation`: whether the new shard
-    has these samples, or the others. The unusable samples are only listed in the part with the others.
+    `name`: name of the new shard. `held_out`: fraction of the samples for validation. `validation`: True for the validation
+    samples, False for the training samples. Only the part with the training samples lists the unusable samples.
     """
     skipped = SkipCounts()
 
