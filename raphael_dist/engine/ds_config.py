@@ -85,7 +85,7 @@ def zero_stage(tree: Tree) -> int:
 def sums_in_float32(dtype: Dtype, accumulation: int) -> bool:
     """Return whether the gradients of a step's micro-steps are added up in float32 instead of in `dtype`.
 
-    True for bfloat16 and several micro-steps (`accumulation`): a bfloat16 sum would round most of the later ones away.
+    True for bfloat16 and several micro-steps (`accumulation`): rounding a bfloat16 sum would lose most later gradients.
     """
     return dtype == "bfloat16" and accumulation > 1
 
@@ -95,8 +95,8 @@ def uses_contiguous_gradients(
 ) -> bool:
     """Return whether gradients lie in flat buffers that are reduced without copies (`engine.zero.Zero12Contiguous`).
 
-    False with `offload`, because the buffers stay on the device. Otherwise True for ZeRO-1; for ZeRO-2 if `overlap` is True
-    or `elements` is at most twice `bucket` (DeepSpeed's reduction needs less memory for larger models: two buckets).
+    False with `offload`, because the buffers stay on the device. Otherwise True for ZeRO-1, and for ZeRO-2 if `overlap` is
+    True or `elements` <= 2 * `bucket`: for larger models, the two buckets of DeepSpeed's own reduction need less memory.
 
     Args:
         stage: ZeRO stage.
@@ -182,8 +182,8 @@ def _check(config: Config, merged: Tree, accumulation: int, world_size: int) -> 
         if device and stage not in stages:
             raise UserError(
                 f"zero_optimization.{name}.device={device} in the DeepSpeed JSON requires stage "
-                f"{' or '.join(map(str, stages))}, but zero_optimization.stage is {stage}. Set it to {stages[0]}, or remove "
-                f"zero_optimization.{name}."
+                f"{' or '.join(map(str, stages))}, but zero_optimization.stage is {stage}. Set the stage to {stages[0]}, "
+                f"or remove zero_optimization.{name}."
             )
     check_expert_parallel(config, merged, world_size)
     if reduces_in_backward(merged, world_size):
@@ -221,7 +221,7 @@ def fit_to_ranks(config: Config, world_size: int) -> Config:
 
 
 def _allowed_sizes(config: Config, kind: ExpertKind, world_size: int) -> list[int]:
-    """Return all numbers of ranks over which the experts of a kind can be sharded on `world_size` ranks, ascending."""
+    """Return, ascending, all numbers of ranks over which the "space" or "time" experts (`kind`) can be sharded."""
     experts = config.model.num_experts(kind)
     return [n for n in range(1, max(1, experts) + 1) if experts % n == 0 and world_size % n == 0]
 
@@ -254,8 +254,8 @@ def check_expert_parallel(config: Config, tree: Tree, world_size: int) -> None:
         needs = "overlap_comm=false, but it is true in the DeepSpeed JSON, which can make ranks hang"
     elif config.parallel.space_ep > 1 and backend == "reference":
         raise UserError(
-            f"{sizes} requires model.expert_backend=auto, grouped or dense, but it is {backend}, which cannot send tokens "
-            "to other ranks. Set model.expert_backend=auto, or set parallel.space_ep=1."
+            f"{sizes} requires model.expert_backend=auto, grouped or dense, but the backend is {backend}, which cannot send "
+            "tokens to other ranks. Set model.expert_backend=auto, or set parallel.space_ep=1."
         )
     else:
         return

@@ -22,8 +22,8 @@ class Ema:
 
     Attributes:
         values: the average of each fragment (this rank's part of a parameter), float32 [numel].
-        flat: if the average was created with `flat=True`: a dict from the id of each tensor that the optimizer updates to a
-            tensor of the same shape with its average. `values` are then views of these tensors. Otherwise empty.
+        flat: from the id of each tensor that the optimizer updates to the average of this tensor, of equal shape. `values`
+            are then views of these averages. Empty unless the moving average was created with `flat=True`.
     """
 
     def __init__(self, fragments: Fragments, config: EmaConfig, flat: bool = False) -> None:

@@ -187,8 +187,9 @@ class Engine:
         self._touched.clear()
         if missing:
             raise RuntimeError(
-                f"train.check_gradients=true requires a gradient of every parameter, but {len(missing)} have none on this "
-                f"rank; the first is {missing[0]}. Use it in the forward pass, or set train.check_gradients=false."
+                f"train.check_gradients=true requires a gradient of every parameter, but {len(missing)} parameters have "
+                f"none on this rank; the first is {missing[0]}. Use these parameters in the forward pass, or set "
+                "train.check_gradients=false."
             )
 
     @torch.no_grad()
@@ -308,6 +309,6 @@ def _initialise(model: nn.Module, optimizer: torch.optim.Optimizer, tree: Tree) 
         field = ".".join(str(part) for part in first["loc"])
         raise UserError(
             f"{field}={first['input']!r} in the DeepSpeed JSON is refused by DeepSpeed ({error.title}): {first['msg']}. "
-            "Set a value that DeepSpeed accepts, or remove it from the JSON."
+            "Set a value that DeepSpeed accepts, or remove the key from the JSON."
         ) from None
     return engine

@@ -107,7 +107,10 @@ class ReadyBuckets:
             self._launch(self.launched - 1)
 
     def _wait_for_gradients(self, p: Tensor) -> None:
-        """Make the current CUDA stream, from which the reduction starts, wait for other streams that wrote gradients."""
+        """Make the current CUDA stream, from which the reduction starts, wait for other streams that wrote gradients.
+
+        `p`: a parameter, which determines the device. On the CPU nothing is done.
+        """
         if p.is_cuda:
             current = torch.cuda.current_stream(p.device)
             for stream in self._streams - {current}:

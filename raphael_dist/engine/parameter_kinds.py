@@ -1,4 +1,4 @@
-"""Rules that depend on the name of a parameter: which ones decay, and which ones Muon updates."""
+"""Rules that depend on a parameter's name: which parameters have weight decay, and which parameters Muon updates."""
 
 from raphael_dist.model.routing import gate_kind
 

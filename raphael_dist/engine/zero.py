@@ -1,4 +1,4 @@
-"""Adapters that give DeepSpeed's ZeRO optimizers one interface. Only engine/zero*.py use their private names.
+"""Adapters that give DeepSpeed's ZeRO optimizers one interface. Only engine/zero*.py use private names of these optimizers.
 
 DeepSpeed 0.19 has one optimizer class for each kind of ZeRO and no common interface.
 `tests/engine/test_deepspeed_contract.py` lists the attributes that each class must have, so that an incompatible version

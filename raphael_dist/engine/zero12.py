@@ -1,4 +1,4 @@
-"""Adapters for DeepSpeed's optimizer of ZeRO-1 and 2: with its own reduction of the gradients, and with ours."""
+"""Adapters for DeepSpeed's optimizer of ZeRO-1 and 2: with its own gradient reduction, and with that of this project."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

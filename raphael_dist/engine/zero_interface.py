@@ -75,7 +75,7 @@ class Zero(Protocol):
     copies: int = 1
 
     def prepare_backward(self, first: bool, last: bool) -> None:
-        """Prepare the parameters' gradients for the next backward pass. An adapter that needs nothing does nothing.
+        """Prepare the parameters' gradients for the next backward pass. By default, do nothing.
 
         `first`, `last`: whether that pass is the first, and whether it is the last, of an optimizer step.
         """
