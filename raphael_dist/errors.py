@@ -1,4 +1,4 @@
-"""Exit codes and the exceptions that lead to them. UserError is a mistake of the user; the others say why a run ended."""
+"""Exit codes and the exceptions that lead to them. UserError is a mistake of the user; the others state why a run ended."""
 
 import contextlib
 import difflib
@@ -91,14 +91,18 @@ class HungError(RuntimeError):
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Return whether an exception, also one of PyTorch's allocators, states that there was not enough memory."""
+    """Return whether an exception states that there was not enough memory. PyTorch's own exceptions are recognised, too."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
     return "can't allocate memory" in str(error) or "out of memory" in str(error)
 
 
 def is_machine_fault(error: BaseException) -> bool:
-    """Return whether reading a file failed by a fault of the machine, which may pass, and not because of the file itself."""
+    """Return whether the cause of `error`, raised while a file was read, is the machine and not the file.
+
+    Faults of the machine, such as too little memory or a failing disk, may be temporary. A missing or unreadable file is
+    not such a fault.
+    """
     if isinstance(error, OSError):
         return error.errno is not None and error.errno not in _FAULTS_OF_THE_FILE
     return isinstance(error, MemoryError)

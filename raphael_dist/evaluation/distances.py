@@ -24,10 +24,11 @@ def frechet_distance(a_ND: Tensor, b_MD: Tensor) -> float:
 
 
 def _trace_of_root(a_ND: Tensor, b_MD: Tensor) -> Tensor:
-    """Return tr((S_a S_b)^(1/2)) for the covariances S_a = a^T a and S_b = b^T b, where `a_ND` and `b_MD` are a and b.
+    """Return tr((S_a S_b)^(1/2)) for the covariances S_a = a^T a and S_b = b^T b.
 
-    This trace is the sum of the singular values of a b^T. It is computed from this matrix, [N, M], if N or M is less than D,
-    and otherwise from matrices [D, D].
+    `a_ND` and `b_MD` are a and b: features minus their mean, divided by the square root of (number of images - 1). The trace
+    is the sum of the singular values of a b^T. It is computed from this matrix, [N, M], if N or M is less than D, and
+    otherwise from matrices [D, D].
     """
     if min(len(a_ND), len(b_MD)) < a_ND.shape[1]:
         return torch.linalg.svdvals(a_ND @ b_MD.T).sum()

@@ -73,8 +73,8 @@ def make_inception_features(path: Path, device: torch.device) -> Features:
     except (OSError, RuntimeError, KeyError, ValueError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
         raise UserError(
-            f"--features=inception={path} must contain the Inception weights of torch-fidelity, but it cannot be loaded "
-            f"({reason}). Download pt_inception-2015-12-05-6726825d.pth of torch-fidelity."
+            f"--features=inception={path} must contain the Inception weights of torch-fidelity, but the file cannot be "
+            f"loaded ({reason}). Download pt_inception-2015-12-05-6726825d.pth of torch-fidelity."
         ) from None
     network = network.eval().to(device)
 

@@ -83,8 +83,8 @@ def _coco_captions(path: Path, seed: int) -> list[str]:
         known = isinstance(error, OSError | ValueError)
         reason = error if known else "it has no list `annotations` of objects with image_id and caption"
         raise UserError(
-            f"--captions=coco={path} must be a JSON file of COCO captions, but it cannot be read: {reason}. Give a file "
-            "such as captions_val2014.json."
+            f"--captions=coco={path} must be a JSON file of COCO captions, but the file cannot be read: {reason}. Give "
+            "a file such as captions_val2014.json."
         ) from None
     draw = random.Random(seed)
     return [draw.choice(by_image[image]) for image in sorted(by_image)]
