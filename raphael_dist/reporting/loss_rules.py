@@ -18,9 +18,9 @@ class Rise:
     """A loss that fell and has risen again.
 
     Attributes:
-        lowest: median of the loss in the eighth of the log lines where it is lowest.
-        step: the last step of these lines.
-        end: median of the loss in the last eighth of the log lines.
+        lowest: the lowest median of the loss, if the log lines are divided into eighths.
+        step: the last step of the eighth with this median.
+        end: median of the loss in the last eighth.
     """
 
     lowest: float

@@ -246,7 +246,7 @@ class Watch:
         self._store.add("signs", 1)
 
     def _describe_unfinished(self) -> str:
-        """Return which ranks have not finished, and their last status."""
+        """Return a message that names the ranks that have not finished, with the last status of each."""
         finished = {int(rank) for rank in self._store.get("who").split()}
         unfinished = [rank for rank in range(self._world) if rank not in finished]
         names = "; ".join(map(self._status_of, unfinished[:MAX_NAMED]))

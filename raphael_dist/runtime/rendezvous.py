@@ -172,8 +172,8 @@ def read_status() -> list[str] | None:
 def unreachable(rank: int, world_size: int, seconds: float) -> list[int]:
     """Return the ranks whose messages do not reach this rank within `seconds`, so that an error message can name them.
 
-    Each rank leaves its messages in the key-value store of rank 0, and reads those of the others there. All ranks must call
-    this at about the same time.
+    Each rank leaves its messages in the key-value store of rank 0, and reads the messages of the other ranks there.
+    All ranks must call this function at about the same time.
     """
     present: set[int] = {rank}
 

@@ -54,11 +54,12 @@ class TrainedModel:
 
 @dataclass(frozen=True)
 class AdapterOptions:
-    """LoRA adapters and a ControlNet to add to a model in memory, each with a scale: 0 turns it off, 1 is as trained.
+    """LoRA adapters and a ControlNet to add to a model in memory.
 
     Attributes:
         lora: path of the adapters, as for `convert.lora_files.read_adapter`, or None.
         control: path of the ControlNet, as for `convert.controlnet_files.read_control`, or None.
+        lora_scale, control_scale: factor of the adapters and of the ControlNet's outputs. 0: no effect. 1: as trained.
     """
 
     lora: Path | None = None

@@ -164,7 +164,7 @@ def integrity_error(files: Iterable[tuple[Path, FileEntry]], report: Callable[[s
         A message about the first file that is missing or does not match; None if all match.
     """
     for path, entry in files:
-        report(f"the checksum of {path.name}")
+        report(f"verifying the checksum of {path.name}")
         if not path.is_file():
             return f"{path} is missing"
         if path.stat().st_size != entry["bytes"]:

@@ -4,7 +4,7 @@ STEM is diffusion_pytorch_model, model or pytorch_model. The files are one of:
 
 - STEM.safetensors, or STEM.safetensors.index.json and the files that this index lists;
 - STEM.bin or STEM.bin.index.json, the same in the format of torch.save;
-- either of them with the name of a variant, here fp16: STEM.fp16.safetensors, STEM.safetensors.index.fp16.json.
+- such files with the name of a variant, for example fp16: STEM.fp16.safetensors, STEM.safetensors.index.fp16.json.
 """
 
 import re
@@ -50,8 +50,8 @@ def weight_files(folder: Path, stems: tuple[str, str] = DIFFUSERS) -> WeightFile
             if index.is_file():
                 return WeightFiles(_parts(index), variant)
     raise UserError(
-        f"{folder} must contain weights, but {stems[0]}.safetensors and {stems[0]}.bin are missing, also with a variant "
-        "(such as fp16) in their names. Copy the weights into it, or give another folder."
+        f"{folder} must contain weights, but has neither {stems[0]}.safetensors nor {stems[1]}.bin, nor such a file with a "
+        f"variant in the name, e.g. {stems[0]}.fp16.safetensors. Copy the weights into the folder, or give another folder."
     )
 
 
