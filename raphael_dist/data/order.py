@@ -43,8 +43,8 @@ class _Epoch:
 
     Attributes:
         shards: int64 [S], shard numbers in this epoch's order.
-        counts: int64 [W+1, B], for each window and each of B buckets, the bucket's number of samples in all earlier windows.
-            The last row has the totals of the epoch.
+        counts: int64 [W+1, B], for each window and each of B buckets (image sizes), the number of samples of the bucket in
+            all earlier windows. The last row has the totals of the epoch.
         starts: [W+1], position in the epoch at which each window begins; the last number is the length of the epoch.
     """
 

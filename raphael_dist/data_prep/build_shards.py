@@ -221,7 +221,10 @@ def _work_folder(out: Path, name: str) -> Iterator[Path]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
-    """Return a context manager that locks a folder during its block, and yields whether this was possible."""
+    """Return a context manager that locks a folder while its block runs, and yields whether the folder is locked.
+
+    It is not locked if another process holds the lock, or the folder is missing or cannot be locked.
+    """
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:

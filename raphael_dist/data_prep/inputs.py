@@ -161,7 +161,7 @@ def _part_of_folder(name: str, images: list[tuple[int, SourceImage]], held_out: 
 def _identity(image: SourceImage) -> list[object]:
     """Return values that change if an image, its captions or its edge map change, without reading image files.
 
-    Of a file, these are its size and modification time. Of an image in a table, it is the checksum of the image.
+    A file contributes its size and modification time. An image that lies in a table contributes its checksum.
     """
     content = zlib.crc32(image.read()) if image.path is None else _stamp(image.path)
     return [image.name, content, image.captions, image.meta, None if image.edge is None else _stamp(image.edge)]

@@ -4,8 +4,9 @@ A matrix W [m, n] with the averaged gradient M and the gradient G takes the step
 
     W <- W - lr * 0.2 * sqrt(max(m, n)) * orthogonalise(beta1 * M + (1 - beta1) * G)
 
-(https://kellerjordan.github.io/posts/muon/ with Nesterov momentum). The factor of arXiv 2502.16982 gives the step the size
-of AdamW's, so that AdamW's learning rate can be used. M is Adam's first moment: checkpoints are the same as AdamW's.
+(https://kellerjordan.github.io/posts/muon/ with Nesterov momentum). The factor 0.2 * sqrt(max(m, n)) (arXiv 2502.16982)
+makes the steps about as large as those of AdamW, so that the same learning rate can be used. M is stored as Adam's first
+moment, so checkpoints have the same format as with AdamW.
 
 ZeRO-1 and 2 divide the flattened weights over ranks, also in the middle of a matrix. Therefore all ranks gather the tensor
 to be orthogonalised, which sends as many bytes as the gather of the new weights. Each rank then orthogonalises those

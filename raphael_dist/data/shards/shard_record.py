@@ -237,8 +237,8 @@ def parquet_stamp(store: ShardStore, name: str) -> Stamp | None:
     `store`: provides the shard. `name`: path or URL of the shard.
 
     Returns:
-        The version. None: there is no parquet file; a URL with a query never has one. DENIED: the server denies access, so
-        it is unknown whether there is a parquet file.
+        The version. None: there is no parquet file, or the shard's URL has a query (such as a signature), which would not be
+        valid for another file. DENIED: the server denies access, so it is unknown whether there is a parquet file.
 
     Raises:
         ShardError: The server fails.
