@@ -130,9 +130,21 @@ esac
 # --- restart, or end -------------------------------------------------------------------------------------------------
 child='' cancelled=0 timed_out=0
 
+# ask COMMAND...: run a command of Slurm, up to three times, because the controller may be busy. Slurm sends TERM to all
+# processes of an ending job, more than once: the command ignores it.
+ask() {
+    local _
+    for _ in 1 2 3; do
+        (trap '' TERM && exec "$@") && return
+        sleep 1
+    done
+    return 1
+}
+
 # On TERM the job is over. Slurm itself requeues a preempted job, but not one whose time ran out.
 on_term() {
-    if [[ $(squeue -h -j "$SLURM_JOB_ID" -o %r 2>/dev/null) == TimeLimit ]]; then timed_out=1; else cancelled=1; fi
+    ((timed_out + cancelled == 0)) || return
+    if [[ $(ask squeue -h -j "$SLURM_JOB_ID" -o %r 2>/dev/null) == TimeLimit ]]; then timed_out=$((SECONDS + 1)); else cancelled=1; fi
 }
 trap on_term TERM
 signalled=''
@@ -143,18 +155,20 @@ on_usr1() {
 trap on_usr1 USR1
 
 # supervise COMMAND...: run it in the background, so that traps run meanwhile; return its exit code. Not by `wait` in a loop:
-# when a signal and the end of the child coincide, bash 5.2 loses the exit code (47 of 300 times). srun waits without end for
-# the ranks of a node that it cannot reach, so it is killed `grace` seconds after a rank has left its exit code (0: never).
-exec {silent}<> <(:)
+# when a signal and the end of the child coincide, bash 5.2 loses the exit code (47 of 300 times). Not by `read -t`: bash 5.2
+# aborts when its time is up while a trap runs. srun waits without end for the ranks of a node that it cannot reach, so it is
+# killed `grace` seconds after a rank has left its exit code (0: never). Slurm kills this script 30 seconds (KillWait) after
+# TERM: a time limit is handled before that, even if a rank ignores TERM.
 grace=0
 supervise() {
     local code ended=''
-    "$@" {silent}>&- &
+    "$@" &
     child=$!
     while kill -0 "$child" 2>/dev/null; do
-        read -rt 0.5 -u "$silent"
+        sleep 0.5
         [[ -n $ended || ! -s $RAPHAEL_EXIT_FILE ]] || ended=$SECONDS
         [[ -z $ended ]] || ((grace == 0 || SECONDS - ended <= grace)) || kill -KILL "$child" 2>/dev/null
+        ((timed_out == 0 || SECONDS - timed_out <= 6)) || return 143
     done
     wait "$child"
     code=$?
@@ -207,7 +221,7 @@ requeue() {
         say "$2. The job is not requeued, because REQUEUE=${REQUEUE:-}"
     elif ! command -v scontrol >/dev/null; then
         say "$2. The job is not requeued, because there is no scontrol here (a container?). Submit it again, or let the administrator set RequeueExit=75,76"
-    elif scontrol requeue "$SLURM_JOB_ID"; then
+    elif ask scontrol requeue "$SLURM_JOB_ID"; then
         say "$2. The job is requeued (restart $count with checkpoint $now; Slurm waits about two minutes)"
         exit 0
     fi

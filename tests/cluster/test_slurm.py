@@ -196,8 +196,8 @@ def test_run_continues_on_fewer_nodes_with_the_same_global_batch(
 
 
 def test_time_limit_restarts_the_job_and_cancel_ends_it(cluster: Cluster, tmp_path: Path, cache: str) -> None:
-    deaf = tmp_path / "python"  # replaces a run that does not save in time
-    deaf.write_text("#!/bin/bash\ntrap '' USR1\nwhile :; do sleep 1; done\n")
+    deaf = tmp_path / "python"  # replaces a run that neither saves nor ends in time
+    deaf.write_text("#!/bin/bash\ntrap '' USR1 TERM\nwhile :; do sleep 1; done\n")
     deaf.chmod(0o755)
     # USR1 a second before the end: at once, which @300 of a minute would be, it could come before the trap is set.
     late = Job(cluster, tmp_path / "late", ["--nodes=1", "--time=1", "--signal=USR1@1"], [], PYTHON=str(deaf))

@@ -147,10 +147,10 @@ def test_number_can_start_with_a_zero() -> None:
     assert "--nodes=9 --cpus-per-task=8" in dry("train_raphael.sh", **node, PREFLIGHT="0")[-1]
 
 
-def job(tmp_path: Path, python: str, squeue: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+def job(tmp_path: Path, python: str, squeue: str = "", scontrol: str = "", **env: str) -> subprocess.CompletedProcess[str]:
     """Run the batch script as job 7 with dummies for Python and Slurm's commands; scontrol records its calls."""
     tools = {"python": python, "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"', "squeue": squeue}
-    for name, text in {**tools, "scontrol": f'[[ $1 != requeue ]] || touch "{tmp_path}/requeued"'}.items():
+    for name, text in {**tools, "scontrol": f'{scontrol}\n[[ $1 != requeue ]] || touch "{tmp_path}/requeued"'}.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     clean = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | {
@@ -195,6 +195,17 @@ def test_time_limit_without_training_time_is_refused(tmp_path: Path, left: str, 
         assert (tmp_path / "requeued").exists() == (code == 0)
     trained = "mkdir -p $(dirname $0)/run/checkpoints/step-00000001; trap '' USR1; kill -USR1 $PPID; exit 75"
     assert job(tmp_path, trained, squeue=f"echo {left}").returncode == 0
+
+
+def test_time_limit_requeues_though_slurm_signals_its_commands_and_a_rank_ignores_term(tmp_path: Path) -> None:
+    once = (
+        f'if mkdir "{tmp_path}/$(basename $0).called" 2>/dev/null; then kill -KILL $$; fi'  # a busy controller, or a signal
+    )
+    python = "trap '' TERM; kill -TERM $PPID; sleep 0.2; kill -TERM $PPID; for i in {1..30}; do sleep 1; done; exit 3"
+    done = job(tmp_path, python, squeue=f"{once}; kill -TERM $$; echo TimeLimit", scontrol=once)
+    assert done.returncode == 0, done.stdout
+    assert "the time limit came before the run could save. The job is requeued (restart 1" in done.stdout
+    assert (tmp_path / "requeued").exists()
 
 
 def test_exit_code_is_kept_if_a_signal_arrives_at_the_end(tmp_path: Path) -> None:
