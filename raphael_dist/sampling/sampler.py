@@ -306,7 +306,8 @@ def check_small(factor: int, small_HsWs3: np.ndarray | None, size_hw: tuple[int,
                 f"{option} requires a super-resolution model, but upscale.factor of this model is 0. Leave out {option}."
             )
         return
-    expected = f"{size_hw[0] // factor} x {size_hw[1] // factor} pixels for an image of {size_hw[0]} x {size_hw[1]}"
+    expected = f"{size_hw[0] // factor} x {size_hw[1] // factor} pixels (height x width)"
+    enlarged = f"enlarged {factor} times to {size_hw[0]} x {size_hw[1]}"
     if small_HsWs3 is None:
         raise UserError(
             f"{option} is required, because the model enlarges images (upscale.factor={factor}). Give a small image of "
@@ -315,8 +316,8 @@ def check_small(factor: int, small_HsWs3: np.ndarray | None, size_hw: tuple[int,
     height, width = small_HsWs3.shape[0] * factor, small_HsWs3.shape[1] * factor
     if (height, width) != tuple(size_hw):
         raise UserError(
-            f"{option}: the small image must be {expected}, but it is {height // factor} x {width // factor}. Resize it, or "
-            f"set --size {height} {width}."
+            f"{option}: the small image must have {expected}, since it is {enlarged}, but it has {height // factor} x "
+            f"{width // factor}. Resize it, or set the size of the large image: --size {height} {width}."
         )
 
 

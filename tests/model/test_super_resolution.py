@@ -279,7 +279,7 @@ def test_mistakes_of_sampling_are_one_line(tmp_path: Path, capsys: pytest.Captur
         (
             upscaler,
             ["--upscale", str(image_file(tmp_path, side=6))],
-            "must be 4 x 4 pixels for an image of 8 x 8, but it is 6 x 6",
+            "must have 4 x 4 pixels (height x width), since it is enlarged 2 times to 8 x 8, but it has 6 x 6",
         ),
         (upscaler, ["--upscale", str(tmp_path / "broken.png")], "broken.png cannot be read"),
         (upscaler, ["--upscale", str(tmp_path / "nothing.png")], "nothing.png cannot be read"),

@@ -67,7 +67,10 @@ def read_base(name: str, overrides: Sequence[str]) -> Base:
         ("edge.weight", config.edge.weight),
     ):
         if not value:
-            raise UserError(f"--config={name} must be the full model, but {field} is 0. Set {field} above 0.")
+            raise UserError(
+                f"--config={name} must describe a model with Space-MoE, Time-MoE and edge loss, because the variants leave "
+                f"them out, but {field} is 0. Set {field} above 0."
+            )
     if not config.data.val_shards:
         raise UserError(f"--config={name} requires held-out data, but data.val_shards is empty. Set it to other shards.")
     return base
