@@ -112,7 +112,8 @@ def read_captions(members: Mapping[str, bytes], choice: CaptionChoice) -> tuple[
 def read_texts(members: Mapping[str, bytes]) -> tuple[dict[str, object], list[str]]:
     """Return (fields of a sample's json, or {} if it has no json; cleaned captions of the sample, at least one).
 
-    The captions are the json's list `captions`. Without it, the json's string `caption`. Without both, the txt.
+    The captions are the list in the json field `captions`. If this field is missing, the caption is the string in the json
+    field `caption`. If both are missing, it is the content of the txt.
 
     Args:
         members: Content of the sample's json and txt files, with the keys "json" and "txt". Either may be missing.

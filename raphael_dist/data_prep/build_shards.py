@@ -111,8 +111,8 @@ class Preparer:
     def make(self, part: Part, report_progress: Callable[[], None] = lambda: None) -> Report:
         """Read the input samples that `part` describes, write them as one shard with a report file, and return the report.
 
-        `report_progress`: called once for each input sample. Raises UserError if a file cannot be written, or the machine
-        fails while the samples are read. The shard then has no report, so the next start writes it again.
+        `report_progress`: called once for each input sample. Raises UserError if a file cannot be written, or there is not
+        enough memory. The shard then has no report, so the next start writes it again.
         """
         bad: list[BadSample] = []
         fingerprint = part.fingerprint()  # before reading: a file that changes meanwhile is noticed at the next start
@@ -208,8 +208,8 @@ class Preparer:
 def _work_folder(out: Path, name: str) -> Iterator[Path]:
     """Return a context manager that yields a temporary folder in `out` for writing the shard `name`, and removes it.
 
-    It also removes such folders of processes that were killed. The name of the folder begins with a dot, so that no pattern
-    of shards matches it.
+    It also removes such folders of processes that were killed. The name of the folder begins with a dot, so that a glob
+    pattern for shards, such as *.tar, does not match it.
     """
     for left in out.glob(f".{glob.escape(name)}.*.part"):
         with _locked(left) as is_locked:

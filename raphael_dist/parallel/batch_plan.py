@@ -36,7 +36,7 @@ class BatchPlan:
         unit: number of consecutive ranks that process the same image size at a time; divides `world_size`.
         run: number of consecutive positions with one image size, counted from position 0; 0: there is only one size.
         aligned: whether all steps start at multiples of `global_batch_size`; False if `global_batch_size` was changed in the
-            course of the run.
+            course of training.
     """
 
     global_batch_size: int
@@ -176,9 +176,9 @@ def ranks_per_unit(config: Config) -> int:
 def bucket_run_length(config: Config, training: bool = True) -> int:
     """Return how many consecutive samples have the same image size; 0 if all images have one size.
 
-    Samples come in runs of one image size, because all images of a micro-batch have the same size. At the end of an epoch,
-    the samples of a size that do not fill a run are left out. In validation (`training` is False) a run is as short as one
-    micro-batch, so that few samples are left out.
+    All images of a micro-batch have the same size. Therefore the order of samples consists of groups of this many
+    consecutive samples with one image size. At the end of an epoch, samples that do not fill a group are left out. In
+    validation (`training` is False) a group has only as many samples as a micro-batch, so that few are left out.
     """
     if len(config.image.buckets) == 1:
         return 0

@@ -87,10 +87,10 @@ class Encoders:
         return pool_edges(torch.cat(parts), self.image.factor)
 
     def provenance(self, dataset: ImageDataset) -> dict[str, object]:
-        """Return everything on which the encoded samples of `dataset` depend, as JSON values by setting ("image.vae", ...).
+        """Return everything on which the encoded samples of `dataset` depend: a JSON value for each setting's name.
 
-        These are hashes of the encoders' files and settings such as image sizes. Stored features (encoded samples) are only
-        used if they were made with the same values.
+        For a setting that selects an encoder, such as "image.vae", the value contains a hash of the encoder's files. Stored
+        features (encoded samples) are only used if they were made with the same values.
         """
         edges = dataset.edge if self.edges is None else f"{dataset.edge} {self.edges.fingerprint}"
         return {

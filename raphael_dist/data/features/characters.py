@@ -2,7 +2,8 @@
 
 Tokens of subword encoders do not show the spelling. Here, each character in double quotes is a token, whose embedding
 depends on the character and on its place in the quoted text. So the model can assign each letter its own region of the image
-and its own space expert. Every other word is one token, whose embedding is a hash of the word.
+and its own expert: in Space-MoE layers, a gate chooses an expert for each text token. Every other word is one token, whose
+embedding is a hash of the word.
 """
 
 import hashlib

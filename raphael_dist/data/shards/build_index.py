@@ -48,7 +48,8 @@ def open_index(names: Sequence[str], store: ShardStore, columns: Sequence[str] =
 
         - there is no index of these shards with these columns, or the index is damaged;
         - a local shard has changed since the index was written;
-        - when the index was written, a shard was missing, or a server denied access to a parquet file.
+        - when the index was written, a shard was missing, or a server denied access to the parquet
+          file with the metadata of a shard's samples.
     """
     if store.folder is None:
         return None
@@ -74,9 +75,10 @@ def open_index(names: Sequence[str], store: ShardStore, columns: Sequence[str] =
 
 
 def unindexed(names: Sequence[str], store: ShardStore, report: Reporter = no_report) -> list[tuple[str, int]]:
-    """Return (name, size in bytes) of each shard that was never indexed, has changed since then, or cannot be reached.
+    """Return (name, size in bytes) of each shard that is not indexed, has changed since it was indexed, or is unreachable.
 
-    A shard also counts as changed if the parquet file next to it was changed, added or removed.
+    A shard also counts as changed if its parquet file was changed, added or removed. This file has the metadata of the
+    shard's samples, and is NAME.parquet for NAME.tar.
     `names`: paths and URLs of the shards (tar files). `store`: provides the shards; its folder contains the index.
     `report`: called with lines of progress. The size of a shard that cannot be reached is 0.
     """
@@ -258,9 +260,11 @@ def _pointer_path(folder: Path, names: Sequence[str]) -> Path:
 
 
 def _local_stamps(store: ShardStore, name: str) -> tuple[Stamp, Stamp | None] | None:
-    """Return the present stamps (versions) of a local shard and of the parquet file next to it (None: there is no file).
+    """Return the current stamps (versions) of a local shard and of the parquet file with its samples' metadata.
 
-    (UNREACHED, None): the shard cannot be read. None: the shard is remote, and its version is checked when it is fetched.
+    - The second stamp is None if there is no parquet file.
+    - The result is (UNREACHED, None) if the shard cannot be read.
+    - The result is None if the shard is remote. The version of a remote shard is checked when it is fetched.
     """
     if remote.is_remote(name):
         return None

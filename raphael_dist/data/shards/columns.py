@@ -1,6 +1,7 @@
 """Columns, which data.filters use: for each sample a number or a short word, such as a score or a language.
 
-They come from the json file of the samples, and from a parquet file next to the shard.
+They come from the samples' json files, and from the parquet file NAME.parquet that img2dataset writes next to a shard
+NAME.tar.
 """
 
 import io

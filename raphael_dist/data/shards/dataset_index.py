@@ -11,7 +11,7 @@ usable samples in S shards:
 | keys.bin | bytes | the keys (names) of the samples of each shard, compressed; 2 to 3 bytes per sample for LAION |
 | bad.bin | bytes | for each shard, the list of (key, reason) of the samples that cannot be used, as compressed JSON |
 | shards.npy | int64 [S + 1, 5] | see below |
-| shards.json | | name, stamp, digests and damage of each shard; number of skipped files; digests of the data set |
+| shards.json | | name, version, digests and damage of each shard; number of skipped files; digests of the data set |
 | sums.json | | size and SHA-256 of the files above, which are checked when the table is opened (storage/checksummed.py) |
 
 Row s of shards.npy has five numbers. The first four are sums over the shards before shard s: number of samples, bytes in
@@ -181,7 +181,7 @@ class DatasetIndex:
 
     @property
     def num_bad(self) -> int:
-        """The number of samples in the shards that cannot be used. They have no sample id."""
+        """The number of unusable samples in the shards. These samples have no sample id."""
         return int(self.arrays["shards"][-1, NUM_BAD])
 
     @property
@@ -191,11 +191,11 @@ class DatasetIndex:
 
     @property
     def bad(self) -> list[BadSample]:
-        """All samples of the shards that cannot be used. There may be millions; `iter_bad` yields them one by one."""
+        """All unusable samples in the shards. There may be millions; `iter_bad` yields them one by one."""
         return list(self.iter_bad())
 
     def iter_bad(self) -> Iterator[BadSample]:
-        """Yield the samples of the shards that cannot be used, one by one, with the reason, in the order of the shards."""
+        """Yield the unusable samples in the shards, one by one, with the reason, in the order of the shards."""
         for shard in np.flatnonzero(np.diff(self.arrays["shards"][:, NUM_BAD])).tolist():
             first, end = self.arrays["shards"][shard : shard + 2, BAD].tolist()
             for key, reason in json.loads(zlib.decompress(bytes(self.packed_bad[first:end]))):

@@ -110,7 +110,7 @@ class ImageDataset:
     def _read_span(self, number: int, row: int) -> bytes:
         """Return the part of a shard that contains all files of one sample. ShardError: the shard cannot be read.
 
-        For the next 600 s, the same error is then raised again without another attempt to read the shard.
+        In the 600 s after a ShardError, this method raises the error again without trying to read the shard.
         `number`: number of the shard in the index. `row`: number of the sample in the shard.
         """
         failed_at, error = self._failed_shards.get(number, (0.0, None))
