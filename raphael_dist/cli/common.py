@@ -156,7 +156,7 @@ def add_version(parser: argparse.ArgumentParser) -> None:
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    """Add the option `--config`, and positional arguments `section.key=value` (overrides of the file's settings)."""
+    """Add the option `--config`, and positional arguments `section.key=value`, which override settings of --config."""
     parser.add_argument("--config", action=Once, metavar="NAME", help=f"YAML file or preset: {', '.join(preset_names())}")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.max_steps=50 optim.lr=1e-4")
 

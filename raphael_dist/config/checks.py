@@ -77,9 +77,10 @@ def _check_flow(diffusion: Diffusion, sample: Sample) -> Iterator[str]:
 
 
 def _unfulfilled(subject: str, requirements: Iterable[Requirement], remedy: str) -> Iterator[str]:
-    """Yield an error message for each requirement of a setting that is not fulfilled.
+    """Yield an error message for each unfulfilled requirement of a setting.
 
-    `subject`: the setting with its value. `remedy`: what the user can do instead of fulfilling a requirement.
+    `subject`: the setting with its value. `requirements`: (whether it is fulfilled, text of the requirement, text about the
+    actual value) of each requirement. `remedy`: what the user can do instead of fulfilling a requirement.
     """
     for fulfilled, requirement, actual in requirements:
         if not fulfilled:

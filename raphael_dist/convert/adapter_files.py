@@ -34,8 +34,8 @@ def open_run(path: Path, config_name: str, option: str) -> CheckpointReader:
 
     Args:
         path: the run directory, or one of its step-* folders.
-        config_name: name of a file, such as "config.json". Only the error message uses it: instead of a run, the user can
-            give an exported folder that contains this file.
+        config_name: name of the configuration file in an exported folder, such as "config.json". The error message
+            suggests such a folder as an alternative to a run.
         option: name of the command line option that gave `path`, for messages.
 
     Raises:

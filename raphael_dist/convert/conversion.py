@@ -39,9 +39,9 @@ class Row:
     Attributes:
         kind: "master" (fp32 weights), "exp_avg", "exp_avg_sq" (Adam moments), "ema" (moving average), "zeros" (padding and
             missing moments), "step" (the optimizer's step), or "copies" for values that are stored a second time.
-        tensors: number of the model's parameters (tensors) whose values were written.
-        parameters: number of elements that were written.
-        bytes: size of these elements in the files.
+        tensors: number of parameter tensors of the model whose values were written.
+        parameters: number of scalar values that were written.
+        bytes: size of these values in the files.
         files: number of files that contain values of this kind.
     """
 
@@ -100,7 +100,7 @@ def convert(
 
     Raises:
         UserError: the source is damaged or incomplete, `target` exists, or the target's layout does not support the model.
-            In this case, all files that the conversion has written are removed.
+            Before the error is raised, all files that the conversion has written are removed.
     """
     ranks, began = ranks or MpiRanks(), time.monotonic()
     layout_of("--to", to_layout)
@@ -142,8 +142,8 @@ def write_target(
             are verified while the target is written.
 
     Raises:
-        UserError: a file of the source is damaged, or `target` cannot be written. In this case, all files that were written
-            are removed.
+        UserError: a file of the source is damaged, or `target` cannot be written. Before the error is raised, all files that
+            were written are removed.
     """
     temporary = target.parent / f".converting-{target.name}"
     new_parents = [parent for parent in temporary.parents if not parent.exists()]  # the innermost first

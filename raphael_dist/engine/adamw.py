@@ -1,4 +1,4 @@
-"""A Triton kernel that updates this rank's fp32 weights by AdamW, their moving average, and the model's copy of them.
+"""A Triton kernel for AdamW that updates a rank's fp32 weights, and writes their moving average and the model's copy too.
 
 Without this kernel an update takes several passes over the weights: clip the gradients, convert them to float32, run AdamW,
 copy the weights to the model, update the moving average. The kernel reads and writes each number once, and needs no float32
@@ -87,8 +87,8 @@ def _(*_: object) -> None:
 class FusedUpdate:
     """Updates the trained weights with the Triton kernel `adamw`, in place of DeepSpeed's optimizer step.
 
-    For each step call `prepare`, and then `launch`. (`engine.zero.Zero12Contiguous.replace_step` makes DeepSpeed's step call
-    `launch`.)
+    For each step call `prepare`, and then DeepSpeed's step. DeepSpeed's step calls `launch`, if `launch` was passed to
+    `engine.zero.Zero12Contiguous.replace_step`.
 
     Args:
         fragments: this rank's part of the weights, with the optimizer's state.
@@ -119,8 +119,8 @@ class FusedUpdate:
     def launch(self, parts: Sequence[FlatPart]) -> None:
         """Run one step of AdamW on this rank's parts of the weights, in place, with the values that `prepare` copied.
 
-        `parts`: for each flat tensor, this rank's part of the weights, of the gradients, and of the weights that the model
-        computes with. Nothing is copied from the host.
+        DeepSpeed stores many parameters one after another in a flat tensor. `parts`: for each flat tensor, the fp32 weights
+        of this rank's part, their gradients, and the model's copy of these weights. Nothing is copied from the host.
         """
         if self._fragments.moment_addresses() == []:
             self._fragments.create_moments(0)

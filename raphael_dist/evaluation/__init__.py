@@ -1,1 +1,1 @@
-"""Measures image quality: image features, distances between sets of images, scores, and the studies that use them."""
+"""Measures the quality of generated images: Frechet distance, CLIP score, precision and recall, and legibility of text."""

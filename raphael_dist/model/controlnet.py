@@ -31,7 +31,10 @@ class ControlNet(RaphaelUNet):
     """
 
     def __init__(self, config: "Config") -> None:
-        """Build the ControlNet, without modules that predict edges, for a U-Net with the configuration `config`."""
+        """Build the ControlNet of a U-Net with the configuration `config`.
+
+        It lacks the modules with which a U-Net predicts edge maps as an auxiliary task.
+        """
         super().__init__(config, with_edges=False)
         del self.up_blocks, self.conv_norm_out, self.conv_out
         levels = cast(list[UNetLevel], [*self.down_blocks, self.mid_block])

@@ -73,7 +73,7 @@ def write_bundle(examined: Examined, report: str, path: Path) -> list[str]:
     """Write the debug bundle of a run: an archive with its configuration, logs and metrics, without secrets.
 
     Args:
-        examined: the run and what is known about it.
+        examined: the contents of the run directory, and the results of `doctor`.
         report: text that `python -m raphael_dist doctor` printed for this run.
         path: the archive to write. It appears only when it is complete.
 
@@ -100,7 +100,8 @@ def write_bundle(examined: Examined, report: str, path: Path) -> list[str]:
 def _members(examined: Examined, report: str, folder: Path) -> Iterator[tuple[str, str]]:
     """Yield (name, text) of each file of the archive. The file not-included.txt lists what could not be read.
 
-    `examined`: the run and what is known about it. `report`: text that `doctor` printed. `folder`: the run directory.
+    `examined`: the contents of the run directory, and the results of `doctor`. `report`: text that `doctor` printed.
+    `folder`: the run directory.
     """
     left_out = list(examined.notes)
     yield "doctor.txt", report
@@ -133,9 +134,9 @@ def _tail(path: Path, limit: int) -> str:
 
 
 def _listing(folder: Path, left_out: list[str]) -> Iterator[str]:
-    """Yield a line with size and name for each file and folder. Files of a run in progress may vanish meanwhile.
+    """Yield a line with size and name for each file and folder inside `folder`, the run directory.
 
-    `left_out`: gets a line for each folder whose files cannot be listed.
+    If the run is in progress, files may vanish meanwhile. `left_out`: gets a line for each folder that cannot be listed.
     """
     errors: list[OSError] = []
     count = 0

@@ -28,7 +28,7 @@ class DataSample:
         samples: number of checked samples.
         edges: number of samples with an edge map.
         empty_edges: number of samples whose edge map has no edges.
-        duplicates: number of images that look like an image before them.
+        duplicates: number of images that look like an earlier one of the checked images.
         captions: number of captions of these samples.
         truncated: number of captions with more tokens than text.max_tokens; None: they were not counted.
         notes: sentences about what was not checked, and why.
@@ -74,7 +74,7 @@ def sample_data(config: Config) -> DataSample:
 
 
 def _inspect(config: Config, patterns: list[str], count: int) -> Findings:
-    """Decode `count` samples of the first two local shards of a source of data; return what the decoding found.
+    """Decode `count` samples of the first two local shards of a source; return their thumbnails, captions and errors.
 
     `patterns`: paths or patterns of the source's shards. Raises UserError if all of them are remote addresses.
     """

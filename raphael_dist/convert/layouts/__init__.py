@@ -1,8 +1,8 @@
 """The layouts: formats in which a checkpoint can be stored on disk, such as diffusers' or DeepSpeed's.
 
 Every module or package in this folder whose name does not begin with an underscore is a layout of that name, and defines
-`LAYOUT`. There is no other list: a new file is a new layout for the command lines, for inspection and for `run.init_from`. A
-module is imported when its layout is used; `names` imports none.
+`LAYOUT`. To add a layout, add a file: layouts are listed nowhere else. A module is imported when its layout is used;
+`names` imports none.
 """
 
 import pkgutil

@@ -49,7 +49,7 @@ class FileTensor(NamedTuple):
 
 
 def tensors(shapes: Shapes) -> Iterator[FileTensor]:
-    """Yield each tensor that the layout `canonical` stores for one kind of values.
+    """Yield each tensor that the layout `canonical` stores for one kind of values: weights, an Adam moment or the EMA.
 
     A parameter of K stacked experts is stored as K tensors, one per expert; any other parameter as one tensor.
     `shapes`: shape of every parameter of the model, by name.
@@ -65,9 +65,10 @@ def tensors(shapes: Shapes) -> Iterator[FileTensor]:
 
 
 def entries(expected: Iterable[FileTensor], kind: str, dtype: torch.dtype = torch.float32) -> Iterator[Entry]:
-    """Yield an `Entry` (a planned tensor) for each tensor of `expected`, to be written with the dtype `dtype`.
+    """Yield an `Entry` for each tensor of `expected`: name, shape, dtype, and where its values are read. It holds no values.
 
-    `kind`: which values to write: "master" (fp32 weights), "exp_avg", "exp_avg_sq" (Adam moments) or "ema".
+    `dtype`: the dtype in which the tensors are to be written. `kind`: which values are to be written: "master" (fp32
+    weights), "exp_avg", "exp_avg_sq" (Adam moments) or "ema".
     """
     for key, shape, spans, rows in expected:
         yield Entry(key, shape, tuple(Piece(kind, span, rows) for span in spans), dtype)

@@ -49,7 +49,7 @@ def _dot(a, b):
 def _probabilities(q, k, word, words, scale):
     """Return P = softmax(q k^T scale) of one head for q [ROWS, DIM] and k [WORDS, DIM], float32 [ROWS, WORDS].
 
-    `word`: indices of the text tokens, [WORDS]. P is 0 for indices from `words`, the number of text tokens, on.
+    `word`: indices of the text tokens, [WORDS]. `words`: number of text tokens. P is 0 where `word` is not below `words`.
     """
     logits = tl.where((word < words)[None, :], _dot(q, tl.trans(k)) * scale, -float("inf"))
     values = tl.exp(logits - tl.max(logits, 1)[:, None])
