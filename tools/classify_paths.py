@@ -2,8 +2,9 @@
 
     python tools/classify_paths.py --checkpoint models/emoji --words captions adjectives verbs
 
-A sample is one word of one caption. Its features are its path: the chosen space expert in each block. Its class is the word.
-Cross-validation folds consist of caption texts, so that copies of a caption are never in both training and test.
+In each transformer block, a gate chooses a space expert for each word of a caption. A sample of the classifier is one word
+of one caption. Its features are its path: the chosen space expert in each block. Its class is the word. All captions with
+equal text are in the same cross-validation fold, so that no caption is in both training and test data.
 
 Shape legend: S samples, L transformer blocks, K experts.
 """
@@ -34,7 +35,7 @@ class Samples:
     """S samples for the classifier, each a word of a caption. L: number of transformer blocks.
 
     Attributes:
-        paths: number of the space expert in each block, int [S, L].
+        paths: number of the space expert that the gate of each block chose for the word, int [S, L].
         labels: the word, as an index into `words`, int [S].
         groups: number of the caption, int [S].
         words: the classes.

@@ -45,7 +45,7 @@ class Campaign:
         out: folder of the campaign.
         base: the configuration that all variants change.
         variants: the models to train.
-        images: number of images of each run, rounded up to whole steps; None: as configured.
+        images: number of images on which each run trains, rounded up to whole steps; None: as configured.
         ranks: number of processes of each run.
         benchmark: whether to run the emoji benchmark after each run.
         read: file of captions with quoted text. After each run, its images of these captions are sampled, and the text in
@@ -90,9 +90,9 @@ class Campaign:
 
 @contextmanager
 def lock(campaign: Campaign) -> Iterator[None]:
-    """Return a context manager inside which no other process can run the campaign in this folder.
+    """Return a context manager that locks the campaign's folder, so that no other process can run the campaign.
 
-    Raises UserError if another process runs the campaign, or if the runs in the folder have other settings.
+    Raises UserError if another process runs the campaign, or if the folder has runs with other settings.
     """
     record_protocol(campaign.out, campaign.protocol())
     with open(campaign.out / ".lock", "a", opener=no_links) as lock_file:

@@ -1,4 +1,7 @@
-"""`tools/bench.py balance`: how evenly samples are distributed over the time experts, for several ways to draw timesteps."""
+"""`tools/bench.py balance`: how evenly samples are distributed over time experts, for three ways to draw timesteps.
+
+A time expert processes the samples whose timestep is in its range. All ranges have the same length.
+"""
 
 import argparse
 from collections.abc import Callable
@@ -13,10 +16,10 @@ from raphael_dist.model.diffusion import draw_timestep
 
 @dataclass(frozen=True)
 class BalanceRow:
-    """How unevenly one way to draw timesteps loads the time experts.
+    """How unevenly samples are distributed over the time experts, for one way to draw timesteps.
 
-    The imbalance of a micro-step is the number of samples of its busiest expert, divided by the mean number per expert. 1 is
-    perfectly even.
+    A time expert processes the samples in a range of timesteps. The imbalance of a micro-step is the number of samples of
+    its busiest expert, divided by the mean number per expert. 1 is perfectly even.
 
     Attributes:
         name: the way to draw timesteps.
@@ -66,7 +69,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print how evenly time experts are loaded if timesteps are independent, stratified, or drawn as by the trainer."""
+    """Print how evenly samples are distributed over time experts, each of which processes a range of timesteps.
+
+    Timesteps are drawn in three ways: independently, one per stratum in random order, and as the trainer draws them.
+    """
     config, seed = load_config("raphael-3b").diffusion, 0
     total, T = args.global_batch, config.num_timesteps
 

@@ -158,7 +158,7 @@ def of_streaming(folder: Path, args: argparse.Namespace) -> Batches:
 
 
 class _Bytes:
-    """Returns the JPEG of the image `number` to litdata's writer.
+    """A function that litdata's writer calls with the number of an image, and that returns the image as JPEG bytes.
 
     It is a class and not a closure, so that it can be pickled for worker processes.
     """
