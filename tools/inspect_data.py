@@ -1,7 +1,8 @@
 """Inspect training data: `inspect_data.py SHARDS --out sheet.png [section.key=value]`.
 
-Prints the members and fields of the samples, bad samples with reasons, similar images, statistics of captions, and the
-number of samples of each image size after data.filters. Draws a sheet of images with their edge maps and captions.
+Prints the file types (members) and json fields of the samples, bad samples with reasons, similar images, statistics of
+captions, and the number of samples of each image size after data.filters. Draws a sheet of images with their edge maps and
+captions.
 """
 
 import argparse

@@ -134,7 +134,10 @@ def prompt(name: str, text: str, look: Look) -> str:
 
 
 def write_prompts(vocabulary: Vocabulary, out: Path, scope: Scope) -> None:
-    """Write prompts-NAME.txt for each evaluation set NAME, and prompts.txt with the first 6 or 12 prompts of each set."""
+    """Write the prompts of each evaluation set NAME to prompts-NAME.txt, and a selection of all sets to prompts.txt.
+
+    The selection is the first 12 prompts of "held-out-words" and the first 6 of each other set, for a grid of images.
+    """
     out.mkdir(parents=True, exist_ok=True)
     grid = []
     for name, texts in held_out_texts(vocabulary, scope.longest).items():
@@ -148,9 +151,9 @@ def write_prompts(vocabulary: Vocabulary, out: Path, scope: Scope) -> None:
 def write_shards(
     vocabulary: Vocabulary, out: Path, seed: int, samples: int, scope: Scope, report: Callable[[str], None]
 ) -> None:
-    """Write train-*.tar, one val-NAME.tar for each held-out set, and manifest.json. Old shards are deleted.
+    """Write train-*.tar, one val-NAME.tar for each evaluation set except trained-words, and manifest.json.
 
-    `samples`: number of training samples. `report`: called with a line of progress.
+    Old shards are deleted. `samples`: number of training samples. `report`: called with a line of progress.
     """
     out.mkdir(parents=True, exist_ok=True)
     for stale in (*out.glob("train-*.tar"), *out.glob("val-*.tar")):

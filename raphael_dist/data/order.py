@@ -1,4 +1,7 @@
-"""The order of training samples: a pure function of (index, seed, position), so that progress is one integer.
+"""The order of training samples.
+
+The sample at a position of this endless order is a pure function of the index (table of all samples), the seed and the
+position. So the progress of a run is one integer, the position.
 
 1. In each epoch the shards are permuted and divided into windows of `window_shards` shards. Training reads one window at a
    time, so that few files are open.
@@ -6,8 +9,8 @@
    samples.
 3. The runs of a window are permuted. Samples that do not fill a run are carried over to the next window.
 
-So an epoch drops fewer than `run_length` samples of each bucket, and all epochs have the same length. The memory for this
-does not grow with the number of samples: it holds counts for each shard, and the sample ids of a few windows.
+So an epoch drops fewer than `run_length` samples of each bucket, and all epochs have the same length. The required
+memory does not grow with the number of samples: only counts for each shard and the sample ids of a few windows are stored.
 """
 
 from collections.abc import Sequence

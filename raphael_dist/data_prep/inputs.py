@@ -50,9 +50,10 @@ class Part:
         name: File name of the shard to write, without .tar.
         read: Function that yields the samples, with a `BadSample` in place of a sample that cannot be used.
         held_out: Whether the shard is for validation.
-        file_of: From the key (name) of a sample to the name of its source file, for messages. Samples of existing shards
-            have no source file; messages then show the key.
-        skipped: Counts of the input files that belong to no sample; complete when the iterator of `read` has ended.
+        file_of: Name of the source file of each sample, by the sample's key (name in the shard), for messages. Empty for
+            existing shards, whose samples have no source file.
+        skipped: Number of input files that belong to no sample, by reason. It is complete when `read` has yielded all
+            samples.
         fingerprint: Function that returns a hash of the options and input files which determine the samples.
     """
 
@@ -73,8 +74,8 @@ def parts_of(
         sources: Paths, URLs or patterns of shards, a folder with tar files, or a folder with images. Each existing
             shard becomes one part, or two if `held_out` is above 0.
         per_shard: For a folder of images: number of images in a part.
-        held_out: Fraction of the samples for validation; 0: none. Otherwise at least one sample is selected, at equal
-            distances. The selected samples become the shards val-*, the others train-*.
+        held_out: Fraction of the samples for validation; 0: none. Otherwise every n-th sample is selected, with n close to
+            1 / `held_out`, and at least one sample. The selected samples become the shards val-*, the others train-*.
         caption: For a folder of images: name of the column or json field with the captions. None: search the usual names.
         out: The output folder, which must not be a source.
 
@@ -128,7 +129,7 @@ def _folder_parts(folder: Path, per_shard: int, held_out: float, caption: str | 
 def _select_held_out(count: int, share: float) -> list[bool]:
     """Return for each of `count` samples whether it is for validation.
 
-    `share`: the fraction of samples for validation. If it is above 0, at least one of two or more samples is selected.
+    `share`: the fraction of samples for validation. If it is above 0 and `count` is at least 2, at least one is selected.
     """
     if not share or count < 2:
         return [False] * count
@@ -161,7 +162,8 @@ def _part_of_folder(name: str, images: list[tuple[int, SourceImage]], held_out: 
 def _identity(image: SourceImage) -> list[object]:
     """Return values that change if an image, its captions or its edge map change, without reading image files.
 
-    A file contributes its size and modification time. An image that lies in a table contributes its checksum.
+    An image file or edge map is represented by its size and modification time. An image in a parquet or Arrow table has
+    no file of its own and is represented by a checksum of its bytes.
     """
     content = zlib.crc32(image.read()) if image.path is None else _stamp(image.path)
     return [image.name, content, image.captions, image.meta, None if image.edge is None else _stamp(image.edge)]
@@ -228,7 +230,8 @@ def _part_of_shard(name: str, path: str, held_out: float, validation: bool = Fal
     """Return the input of one new shard: the validation samples of the existing shard `path`, or its training samples.
 
     `name`: name of the new shard. `held_out`: fraction of the samples for validation. `validation`: True for the validation
-    samples, False for the training samples. Only the part with the training samples lists the unusable samples.
+    samples, False for the training samples. Unusable samples (`BadSample`) belong to the training samples, so that each is
+    reported once.
     """
     skipped = SkipCounts()
 

@@ -30,11 +30,11 @@ class Findings:
 
     Attributes:
         num_inspected: Number of samples that `inspect` has read, including those that cannot be decoded.
-        members: From a file extension, such as "json", to the number of samples that have such a file.
-        fields: From the name of a json field to the types of its values, and how often each type occurs.
+        members: For each file extension, such as "json", the number of samples that have a file with this extension.
+        fields: For each json field, by name, the types of its values, and how often each type occurs.
         errors: ("SHARD:KEY", reason) of each sample that cannot be decoded.
         captions: The captions of all inspected samples.
-        captions_each: From a number of captions to the number of samples that have this many captions.
+        captions_each: Number of samples with n captions, by n.
         thumbnails: (key, difference hash, thumbnail float32 [8, 9, 3] in 0..255) of each image. A key is a sample's name.
         sheet: (decoded sample, caption) of the samples for the contact sheet.
     """
@@ -97,7 +97,7 @@ def _add_text(findings: Findings, members: Mapping[str, bytes], dataset: ImageDa
 
 
 def _thumbnail(image: np.ndarray) -> np.ndarray:
-    """Return a thumbnail, float32 [8, 9, 3], of an image, uint8 [3, H, W]."""
+    """Return a thumbnail, float32 [8, 9, 3] in 0..255, of an image, uint8 [3, H, W]."""
     small = Image.fromarray(image.transpose(1, 2, 0)).resize((9, 8), Image.Resampling.BOX)
     return np.asarray(small, np.float32)
 

@@ -1,8 +1,9 @@
 """`tools/bench.py kernels`: the Triton kernels of `train.kernels`, compiled for GPUs. No GPU is needed.
 
-Every operation is called with tensors without data, of the sizes that a preset gives it. The kernel launches are recorded
-and compiled by Triton for each target. The cuobjdump that Triton ships then reports: registers per thread, bytes that a
-thread spills to memory, and shared bytes per program. The largest numbers of a kernel's launches are printed. Nothing runs.
+Every operation is called with tensors without data, in the sizes that occur in the preset raphael-3b. The kernel launches
+are recorded and compiled by Triton for each target (compute capability). The cuobjdump that Triton ships then reports:
+registers per thread, bytes that a thread spills to memory, and shared bytes per program. The largest numbers of a kernel's
+launches are printed. Nothing runs.
 """
 
 import argparse
@@ -66,7 +67,7 @@ class Resources:
     shared: int
 
     def largest(self, other: "Resources") -> "Resources":
-        """Return the larger of both numbers for each field."""
+        """Return, for each field, the larger of its values in this object and in `other`."""
         pairs = zip(astuple(self), astuple(other), strict=True)
         return Resources(*(max(pair) for pair in pairs))
 

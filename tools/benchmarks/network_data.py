@@ -1,8 +1,8 @@
 """`tools/bench.py network-data`: images per second of training from remote shards over links of a given bandwidth.
 
 Nodes are simulated by network namespaces of this machine (tests/lib/netns.py). Another node serves the shards by HTTP or S3.
-Ranks train the first epoch, with an index and without any shard on their disks. A step waits for the batches of all ranks
-and then sleeps, so that the computation of several nodes does not compete for the cores of one machine.
+Ranks train the first epoch. On their disks they have the index (list of all samples) but no shard. A step waits for the
+batches of all ranks and then sleeps, so that the computation of several nodes does not compete for the cores of one machine.
 
 A window is a group of shards whose samples are shuffled together, over all ranks. Therefore every node needs every shard.
 The measured speed is compared with a limit: the speed of an epoch in which the links are always busy, and in which a step
@@ -87,7 +87,7 @@ class Case:
 
     @property
     def link_limit(self) -> float:
-        """Largest number of images per second for a node's link. Every node receives all images over its own link."""
+        """Images per second that a node's link can transfer at most. Every node receives all images over its own link."""
         return self.mbit_s * 1e6 / 8 * TCP_SHARE / len(make_sample(0))
 
     def config(self, shards: Sequence[str], folder: str, cache: str) -> Config:
@@ -152,7 +152,7 @@ def measure(todo: list[tuple[Case, list[str], list[str]]], folder: str) -> None:
     file FOLDER/ready. The starting process (`run_cases`) limits the bandwidth of the links and creates FOLDER/limited. Then
     the ranks measure epochs with remote shards.
 
-    `todo`: (measurement, names of its shards as remote files, the same as local files).
+    `todo`: (measurement, URLs of its shards, paths of local copies of these shards).
     """
     ranks = discover()
     device = initialise(ranks)

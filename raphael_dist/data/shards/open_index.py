@@ -1,4 +1,4 @@
-"""Opens the index of a run's shards. The ranks share the work of reading shards that have no record yet."""
+"""Opens the index of a run's shards. The ranks share the work of indexing shards that are not indexed yet."""
 
 import logging
 import os
@@ -168,8 +168,8 @@ def order_of(
         training: Whether these are the training samples, not those for validation.
 
     Raises:
-        UserError: No image size has enough samples for a run of consecutive samples of one size; or the weight of a source
-            is so small that none of its samples would be used.
+        UserError: Samples of one image size are read in groups, since a micro-batch has one size, but no size has enough
+            samples for a group; or the weight of a source is so small that none of its samples would be used.
     """
     # A micro-batch has one image size, so samples of one size come in runs.
     seed, window, run = config.run.seed, config.data.window_shards, bucket_run_length(config, training) or 1
