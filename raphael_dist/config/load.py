@@ -118,7 +118,7 @@ def read_yaml(name_or_path: str) -> ConfigTree:
 
 
 def _merge(upper: ConfigTree, lower: ConfigTree) -> ConfigTree:
-    """Return the values of both configurations. Where both have a value, the value of `upper` counts."""
+    """Return the values of both configurations. If a key is set in both, the result has its value in `upper`."""
     tree = {**lower.tree, **upper.tree}
     for name, section in lower.tree.items():
         if isinstance(section, dict) and isinstance(tree[name], dict):
@@ -275,9 +275,9 @@ def apply_override(config: ConfigTree, override: str, config_type: type[BaseMode
 
 
 def _suggestion(word: str, text: str, config_type: type[BaseModel]) -> str:
-    """Return " (did you mean ...?)" for an argument that is not an override; "" if there is no suggestion.
+    """Return " (did you mean ...?)" for an argument not of the form section.key=value; "" if there is no suggestion.
 
-    `word`, `text`: the parts of the argument before and after "=".
+    `word`, `text`: the parts of the argument before and after "=", such as "lr" and "1e-4"; without "=", `text` is "".
     """
     key = known_key(word, config_type) or near_key(word, config_type)
     if word.endswith(".json"):

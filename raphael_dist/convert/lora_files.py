@@ -308,10 +308,10 @@ def _read_config(file: Path, option: str) -> JsonObject | None:
 
 
 def _parameter_of(module: str, modules: Container[str], parameters: list[str]) -> str | None:
-    """Return the name of the model's parameter that the tensors of `module`, a module name in peft's file, adapt.
+    """Return the name of the model's parameter that is changed by the matrices A and B of a module in peft's file.
 
-    `modules`: names of all modules in the file. `parameters`: `target_parameters` in peft's adapter_config.json. Returns
-    None if the parameters do not match the modules.
+    `module`: name of the module. `modules`: names of all modules in the file. `parameters`: `target_parameters` in peft's
+    adapter_config.json. Returns None if the parameters do not match the modules.
     """
     layer = module.removesuffix(".base_layer")
     adapted = [(f"{layer}.{target.rpartition('.')[2]}", target) for target in parameters]

@@ -93,8 +93,8 @@ class LineReader:
     def __call__(self, pixels_HW3: np.ndarray) -> str:
         """Return the text in an image, uint8 [H, W, 3].
 
-        The network returns a score of each character at T positions from left to right. They are decoded as usual for CTC:
-        take the allowed character with the highest score at each position, merge repetitions, and remove blanks.
+        The network returns a score of each character at T positions from left to right. The scores are decoded as usual for
+        CTC: take the allowed character with the highest score at each position, merge repetitions, and remove blanks.
         """
         scores_TC = self._session.run(None, {self._input: line_input(pixels_HW3)[None]})[0][0]
         best_T = np.where(self._allowed, scores_TC, -np.inf).argmax(axis=1)

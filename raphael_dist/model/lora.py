@@ -1,8 +1,8 @@
-"""LoRA (arXiv 2106.09685): trains low-rank matrices on top of a frozen model, `W + alpha / rank B A`.
+"""LoRA (arXiv 2106.09685): trains low-rank matrices on top of a frozen model, `W + (alpha / rank) B A`.
 
 Attention uses the LoRA layers of the package peft. Experts use parameters of `Experts` instead: the experts of a layer are
-one parameter, which expert parallelism shards, and peft's wrapper of a parameter cannot be sharded. Files contain both in
-peft's format (`convert.lora_files`).
+one parameter, which expert parallelism shards, and peft's wrapper of a parameter cannot be sharded. Files contain the
+adapters of attention and experts in peft's format (`convert.lora_files`).
 """
 
 import math

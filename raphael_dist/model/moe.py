@@ -38,7 +38,10 @@ class TimeMoE(Experts):
         return out_BND * factor_B.to(out_BND.dtype)[:, None, None]
 
     def _without_sorting(self, h_BND: Tensor, expert_B: Tensor, factor_B: Tensor) -> Tensor:
-        """Return the result of `forward`, computed by the Triton kernels of the Space-MoE, which need no sorting."""
+        """Return the result of `forward`, computed by the Space-MoE's Triton kernels.
+
+        These kernels do not require the samples to be sorted by expert.
+        """
         w_B1K = one_hot(expert_B, self.num_experts).to(h_BND.dtype).unsqueeze(1)
         w_RK = w_B1K.expand(-1, h_BND.shape[1], -1).flatten(0, 1)
         out_BND = (self.sparse(h_BND.flatten(0, 1), w_RK, per_row=1) + w_RK @ self.b2).view_as(h_BND)

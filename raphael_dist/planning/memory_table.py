@@ -33,7 +33,7 @@ def _row(name: str, search: Search, stage: int) -> str:
 
 
 def _by_micro_batch(search: Search, stage: int, recompute: Recompute) -> list[Outcome]:
-    """Return the predictions for all possible micro-batches, the largest first.
+    """Return the predicted memory and step time of each possible micro-batch, the largest micro-batch first.
 
     `stage`: the ZeRO stage. `recompute`: which activations are recomputed.
     """

@@ -52,8 +52,8 @@ class Recorder(LiveBytes):
         phase: the current pass, "forward" or "backward".
         segments: for each segment, (whether it is a transformer block, bytes that its forward pass saved for the backward
             pass).
-        peaks: two dicts, for the forward and the backward pass, from a number i of segments to the largest number of live
-            bytes at a time when i segments had started.
+        peaks: two dicts. Entry i of the first is the largest number of live bytes during the forward pass while exactly i
+            segments had started. Entry i of the second is for the backward pass of the same operations.
     """
 
     def __init__(self) -> None:

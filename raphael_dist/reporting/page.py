@@ -86,8 +86,8 @@ def with_labels(runs: Sequence[Examined]) -> list[Examined]:
 def _bytes_left(runs: Sequence[Examined], parts: Mapping[str, str], data: JsonObject) -> int:
     """Return how many bytes of sample grids or routes can still be added to the page.
 
-    The result is negative if the page is too large already. `parts`: HTML of its sections so far, by name. `data`: values
-    that its scripts draw.
+    The result is negative if the page is too large already. `parts`: HTML of the page's sections so far, by name.
+    `data`: values that the page's scripts draw.
     """
     return MAX_BYTES - len(_document(runs, parts, data).encode()) - NOTE_BYTES * len(runs)
 

@@ -184,7 +184,7 @@ class Watch:
         self._over.set()
 
     def _exchange(self) -> None:
-        """Exchange status with the other ranks.
+        """Publish the status of this rank and read that of the other ranks, again and again.
 
         Returns when all ranks have finished, a rank has called `report_failure`, or no rank has reported for too long.
         """
@@ -216,7 +216,7 @@ class Watch:
             self._changed.clear()
 
     def _read_store(self) -> int:
-        """Read from the store the newest status and whether a rank has failed; return how many ranks have finished."""
+        """Return how many ranks have finished; also read the last report of any rank and whether a rank has failed."""
         self._last_status = self._store.get("last").decode()
         for listener in listeners:
             listener()

@@ -159,7 +159,7 @@ def exported_config(checkpoint: Checkpoint, path: Path) -> Config:
     """Return the configuration of the run that wrote a checkpoint.
 
     If `path` (the checkpoint's path as given by the user) is the folder of an exported pipeline, the encoders, noise
-    schedule, steps and guidance in this folder replace those of the run.
+    schedule, number of sampling steps and guidance scale in this folder replace those of the run.
     """
     config = checkpoint.config
     if not (path / "model_index.json").is_file():

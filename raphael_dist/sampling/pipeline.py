@@ -256,6 +256,7 @@ class RaphaelPipeline(LoraLoader, Denoiser):
 
         Returns:
             Embeddings [B, Y, D] and mask, bool [B, Y], of prompts; then those of negative prompts, None without guidance.
+            B is the number of prompts times `num_images_per_prompt`.
 
         Raises:
             UserError: embeddings do not fit the model, or a prompt is passed but the pipeline has no text encoder.

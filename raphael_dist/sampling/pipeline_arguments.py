@@ -272,7 +272,10 @@ def _check_schedule(name: str, values: Any) -> None:
 
 
 def _read_images(name: str, value: Any, count: int) -> list[Image.Image]:
-    """Return a PIL image for each of `count` prompts from `value`, the value of the argument `name` (a type in `Images`)."""
+    """Return a PIL image for each of `count` prompts from `value`, the value of the argument `name`.
+
+    `value`: an image (PIL, array or tensor), which all prompts share, or a list or batch of `count` images.
+    """
     is_batch = isinstance(value, np.ndarray | Tensor) and value.ndim == 4
     if is_batch or isinstance(value, list | tuple):
         return for_each(name, [_to_pil(name, image) for image in value], count)

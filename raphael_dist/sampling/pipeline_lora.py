@@ -36,8 +36,8 @@ class LoraState:
         enabled: whether the active adapters are added to the weights.
         own: for each parameter that active adapters change, by name, its weights without these adapters, on the CPU.
         fused: for each parameter that `fuse_lora` changed, by name, its weights before the first `fuse_lora`.
-        fused_adapters: for each adapter that `fuse_lora` made part of the weights, by name, the adapter and its factor in
-            `active`, which `unfuse_lora` restores.
+        fused_adapters: the adapters that `fuse_lora` made part of the weights, by name, each with the factor that it had in
+            `active`. `unfuse_lora` makes them active again with this factor.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -252,9 +252,10 @@ class LoraLoader(LoraFiles):
 
     @torch.no_grad()
     def _merge(self, active: dict[str, float], enabled: bool = True) -> None:
-        """Set the U-Net's weights to those without active adapters plus, if enabled, the adapters `active` ({name: factor}).
+        """Make `active` ({name: factor}) the active adapters, in place of those that were active before.
 
-        Raises UserError if the weights have been moved by sequential offload.
+        The previously active adapters are removed from the U-Net's weights and, if `enabled`, the new ones are added. Raises
+        UserError if the weights have been moved by sequential offload.
         """
         parameters, state = dict(uncompiled(self.unet).named_parameters()), self._lora
         added = active if enabled else {}

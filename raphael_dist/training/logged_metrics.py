@@ -154,7 +154,7 @@ class Telemetry:
             samples_seen: number of training samples that the run has used up to this step.
             replaced: number of unreadable samples that this rank has replaced since the start of this process; summed over
                 ranks.
-            own: further scalars by tag, which are equal on all ranks and are not reduced.
+            own: further metrics by name, which are equal on all ranks and are not reduced.
         """
         self._metrics.add("data/replaced", float(replaced), "sum")
         for _, metrics in self._steps:

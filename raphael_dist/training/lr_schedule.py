@@ -45,8 +45,8 @@ def gate_noise_deviation(config: Config, step: int) -> float:
 def annealing_factor(schedule: str, done: float) -> float:
     """Return the factor of a schedule that falls from 1 (start) to 0 (end), at one point of the schedule.
 
-    `done`: share of the schedule's steps that are complete, from 0; the factor is 0 from 1 on. `schedule`: "linear",
-    "cosine" or "exponential" (0.01 to the power of `done`).
+    `done`: share of the schedule's steps that are complete, at least 0. If it is 1 or more, the factor is 0. `schedule`:
+    "linear", "cosine" or "exponential" (0.01 to the power of `done`).
     """
     if done >= 1:
         return 0.0

@@ -29,7 +29,8 @@ class Metrics:
 
         Args:
             name: name of the metric.
-            value: a tensor must be on the device of this object, with the same shape at every call with this name.
+            value: the number or tensor. A tensor must be on the device of this object, and have the same shape at every
+                call with this name.
             reduction: how values of all calls and ranks are combined: "sum", "max", or "mean": sum(value) / sum(count).
             count: number of items (e.g. samples) that `value` is the sum of. It is used for "mean" only.
         """

@@ -1,4 +1,4 @@
-"""Writes metrics to metrics.jsonl and to TensorBoard under the same tags, and reads metrics.jsonl."""
+"""Writes metrics to metrics.jsonl and to TensorBoard under the same names, and reads metrics.jsonl."""
 
 import json
 import logging

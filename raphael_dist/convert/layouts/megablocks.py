@@ -56,8 +56,8 @@ def tensors(shapes: Shapes, gated: bool) -> Iterator[FileTensor]:
 def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
     """Return the plan for converting `source` to a folder with weights in the format of MegaBlocks (the library's dMoE).
 
-    `options`: which weights to write, their dtype, and the size of a file. `target` is not used: the paths in the plan are
-    relative to it. Raises UserError for a model without experts.
+    `options`: which weights to write, their dtype, and the largest size of a file. `target` is not used: the paths in the
+    plan are relative to it. Raises UserError for a model without experts.
     """
     model = source.config.model
     if not (model.space_experts or model.time_experts):

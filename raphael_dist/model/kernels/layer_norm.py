@@ -1,6 +1,6 @@
-"""The backward pass of LayerNorm in Triton, for many rows of few columns.
+"""The backward pass of LayerNorm in Triton, for an input matrix of many rows (tokens) and few columns.
 
-torch's kernel for the gradients of weight and bias reads such a matrix column by column. It is the slowest kernel of a step
+torch's kernel for the gradients of weight and bias reads the matrix column by column. It is the slowest kernel of a step
 of the preset `emoji`. Here the rows are divided evenly over Triton programs, whose number depends on the shape alone. A
 program computes the gradient of its input rows and sums over these rows the gradients of weight and bias. torch adds the
 sums of all programs. All sums are float32 and in a fixed order.
@@ -50,7 +50,7 @@ def _backward_rows(
 def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
     """Apply LayerNorm over the last dimension of x [..., D], float32 or bfloat16; the backward pass is a Triton kernel.
 
-    `weight_D`, `bias_D`: scale and shift of each value, [D]. `eps`: added to the variance.
+    `weight_D`, `bias_D`: scale and shift after the normalisation, [D]. `eps`: added to the variance.
     """
     y: Tensor = _LayerNorm.apply(x, weight_D, bias_D, eps)
     return y
