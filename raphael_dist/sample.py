@@ -178,9 +178,9 @@ def _draw(
     settings: "SamplingSettings",
     ranks: "Ranks",
 ) -> "dict[int, np.ndarray]":
-    """Draw this rank's share of the images and write them. Collective.
+    """Draw this rank's share of the images; write a file per image if --images is set, and on rank 0 the grid. Collective.
 
-    Returns {number of the request: image, uint8 [H, W, 3]} for the images of the grid on rank 0, and {} on other ranks.
+    On rank 0, returns {number of the request: image, uint8 [H, W, 3]} with the images of the grid. Other ranks return {}.
     """
     from PIL import Image
 

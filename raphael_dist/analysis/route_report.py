@@ -36,7 +36,7 @@ class Report:
         origin: name of the model, for the heading.
         routes: the results as JSON values.
         findings: dead and duplicate experts.
-        regions: by prompt, how much of the image the regions of its words cover.
+        regions: by prompt, for several thresholds alpha: how much of the image a text token's region covers (`Coverage`).
         agreement: by prompt, the share (0..1) of its words that have the same expert with and without gate noise.
     """
 
@@ -56,7 +56,8 @@ class Report:
         Args:
             prompt: the text of the prompt.
             trace: the space experts of the prompt's words.
-            regions: for each threshold alpha, how much of the image the regions of words cover.
+            regions: for each threshold alpha, how much of the image a text token's region covers. The region is the set of
+                image tokens whose attention to the text token is at least alpha times the largest one.
             agreement: share (0..1) of the prompt's word tokens that have the same expert with and without gate noise.
         """
         assert trace.route_WL is not None
@@ -107,8 +108,9 @@ def trace_values(prompt: str, trace: PromptTrace, side: int = 192) -> JsonObject
         A dict for W words, L blocks and S timesteps, with these keys:
             prompt, words, timesteps: the prompt, its words [W], and the timesteps [S].
             space, time: numbers of the experts, [W][L] and [L][S]; [] if the model has no such experts.
-            at: the timestep whose regions were recorded.
-            regions: for each word and block, [h, w, cells]. The string `cells` has 1 in the region, else 0, row by row.
+            at: the timestep at which `regions` were recorded.
+            regions: for each word and block, the part of the image that attends to the word, as [h, w, cells]. The string
+                `cells` has 1 in this part, else 0, row by row.
             image: a JPEG in base64.
     """
     image = Image.fromarray(trace.pixels)

@@ -109,11 +109,11 @@ def _tokens_by_word(encoded: "BatchEncoding", caption: str) -> Iterator[tuple[in
 def _tokens_by_prefix(
     tokenizer: "PreTrainedTokenizerBase", encoded: "BatchEncoding", caption: str
 ) -> Iterator[tuple[int, int, str]]:
-    """Yield (first token, last token + 1, word) of each word of `caption`, from the number of tokens before each word.
+    """Yield (index of the first token, index of the last token + 1, word) for each word of `caption`.
 
-    This is for tokenizers that do not map tokens to characters, such as that of ByT5.
+    This is for tokenizers that do not map tokens to characters, such as that of ByT5. The caption is tokenized twice for
+    each word, up to the word's beginning and up to its end. The numbers of tokens are the indices.
 
-    The indices are found by tokenizing the caption twice for each word: up to the word's beginning and up to its end.
     `encoded`: the tokenized caption, which may be truncated. Words in the part that was cut off are left out.
     """
 

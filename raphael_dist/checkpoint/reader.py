@@ -3,10 +3,10 @@
 A checkpoint is a folder `step-00000100/`. It contains one `rank-00000.safetensors` for each rank that wrote it, and a
 `manifest.json`, which is written last. Nothing is pickled.
 
-A tensor in these files has the key `<kind>/<parameter>`. It is one-dimensional. It holds consecutive elements of a flattened
-parameter's fp32 weights (kind `master`), Adam moments (`exp_avg`, `exp_avg_sq`) or moving average (`ema`). The file's header
-states the index of the first element of each range. The trainer also writes the ranges into the manifest, so that a reader
-knows which file to open.
+A tensor in these files has the key `<kind>/<parameter>`. It is one-dimensional. It holds a range (consecutive elements)
+of a flattened parameter's fp32 weights (kind `master`), Adam moments (`exp_avg`, `exp_avg_sq`) or EMA (`ema`). The file's
+header states for each tensor at which element of the parameter its range begins. The trainer also writes the ranges into the
+manifest, so that a reader knows which file to open.
 """
 
 from collections import defaultdict

@@ -56,7 +56,7 @@ class Restorer:
         Raises:
             UserError: all checkpoints are damaged (and run.ignore_damaged is false), the folder of the checkpoints cannot be
                 written, or the architecture, the data set or a setting that affects results differs between checkpoint and
-                run. In this case, weights, moments and EMA are unchanged.
+                run. If it is raised, weights, moments and EMA are unchanged.
         """
         raise_on_all_ranks(self._check_folder)
         reader, damaged = self._newest_verified(run_on_rank0("looking for checkpoints", lambda _: folders.newest(self.root)))

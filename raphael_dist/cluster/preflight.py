@@ -121,7 +121,7 @@ class Probe:
             os._exit(1)
 
     def _limit(self, of: tuple[float, float]) -> float:
-        """Return a time limit in seconds for all ranks of the run. `of`: (seconds, additional seconds per rank)."""
+        """Return a time limit in seconds that grows with the number of ranks. `of`: (constant seconds, seconds per rank)."""
         return of[0] + of[1] * self.ranks.world_size
 
     def _identity(self) -> Report:
@@ -217,9 +217,9 @@ class Probe:
         return collective.sent_bytes / 1e9 / seconds
 
     def _pairs(self) -> dict[str, float]:
-        """Exchange data with each other node in turn; return GB/s by name of the other node. Collective.
+        """Exchange data with other nodes in turn (at most MAX_ROUNDS); return GB/s by name of the other node. Collective.
 
-        Only the first rank of each node exchanges data. The other ranks wait in the barriers, and return {}.
+        Only the first rank of each node exchanges data; other ranks return {}. A barrier starts each exchange on all ranks.
         """
         leaders = [rank for rank, node in enumerate(self._nodes) if self._nodes.index(node) == rank]
         speeds: dict[str, float] = {}

@@ -2,9 +2,9 @@
 
 Each check has a time limit. `prove` itself survives a check that crashes or hangs, and names the rank that did. To this end,
 the process that the launcher starts for a rank is its agent. The agent computes nothing and uses no GPU. It starts a worker
-process that runs the checks, receives progress through a pipe, and ends the worker at the time limit. Agents exchange values
-through a torch.distributed store, with a time limit for each request. If a worker hangs, dies or is killed on purpose, its
-agent reports this. If a node hangs, its agent does not answer.
+process, which runs the checks and sends progress to the agent through a pipe. The agent ends the worker at the time limit.
+Agents exchange values through a torch.distributed store, with a time limit for each request. If a worker hangs, dies or is
+killed on purpose, its agent reports this. If a node hangs, its agent does not answer.
 """
 
 import json

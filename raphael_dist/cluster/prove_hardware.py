@@ -246,7 +246,7 @@ def plan(proof: Proof) -> Result:
 def _one_micro_step(config: Config, world: int, micro: int) -> Config:
     """Return a copy of `config` with one micro-step of `micro` images on each of `world` ranks.
 
-    The copy has no moving average and no expert parallelism.
+    In the copy, the EMA of the weights and expert parallelism are turned off.
     """
     train = config.train.model_copy(update={"micro_batch_size": micro, "global_batch_size": micro * world})
     ema = config.ema.model_copy(update={"enabled": False})

@@ -93,8 +93,9 @@ def position_batch(config: Config, slots: Slots, num_blocks: int) -> Batch:
     """Return a synthetic training batch, with images of the largest configured size, without reading a data set.
 
     Args:
-        config: the run's configuration. Each sample is a function of `run.seed` and its position only.
-        slots: (position in the run's order of training samples, weight in the loss) of each sample of the batch.
+        config: the run's configuration.
+        slots: (position in the run's order of training samples, weight in the loss) of each sample of the batch. The
+            data of a sample depend on `run.seed` and this position only.
         num_blocks: number of transformer blocks of the model; each has its own gate noise.
     """
     meta = meta_batch(config, 1, num_blocks)

@@ -1,8 +1,8 @@
 """Checks of `prove` that compare training on all ranks with one process: gradients, gradient norm, weights, sums.
 
-Every rank computes the reference training of one process by itself. It compares its own gradients before they are reduced
-over ranks, and then its part of the weights. The first difference is reported with the rank, parameter and expert. Later
-differences are not reported, because they follow from it.
+Every rank also runs the same training alone, in one process, as a reference. With it, the rank compares its own gradients
+before they are reduced over ranks, and then its part of the weights. The first difference is reported with the rank,
+parameter and expert. Later differences are not reported, because they follow from the first one.
 """
 
 import math

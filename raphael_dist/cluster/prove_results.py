@@ -74,7 +74,7 @@ class Proof:
     """The arguments of a check of `prove` on one rank.
 
     Attributes:
-        ranks: this rank, among the ranks on which the check runs.
+        ranks: number of this rank, and the number of ranks on which the check runs.
         device: this rank's device.
         config: the user's configuration, for the checks of speed and memory.
         folder: folder of the reports, which all ranks share.

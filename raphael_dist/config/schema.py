@@ -1,8 +1,14 @@
 """The whole configuration, and how it is loaded. Importing this module does not import torch, so `--help` is instant.
 
-A later value replaces an earlier one in this order: defaults of the sections; the `base` of the preset or YAML file that
-`--config` names; this file; overrides (`train.max_steps=50`). Settings that DeepSpeed has as well (micro-batch size,
-accumulation, clipping, dtype) are set here and not in DeepSpeed's file; see `engine/ds_config.py`.
+Values come from these sources. A later source replaces values of an earlier one:
+
+1. the defaults of the sections
+2. the preset or YAML file that the file of `--config` names as its `base`
+3. the preset or YAML file of `--config`
+4. overrides (`train.max_steps=50`)
+
+Settings that DeepSpeed has as well (micro-batch size, accumulation, clipping, dtype) are set here and not in DeepSpeed's
+file; see `engine/ds_config.py`.
 """
 
 from collections.abc import Sequence

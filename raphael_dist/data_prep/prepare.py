@@ -125,9 +125,13 @@ def _load_encoders(config: Config, device: torch.device, edges: EdgeEncoder | No
 def _make_shards(
     preparer: Preparer, parts: Sequence[Part], finished: Sequence[Report | None], show_progress: bool
 ) -> list[Report]:
-    """Write a shard for each of `parts`, unless it is complete, and return the reports of all of them.
+    """Write the shards (tar files) of this process, except those that are already complete; return a report for each shard.
 
-    `finished`: for each part, the report of its shard if the shard is complete, else None.
+    Args:
+        preparer: writes a shard.
+        parts: for each shard, the samples that belong in it.
+        finished: for each shard, its report if the shard is complete, else None.
+        show_progress: whether to show a progress bar.
     """
     reports = []
     with _Progress(len(parts), enabled=show_progress) as progress:

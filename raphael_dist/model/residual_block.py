@@ -18,7 +18,8 @@ class ResidualBlock(ResnetBlock2D):
     keeps the memory format of the feature map (see `feature_map_format`).
 
     Args:
-        inner, outer: channels of the input and of the output.
+        inner: channels of the input.
+        outer: channels of the output.
         embed: width of the timestep embedding.
         groups: groups of each GroupNorm.
     """

@@ -3,8 +3,7 @@
 Routing depends only on captions and timesteps. All blocks are routed outside the part that activation recomputation runs
 again, so recomputation always uses the same experts.
 
-Shape legend: B samples, Y text tokens, K experts, N image tokens, D width, L transformer blocks, H a gate's hidden width, R
-rows of any kind.
+Shape legend: B samples, Y text tokens, K experts, N image tokens, D width, L transformer blocks, H a gate's hidden width.
 """
 
 from collections.abc import Sequence
@@ -122,7 +121,7 @@ def balance_loss_B(logits_BYK: Tensor, chosen_BY: Tensor, taking_part_BY: Tensor
 
     f_k is the share of the sample's text tokens that are routed to expert k, P_k their mean probability of expert k. The
     loss is 1 if all experts are used equally. It is computed per sample, so every division of a batch gives the same sum.
-    The time gate makes one choice per sample, so its loss is computed elsewhere (`RaphaelUNet.time_balance_L`).
+    The time gate makes one choice per sample, which cannot be balanced. `RaphaelUNet.time_balance_L` computes its loss.
 
     Args:
         logits_BYK: logits of the text gate for Y text tokens and K experts. All tensors can have the same further axes in

@@ -11,9 +11,10 @@ from raphael_dist.planning.search import Choice, Outcome, reasons
 
 
 def describe(plan: RunPlan, config_name: str, shown: int = 5) -> str:
-    """Return the plan of a run as text: the best settings, and memory, time, cost and command of the best of them.
+    """Return the plan of a run as text: a ranking of choices of settings, and details of the best choice.
 
-    `config_name`: preset or file of the configuration, for the command. `shown`: how many of the best settings are listed.
+    The details are memory, time, cost and the command that starts the run. `config_name`: preset or file of the
+    configuration, for the command. `shown`: how many choices the ranking lists.
     """
     cluster, world = plan.cluster, plan.search.world
     peak = cluster.peak_tflops[plan.config.train.dtype].value

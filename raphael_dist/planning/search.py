@@ -121,7 +121,7 @@ class Search:
         config: the configuration of the run.
         cluster: devices and links.
         world: number of devices.
-        allowed: for those fields of `Choice` that the user restricts, the values to consider, by the name of the field.
+        allowed: fields of `Choice` that the user restricts, e.g. {"stage": (1, 2)}. Only these values are considered.
         profile: traced operations of the model; None: trace the model when needed. Searches for the same model can share
             this object.
     """

@@ -228,8 +228,8 @@ def skipped_steps(evidence: RunEvidence) -> Finding | None:
 def stalled(evidence: RunEvidence) -> Finding | None:
     """Return a finding (problem and remedy) if the run is not complete but no longer writes to its log, else None.
 
-    There is a finding if the log has had no new line for 10 minutes and for 20 times the usual time between two lines of
-    progress. If the log has fewer than two lines of progress, there is a finding after an hour.
+    There is a finding if the age of the last log line is at least 10 minutes, and at least 20 times the usual time between
+    two lines of progress. If the log has fewer than two lines of progress, there is a finding after an hour without a line.
     """
     silent = silent_seconds(evidence.run, evidence.history, evidence.now)
     if silent is None:

@@ -109,24 +109,25 @@ class RunFiles:
         return values.get(name, default) if isinstance(values, dict) else default
 
     def number(self, key: str) -> float:
-        """Return the number that a setting in NUMBERS has, such as "train.max_steps"; 0 if it is missing or not a number."""
+        """Return the number that config.yaml has at `key`, one of NUMBERS; 0 if it is missing or not a number."""
         assert key in NUMBERS, key
         value = self.option(key)
         return value if _is_number(value) else 0
 
     def values(self, tag: str, share: float = 1.0) -> list[float]:
-        """Return the last logged values of a metric that are finite, in order of steps. [] if there is none.
+        """Return the last part of a metric's logged values, in order of steps, without values that are inf or NaN.
 
-        `tag`: name of the metric, such as "train/loss". `share`: which part of all its values is returned: 0.2 means the
-        last fifth, but at least one value.
+        `tag`: name of the metric, such as "train/loss". `share`: how much of all logged values this part is, such as 0.2 for
+        the last fifth; it has at least one value. The result is [] if none of them is finite.
         """
         series = self.series.get(tag, [])
         return [value for _, value in series[-max(1, round(share * len(series))) :] if math.isfinite(value)]
 
     def last(self, tag: str, share: float = 0.2) -> float | None:
-        """Return the mean of the last logged values of a metric that are finite; None if there is none.
+        """Return the mean of the last part of a metric's logged values, without inf and NaN; None if none of them is finite.
 
-        `tag`: name of the metric, such as "train/loss". `share`: which part of its values is used: 0.2 means the last fifth.
+        `tag`: name of the metric, such as "train/loss". `share`: how much of all logged values this part is, such as 0.2 for
+        the last fifth.
         """
         values = self.values(tag, share)
         return fmean(values) if values else None

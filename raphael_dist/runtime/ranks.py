@@ -155,7 +155,7 @@ def own_group(members: list[int], timeout: timedelta = TIMEOUT) -> dist.ProcessG
 
 
 def _master_by_mpi() -> tuple[str, str]:
-    """Return the address of rank 0 and a free port on its host, which rank 0 sends to all ranks by MPI (mpi4py).
+    """Return (host name of rank 0, a free port of this host). Rank 0 sends both to all ranks by MPI (mpi4py). Collective.
 
     mpirun sets no environment variables with address and port. Raises UserError if mpi4py is not installed.
     """

@@ -46,8 +46,8 @@ class LoraFiles:
             weight_name: name of the file; None: pytorch_lora_weights.safetensors.
             save_function: called with (tensors, path) instead of writing safetensors.
             safe_serialization: always True, since only safetensors files are read.
-            unet_lora_adapter_metadata: peft's `LoraConfig.to_dict()`. None: a reader of the file takes alpha to be
-                equal to the rank, and does not recognise adapters of experts.
+            unet_lora_adapter_metadata: peft's `LoraConfig.to_dict()`, to be stored in the file. Without it, code that
+                loads the file assumes that alpha equals the rank, and does not recognise adapters of experts.
             text_encoder_lora_adapter_metadata: not supported.
 
         Raises:
@@ -80,7 +80,7 @@ class LoraFiles:
 def read_adapters(path: Path, weight_name: str | None) -> Adapter:
     """Read LoRA adapters from a safetensors file, or from a folder of peft or diffusers.
 
-    The installed package also reads the adapters in a run directory.
+    If this code runs in the installed package, and not as the copy in an exported model, `path` may also be a run directory.
 
     Args:
         path: the file or folder.

@@ -26,7 +26,7 @@ def read_requests(path: Path, default: Request) -> list[Request]:
 
     A line of a .jsonl file is an object with `prompt` and optionally `negative_prompt`, `seed` and `size` ([H, W]). A line
     of any other file is a prompt. If a line states a seed, this seed alone determines the noise of its image. Otherwise the
-    default seed and the number of the prompt determine the noise.
+    noise depends on the default seed and on the prompt's index in the file, from 0 and without empty lines.
 
     Args:
         path: the file.

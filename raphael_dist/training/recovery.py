@@ -142,8 +142,8 @@ def _return_to(run: Run, saved: Progress, samples_seen: int) -> None:
 def progress_record(run: Run, *, rollbacks: int | None = None) -> Progress:
     """Return the progress of the run in the form that is stored in a checkpoint.
 
-    `rollbacks`: how many times the run has returned to the checkpoint that will contain the result; None: the number that
-    `run.guard` has counted.
+    `rollbacks`: number of rollbacks to this checkpoint, which the result states; 0 for a new checkpoint. None: the number
+    that `run.guard` has counted.
     """
     state = run.guard.state()
     if rollbacks is not None:

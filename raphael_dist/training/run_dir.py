@@ -35,8 +35,8 @@ def acquire(config: Config, report: Reporter = no_report) -> IO[str]:
         The open lock file. The directory stays locked until this file is closed.
 
     Raises:
-        UserError: another process trains in the directory, its checkpoints are from a run with other settings, or it is not
-            writable.
+        UserError: another process trains in the directory, the directory is not writable, or it contains checkpoints of a
+            run with other settings.
         NotSavedError: the disk is full.
     """
     folder = config.run.dir

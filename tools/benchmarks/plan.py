@@ -2,8 +2,8 @@
 
 - memory: live activations of a real pass, and a process's resident memory, for several configurations
 - time: a micro-step, with a calibrated description of this machine
-- gpu: steps measured on one H200. Two constants of the planner, the minimum time of an operation and the rate of small
-  and strided ones, were fitted to the first two of these steps.
+- gpu: steps measured on one H200. Two constants of the planner were fitted to the first two of these steps: the
+  minimum time of an operation, and the speed of operations on small or strided tensors.
 - published: runs of Stable Diffusion 2 on GPUs, to which nothing was fitted
 """
 

@@ -238,7 +238,7 @@ _SHAPES: dict[str, Callable[..., Any]] = {
 
 
 def _collective(func: Any, args: Any, kwargs: Any) -> Any:
-    """Run a collective of torch's fake process group on empty CPU tensors, because it accepts no tensor without data."""
+    """Run a collective on empty CPU tensors, because torch's fake process group accepts no tensors on the meta device."""
     on_host = tree_map(lambda x: torch.empty(0) if isinstance(x, Tensor) else x, (args, kwargs))
     returned = func(*on_host[0], **on_host[1])
     if isinstance(returned, tuple):  # (tensors, work)

@@ -1,9 +1,9 @@
 """`tools/bench.py scaling`: speed of a whole run on 1, 2, 4 and 8 ranks of this machine, compared with the planner.
 
 strong: the same global batch on any number of ranks; weak: the same number of images per rank. The time includes data,
-metrics, EMA and engine, but no saves, validation and samples. Each number of ranks is measured in several runs, which take
-turns with those of the other numbers; the fastest step counts. If there are more ranks than cores, the planner's computation
-time is multiplied by ranks / cores.
+metrics, EMA and engine, but no saves, validation and samples. In each of several rounds, all numbers of ranks are
+measured one after another. For each number, the fastest step of all rounds counts. If there are more ranks than cores, the
+planner's computation time is multiplied by ranks / cores.
 """
 
 import argparse

@@ -140,7 +140,10 @@ def matches(pattern: str, retry: RetryPolicy) -> list[tuple[str, str]]:
 
 
 def _resolve(url: str, timeout_s: float) -> tuple[fsspec.AbstractFileSystem, str, dict[str, float]]:
-    """Return (fsspec's file system for a URL, path of the file in this file system, keyword arguments for its methods)."""
+    """Return (fsspec's file system for a URL, path of the file in this file system, keyword arguments for its methods).
+
+    `timeout_s`: time limit of a request. The keyword arguments pass it to file systems that support it.
+    """
     fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
     return fs, path, {"timeout": timeout_s} if fs.async_impl else {}
 

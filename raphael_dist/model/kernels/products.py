@@ -15,7 +15,9 @@ def multiply(
 ):  # fmt: skip
     """Return total + a[rows, :depth] @ weight[:depth, cols], float32 [ROWS, COLS].
 
-    row_stride is the stride of a's rows; depth_stride and col_stride are those of the weight.
+    `a` and `weight` are pointers. Where `row_mask` or `col_mask` is false, the result is `total`. `row_stride` is the stride
+    of the rows of a; `depth_stride` and `col_stride` are the strides of the weight. `DOT`: dtype to which both factors are
+    converted. `DEPTH`: tile size along the summed axis.
     """
     inner = tl.arange(0, DEPTH)
     a += rows.to(tl.int64)[:, None] * row_stride + inner[None, :]

@@ -1,9 +1,9 @@
 """Reads what DeepSpeed 0.19 writes: `mp_rank_00_model_states.pt` and `zero_pp_rank_R_mp_rank_00_optim_states.pt`.
 
-ZeRO's files hold flat buffers without names. `param_shapes` states the names, in the order of the buffer. They are
-compared with `param_slice_mappings` (offset and size by name) in the file of each rank. The experts of a rank are computed
-from the rank's number and from the N in the name `ep_size_N` of a parameter group: the number of ranks over which the
-group's experts are sharded.
+ZeRO's files hold flat buffers without names. `param_shapes` in the model's file lists the parameters in the order of the
+buffer. The offsets computed from this list must agree with `param_slice_mappings` (offset and size by name) in each rank's
+file. Which experts a rank has is computed from the rank's number and from N, the number of ranks over which experts are
+sharded. The name `ep_size_N` of a parameter group states N.
 
 Other programs wrote the files, so `_item` checks that each entry that is read exists and has the expected type.
 """
