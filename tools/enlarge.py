@@ -35,7 +35,13 @@ _LABEL = 76  # pixels to the left of the rows
 
 @dataclass(frozen=True, eq=False)
 class Enlargement:
-    """One small image, uint8 [Hs, Ws, 3], and its enlargement by each method (METHODS), uint8 [H, W, 3]."""
+    """A small image and its enlargements.
+
+    Attributes:
+        small: the small image, uint8 [Hs, Ws, 3].
+        large: the image enlarged by each of METHODS ("bicubic", "this model", ...), uint8 [H, W, 3], by method; under "true"
+            the original image.
+    """
 
     small: np.ndarray
     large: Mapping[str, np.ndarray]
@@ -50,7 +56,9 @@ def enlarge(
     guidance: float,
     batch: int = 16,
 ) -> Iterator[Enlargement]:
-    """Reduce held-out images by the model's upscale.factor, and enlarge them again by each method (METHODS).
+    """Reduce held-out images by the model's upscale.factor; enlarge them again by bicubic interpolation and by the model.
+
+    Yields both results with and without back-projection, the autoencoder's reconstruction, and the original image.
 
     Args:
         sampler: the super-resolution model. Its prompts are the first captions of the samples.
@@ -93,7 +101,10 @@ def _enlarge_bicubic(small: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
 
 
 def measure_errors(enlargements: Sequence[Enlargement]) -> dict[str, tuple[float, float]]:
-    """Return, by method, the mean absolute error (0..255) and the mean PSNR in dB of the enlarged images."""
+    """Compare the images that each method (METHODS) has enlarged with the original images.
+
+    Returns {method: (mean absolute error in 0..255, mean PSNR in dB)}.
+    """
     table = {}
     for method in METHODS:
         errors = [e.large[method].astype(np.float64) - e.large[TRUE] for e in enlargements]

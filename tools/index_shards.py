@@ -1,9 +1,10 @@
 """Index shards before a run: `index_shards.py '/data/laion-{00000..41407}.tar' --cache-dir /data/cache --processes 16`.
 
-Each shard is read once and gets a record in CACHE/index. When all shards have a record, the records are joined to the table
-that runs map into memory. A second start reads only missing and changed shards. Several processes, also on
-machines that share the cache, can each index one part of the shards. The part is given by `--part 3 --parts 16`, or by the
-environment of a Slurm array, a Slurm step or mpirun. The process that finishes last joins the records.
+Each shard is read once. Its record (keys, image sizes and offsets of its samples) is written to CACHE/index. When all shards
+have a record, the records are joined to the table that runs map into memory. A second start reads only missing and changed
+shards. Several processes, also on machines that share the cache, can each index one part of the shards. The part is given by
+`--part 3 --parts 16`, or by the environment of a Slurm array, a Slurm step or mpirun. The process that finishes last joins
+the records.
 """
 
 import argparse

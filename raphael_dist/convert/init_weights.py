@@ -236,10 +236,11 @@ def _source(config: Config, checkpoint: Checkpoint, upcycles: bool) -> Source:
 
 
 def _widened_input(source: Source, kind: str, config: Config) -> Tensor:
-    """Return the flat weights of a super-resolution model's first convolution, from those of a model without small images.
+    """Return the flat weights of a super-resolution model's first convolution, made from those of an ordinary model.
 
-    The weights for the channels of the small image are zero. `kind`: which weights of `source` to read, such as "ema".
-    `config`: configuration of the super-resolution model.
+    The input of the super-resolution model has more channels, for the small image that it enlarges. The weights for these
+    channels are zero. `source`: the ordinary model. `kind`: which of its weights to read, such as "ema". `config`:
+    configuration of the super-resolution model.
     """
     shape = source.shapes[INPUT_CONV]
     # Zeros for the channels of the small image: at first the new model computes what the old one does.

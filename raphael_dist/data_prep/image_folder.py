@@ -216,8 +216,8 @@ def _captions(row: Row, caption: str | None, problem: str = "") -> tuple[list[st
     """Return (captions in a table row or json, reason why there are no captions). The reason is "" if there are captions.
 
     `row`: the values of the row or json, by name. `caption`: name of the column or field with the captions; None: search the
-    usual names. `problem`: why an earlier source, such as the txt file, had no captions, or "". A `problem` other than ""
-    takes the place of the reason.
+    usual names. `problem`: why a source that was read before, such as the txt file, has no captions; it is returned as the
+    reason instead of the one found here. "": no such problem is known.
     """
     if caption is None or caption in row:
         captions, row_problem = first_texts(row, CAPTION_COLUMNS if caption is None else (caption,))

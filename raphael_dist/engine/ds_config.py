@@ -102,14 +102,14 @@ def uses_contiguous_gradients(
         stage: ZeRO stage.
         overlap: whether gradients are reduced during the backward pass (`overlap_comm`).
         offload: whether gradients are moved off the device.
-        elements: number of parameters of the model on this rank; 0: assume that the gradients fit.
+        elements: number of parameters of the model on this rank; 0: unknown; treated as a small model.
         bucket: reduce_bucket_size, in elements.
     """
     return stage in (1, 2) and not offload and (stage == 1 or overlap or elements <= 2 * bucket)
 
 
 def reduces_in_backward(tree: Tree, world_size: int) -> bool:
-    """Return whether ZeRO-1 or 2 reduces gradients while the backward pass runs: `overlap_comm` with several ranks."""
+    """Return whether ZeRO-1 or 2 reduces gradients in the backward pass: with `overlap_comm` and several ranks."""
     return bool(world_size > 1 and zero_stage(tree) in (1, 2) and tree["zero_optimization"].get("overlap_comm"))
 
 
@@ -266,7 +266,7 @@ def check_expert_parallel(config: Config, tree: Tree, world_size: int) -> None:
 
 
 def _check_contiguous(error: RequirementError, config: Config, tree: Tree, accumulation: int) -> None:
-    """Raise the UserError that `error` creates if the settings do not allow gradients in flat buffers."""
+    """Raise the UserError that the function `error` creates if the settings do not allow gradients in flat buffers."""
     stage, offload = zero_stage(tree), offload_device(tree)
     remedy = "Use ds_configs/zero2.json"
     if stage not in (1, 2):
@@ -335,7 +335,7 @@ def _section(merged: Tree, *names: str) -> Tree:
 
 
 def _set_owned(merged: Tree, dotted: str, value: bool | float, owner: str) -> None:
-    """Set the key `dotted` to `value`, the value of the field `owner`. Raise UserError if the JSON has another value."""
+    """Set the key `dotted` to `value`, that of our setting `owner`. Raise UserError if the JSON has another value."""
     *sections, key = dotted.split(".")
     node = _section(merged, *sections)
     if node.get(key, value) != value:

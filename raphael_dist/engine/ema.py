@@ -22,8 +22,8 @@ class Ema:
 
     Attributes:
         values: the average of each fragment (this rank's part of a parameter), float32 [numel].
-        flat: from the id of each tensor that the optimizer updates to the average of this tensor, of equal shape. `values`
-            are then views of these averages. Empty unless the moving average was created with `flat=True`.
+        flat: empty, unless the moving average was created with `flat=True`. Then a dict with the average of each tensor that
+            the optimizer updates, in the same shape, by `id` of the tensor. `values` are views of these averages.
     """
 
     def __init__(self, fragments: Fragments, config: EmaConfig, flat: bool = False) -> None:

@@ -85,10 +85,10 @@ def precision_recall(drawn_ND: Tensor, true_MD: Tensor, neighbours: int = 3, row
 
 
 def _covered_share(points_ND: Tensor, manifold_MD: Tensor, neighbours: int, rows: int) -> float:
-    """Return the share (0..1) of `points_ND` that lie in a ball around at least one row of `manifold_MD`.
+    """Return the share (0..1) of N points that lie in at least one of M balls, one around each row of `manifold_MD`.
 
-    The radius of a ball is the distance from its centre to the `neighbours`-th nearest other row of `manifold_MD`. `rows`:
-    number of points whose distances are computed at a time, to limit memory.
+    The points are the rows of `points_ND`. The radius of a ball is the distance from its centre to the `neighbours`-th
+    nearest other row of `manifold_MD`. `rows`: number of points whose distances are computed at a time, to limit memory.
     """
     parts = manifold_MD.split(rows)
     radius_M = torch.cat([torch.cdist(part, manifold_MD).kthvalue(neighbours + 1).values for part in parts])

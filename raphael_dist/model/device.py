@@ -1,4 +1,4 @@
-"""Distinguishes GPUs from CPUs. A GPU executes a queue of operations, and the host should not wait for it."""
+"""Distinguishes GPUs from CPUs, and copies numbers to a device without making the host wait for a GPU."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ GPU_KINDS: tuple[str, ...] = ("cuda",)
 
 
 def is_gpu(device: torch.device) -> bool:
-    """Return whether `device` is a GPU. It executes a queue of operations, so reading a result makes the host wait."""
+    """Return whether `device` is a GPU. A GPU works asynchronously, so reading a result makes the host wait."""
     return device.type in GPU_KINDS
 
 

@@ -139,7 +139,7 @@ class _Wrapper(ModelMixin, ConfigMixin):
             gate_gradient: how gates get their gradient in training. With "scaled" the output of the selected expert is
                 multiplied by the expert's probability. With "straight_through" and "none" it is not changed.
             mask_threshold: share (0..1). The expert of a text token processes the image tokens whose attention to the text
-                token is at least this share of the largest one.
+                token is at least this share of the largest attention to it.
             mask_padding: leave padding tokens out of the Space-MoE.
             image_positions: add a sinusoidal position encoding to the image tokens.
             edge_channels: width of the modules that predict edges, which are used in training only; 0: no such modules.
@@ -173,7 +173,7 @@ class _Wrapper(ModelMixin, ConfigMixin):
             options: further arguments of the method of diffusers.
 
         Raises:
-            ValueError: another `offload_type`.
+            ValueError: `offload_type` is not "leaf_level".
         """
         if offload_type != "leaf_level":
             raise ValueError(

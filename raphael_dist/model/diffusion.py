@@ -91,8 +91,9 @@ def make_scheduler(config: Diffusion, name: str) -> NoiseScheduler:
 def late_start_warning(scheduler: NoiseScheduler) -> str | None:
     """Return a warning if the first sampling step starts far from pure noise, else None.
 
-    DDIM spaces timesteps by a whole number, counted from the low end. For example, with 1,000 training timesteps 600
-    sampling steps start at timestep 600, and the images get little contrast.
+    The timesteps of DDIM and Euler are 1, 1 + d, 1 + 2 d, ..., where the distance d is a whole number. For example, with
+    1,000 training timesteps and 600 sampling steps, d is 1. Sampling then starts at timestep 600, and the images get little
+    contrast.
 
     `scheduler`: a scheduler of diffusers after its `set_timesteps`.
     """
@@ -212,7 +213,9 @@ class NoiseSchedule:
         return signal * x0_BChw + sigma * noise_BChw
 
     def target(self, x0_BChw: Tensor, noise_BChw: Tensor, timestep_B: Tensor) -> Tensor:
-        """Return what the model must predict from noised latents: eps, or v = sqrt(abar) eps - sqrt(1 - abar) x_0.
+        """Return what the model must predict from noised latents, float32 [B, C, h, w].
+
+        For epsilon prediction, this is the noise eps. For v prediction, it is v = sqrt(abar) eps - sqrt(1 - abar) x_0.
 
         Args:
             x0_BChw: clean latents x_0, float32.

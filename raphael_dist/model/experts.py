@@ -76,8 +76,9 @@ class Experts(nn.Module):
         """Add LoRA adapters to w1 and w2 of every expert: w_k becomes `w_k + (alpha / rank) B_k A_k`. B is zero at first.
 
         The adapters are the parameters w1_lora_A [K, rank, D], w1_lora_B [K, F, rank], w2_lora_A [K, rank, F'] and w2_lora_B
-        [K, D, rank] for K experts with w1 [K, F, D] and w2 [K, D, F']. The adapters belong to this module, so that
-        ZeRO-3 gathers them with the weights and expert parallelism shards them in the same way.
+        [K, D, rank] for K experts with w1 [K, F, D] and w2 [K, D, F'] (F' is F / 2 for GEGLU, otherwise F). The adapters
+        belong to this module, so that ZeRO-3 gathers them with the weights and expert parallelism shards them in the same
+        way.
         """
         self.lora_scale = alpha / rank
         for name in ("w1", "w2"):

@@ -6,9 +6,10 @@ Space-MoE moves image tokens, in three phases:
 2. That rank computes the weighted sum over its experts, with the same code as on a single rank.
 3. Combine: one row of D values returns and is added to the token's output.
 
-With 6 experts on 2 ranks this sends a third of the rows that sending each (token, expert) pair would. If nearly every token
-needs every rank, fixed sizes are used instead: all tokens are gathered on all ranks, and outputs are added by a
-reduce-scatter.
+A token that needs several experts of a rank is thus sent to this rank only once. The setting parallel.dispatch selects this
+exchange ("all_to_all") or "all_gather": all tokens are gathered on all ranks, and outputs are added by a reduce-scatter.
+"auto" selects "all_gather" on a GPU, because its sizes are fixed and the host need not wait for counts. On a CPU, "auto"
+selects it if nearly every token needs every rank.
 
 Time-MoE moves whole samples to the rank of their expert and back. One small all-gather before the first block exchanges the
 number of samples per expert for all layers. In a forward pass the host waits for the device only in this all-gather, and

@@ -1,8 +1,8 @@
 """Simulates expert parallelism in a trace (trace.py): real layers run on one rank of a group whose other ranks do not exist.
 
 Exchanges with the other ranks return tensors of the right shapes without data, and count bytes as real ones do. The trace
-thus yields exactly the bytes that a rank sends, if samples are evenly divided over the time experts and exchanges of space
-experts have fixed sizes, as on a GPU.
+thus yields exactly the bytes that a rank sends, if samples are evenly divided over the time experts, and Space-MoE layers
+gather all tokens on all ranks, as they do on a GPU by default.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,4 +1,8 @@
-"""Draws many images, divided over any number of ranks. The index of a request in the list decides which rank draws it."""
+"""Draws many images, divided over any number of ranks.
+
+Each image is described by a request, in a list that is equal on every rank. The index of a request decides which rank draws
+the image.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

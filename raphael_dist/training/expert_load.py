@@ -79,7 +79,7 @@ class DeadExperts:
         self._warned: dict[str, int] = defaultdict(int)
 
     def clear(self) -> None:
-        """Forget all loads that `find` has recorded, because the run returns to an earlier step."""
+        """Forget all loads that `find` has recorded. Call this when the run returns to an earlier step."""
         self._lines.clear()
 
     def find(self, kind: str, load_LK: Tensor, samples: float) -> Tensor | None:

@@ -1,4 +1,7 @@
-"""Draws the figures of a campaign: a comparison of all variants, and the loss against each setting that was varied."""
+"""Draws the figures of an ablation campaign: a comparison of all variants, and the loss against each varied setting.
+
+A campaign trains variants of one base configuration. The variant `full` is the base configuration itself.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,10 +26,11 @@ COLOURS = colormaps["tab20"]  # of curves: ten dark colours, each followed by a 
 
 
 def draw(base: Base, summaries: Sequence[Summary], out: Path) -> list[Path]:
-    """Write variants.png with all variants, and NAME.png for each setting NAME in CURVES; return the files.
+    """Write variants.png with all variants, and NAME.png for each NAME in CURVES (such as "experts"); return the files.
 
-    NAME.png shows the loss against the values of one setting. It is written if at least two values were trained. `base`: the
-    configuration that variants change. `out`: the folder of the files.
+    NAME.png shows the loss against the values of one setting, such as model.space_experts. It is written if at least two
+    values were trained. `base`: the configuration from which each variant differs in some settings. `out`: the folder of
+    the files.
     """
     known = [summary for summary in summaries if summary.loss is not None]
     drawn = [_variants(known, out / "variants.png")] if known else []
@@ -44,7 +48,8 @@ def draw(base: Base, summaries: Sequence[Summary], out: Path) -> list[Path]:
 def draw_curves(runs: Sequence[RunResult], out: Path) -> None:
     """Write curves.png: losses and gate statistics of each variant against the number of images seen.
 
-    One panel has the differences of the losses to the variant `full`. Curves are means over seeds.
+    One panel shows each variant's loss minus that of the variant `full`, the base configuration. Curves are means over
+    seeds.
     """
     panels = [("val/loss", LOSS), ("", "difference to `full`, 95%"), *((tag, tag) for tag in ROUTING)]
     figure = Figure(figsize=(14.0, 9.0), dpi=100)
@@ -80,7 +85,10 @@ def _band(axes: Axes, curves: Sequence[dict[int, float]], colour: str, label: st
 
 
 def _variants(summaries: Sequence[Summary], path: Path) -> Path:
-    """Draw the loss of each variant on the left, and its difference to the variant `full` on the right; return the file."""
+    """Draw the loss of each variant (left), and its difference to that of `full`, the base configuration (right).
+
+    Returns `path`, the file that is written.
+    """
     figure = Figure(figsize=(9.0, 1.2 + 0.32 * len(summaries)), dpi=120)
     left, right = figure.subplots(1, 2, sharey=True)
     for row, summary in enumerate(summaries):

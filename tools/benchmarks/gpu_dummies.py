@@ -61,9 +61,9 @@ def _by_way_of_the_host(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _with_even_loads(loop: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Wrap the loop over experts, so that each expert gets equally many tokens if their numbers are not known.
+    """Wrap the function `loop` that runs the experts one by one: give each expert equally many tokens if counts are unknown.
 
-    The host reads the number of tokens of each expert from a tensor. If this tensor has no data, all numbers are 0.
+    The host reads the number of tokens of each expert from a tensor. If this tensor has no data, it reads 0 for all experts.
     """
 
     def divided(experts: Experts, x_RD: Tensor, counts: list[int], bias: bool) -> Tensor:

@@ -22,7 +22,15 @@ CAPTIONS = 4
 
 @dataclass(frozen=True)
 class Font:
-    """A font from a PyPI package: name and style in captions, module of the package, font file in it, and licence."""
+    """A font that comes with a PyPI package.
+
+    Attributes:
+        name: name of the font in captions.
+        style: style of the font in captions, such as "serif".
+        module: Python module of the package.
+        file: name of the font file in the package.
+        licence: licence of the font.
+    """
 
     name: str
     style: str
@@ -59,11 +67,13 @@ class Look:
     """How text is drawn on an image.
 
     Attributes:
-        font, colour, background: font, colour of the text and of the background.
-        place: "centre", "left" or "right".
+        font: the font.
+        colour: name of the text's colour.
+        background: name of the background's colour.
+        place: position of the text: "centre", "left" or "right".
         cap_height: height of capitals in pixels.
-        shift: offset of the text from `place`: (down, right) in pixels.
-        advance: pixels between the middles of two characters; 0: the font's own spacing.
+        shift: by how many pixels the text is moved from this position: (down, right).
+        advance: distance in pixels between the middles of neighbouring characters; 0: the font's own spacing.
     """
 
     font: Font
@@ -82,12 +92,12 @@ class Look:
         simple: bool = False,
         monochrome: bool = False,
     ) -> "Look":
-        """Choose a look at random, with enough contrast to be read.
+        """Choose at random how to draw a text: font, colours with enough contrast to be read, position and size.
 
         Args:
             random: source of random numbers.
             fonts: fonts to choose from.
-            simple: use the first font in one size, in the centre, with one advance for all characters.
+            simple: always use the first font, one size, the centre, and the same distance between all characters.
             monochrome: use black on white.
         """
         while True:
@@ -129,7 +139,7 @@ def render(text: str, look: Look, width: int = WIDTH, height: int = HEIGHT) -> I
 
 
 def _draw_evenly(pen: ImageDraw.ImageDraw, text: str, look: Look, size: tuple[int, int]) -> None:
-    """Draw `text` in the centre, with the same distance `look.advance` between all characters.
+    """Draw `text` in the centre, with `look.advance` pixels between the middles of neighbouring characters.
 
     `size`: width and height of the image.
     """
@@ -143,12 +153,16 @@ def _draw_evenly(pen: ImageDraw.ImageDraw, text: str, look: Look, size: tuple[in
 
 
 def captions(text: str, look: Look, random: np.random.Generator) -> list[str]:
-    """Return CAPTIONS captions of an image: the first is complete, the others leave out random parts but never the text."""
+    """Return four captions (CAPTIONS) of an image that shows `text`.
+
+    The first states the text, the colours, the font and a position other than the centre. The others leave out random parts
+    of this, but never the text.
+    """
     return [_caption(text, look, random, keep) for keep in (1.0, *[0.6] * (CAPTIONS - 1))]
 
 
 def full_caption(text: str, look: Look) -> str:
-    """Return the caption that states text, colours, style of font and place."""
+    """Return the caption of an image that states the text, the colours, the font's style and the text's position."""
     return _caption(text, look, None, 1.0)
 
 

@@ -63,9 +63,9 @@ def _open_file(path: Path) -> Checkpoint:
 
 
 def _from_ldm(stored: dict[str, StoredTensor], where: Path) -> dict[str, StoredTensor]:
-    """Return those tensors of an LDM file that belong to its U-Net, by diffusers' names.
+    """Return the U-Net's tensors from a file in the format of the original LDM code, as a dict by diffusers' names.
 
-    `stored`: the tensors of the file, by their names in the file. `where`: path of the file, for messages. Raises UserError
+    `stored`: all tensors of the file, by their names in the file. `where`: path of the file, for messages. Raises UserError
     if the U-Net does not have the structure of Stable Diffusion 2.
     """
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
@@ -166,14 +166,17 @@ def scheduler_settings(folder: Path) -> JsonObject:
 def unet_files(source: Source, options: Options, folder: str) -> tuple[list[OutFile], dict[str, bytes], str]:
     """Plan the weight files of a U-Net of diffusers, with each parameter as one tensor under the parameter's name.
 
+    Nothing is written.
+
     Args:
         source: the checkpoint to convert.
-        options: options of the conversion; `weights`, `dtype` and `part_bytes` are used.
+        options: options of the conversion. Used are `weights`, `dtype` and `part_bytes` (largest size of a file in bytes).
         folder: prefix of the files' names, such as "unet/".
 
     Returns:
-        The planned files; {name: content} of the index file that states which tensor is in which file, or {} if there is
-        only one file; and which weights the files contain, "ema" (moving average) or "master" (fp32 weights).
+        A description of each file to write: its name and tensors; {name: content} of the index file that states which
+        tensor is in which file, or {} if there is only one file; and which weights the files contain, "ema" (moving
+        average) or "master" (fp32 weights).
     """
     kind = chosen_weights(source, options)
     entries = [Entry(n, s, (piece(kind, n, 0, prod(s)),), options.dtype) for n, s in source.shapes.items()]
@@ -183,8 +186,8 @@ def unet_files(source: Source, options: Options, folder: str) -> tuple[list[OutF
 def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
     """Return the plan for converting `source` to a U-Net folder in diffusers' format (UNet2DConditionModel).
 
-    `options`: which weights to write, their dtype, and the size of a file. `target` is not used: the paths in the plan are
-    relative to it. Raises UserError if the model is not dense (has experts).
+    The plan lists the files to write, with paths relative to `target`, so `target` itself is not used. `options`: which
+    weights to write, their dtype, and the largest size of a file. Raises UserError if the model has experts.
     """
     unet = unet_json(source.config, "--to dense")
     files, small, kind = unet_files(source, options, "")
@@ -202,7 +205,10 @@ def detect(path: Path) -> bool:
 
 
 def pickles(path: Path) -> list[Path]:
-    """Return the files that opening the U-Net `path` would unpickle: `path` if it is no safetensors file, or .bin files."""
+    """Return the weight files of the U-Net `path` that are pickles: they are unpickled when the U-Net is opened.
+
+    If `path` is a file, it counts as a pickle unless it is a .safetensors file. `path` may also be a folder.
+    """
     if path.is_file():
         return [path] if path.suffix != ".safetensors" else []
     files = weight_files(path / "unet" if (path / "unet").is_dir() else path)

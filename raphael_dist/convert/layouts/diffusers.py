@@ -54,8 +54,8 @@ _LATER_FIELDS: JsonObject = {"image_positions": False}  # fields that folders of
 def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
     """Return the plan for converting `source` to a pipeline folder of diffusers, or only to its unet/ (options.unet_only).
 
-    `options`: which weights to write, their dtype, the size of a file, and what else the folder contains. `target` is not
-    used: the paths in the plan are relative to it.
+    The plan lists the files to write, with paths relative to `target`, so `target` itself is not used. `options`: which
+    weights to write, their dtype, the largest size of a file, and what else the folder contains.
     Raises UserError if the VAE or text encoder that the source's configuration names is missing.
     """
     config = source.config

@@ -169,9 +169,10 @@ def _without_pooler(model: Model, info: Mapping[str, Iterable[Any]]) -> Mapping[
 
 
 def _without_last_layer(model: Model, spec: str) -> Model:
-    """Remove the last layer of `model`; return the model, which then outputs the penultimate layer (after any final norm).
+    """Remove the last layer of `model`; return the model, whose output is then that of the penultimate layer.
 
-    `spec`: value of the setting text.encoder, for messages. UserError: the model has no stack of at least two layers.
+    A final norm of the model is kept, and applied to this output. `spec`: value of the setting text.encoder, for messages.
+    UserError: the model has no stack of at least two layers.
     """
     count = model.config.num_hidden_layers
     lists = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count}

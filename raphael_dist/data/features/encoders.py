@@ -55,7 +55,7 @@ class TextFacts:
             spec: Value of the setting text.encoder: a name such as "minilm", or a folder.
             max_tokens: Number of tokens of a caption, with padding.
             dtype: Dtype in which the encoder will compute. It is a part of the fingerprint.
-            layer: "last" or "penultimate": the layer whose output is the tokens.
+            layer: "last" or "penultimate": the layer whose output is used as the tokens' embeddings.
 
         Raises:
             UserError: The folder or package does not exist, is not a text encoder, has no weights, or does not support
@@ -133,7 +133,7 @@ class TextEncoder(_Frozen[tuple[Model, Tokenizer]]):
             max_tokens: Number of tokens of a caption.
             device: Device on which the encoder runs.
             dtype: Dtype in which the encoder computes.
-            layer: "last" or "penultimate": the layer whose output is the tokens.
+            layer: "last" or "penultimate": the layer whose output is used as the tokens' embeddings.
 
         Raises:
             UserError: The encoder cannot be read, is not a text encoder, or does not support captions of `max_tokens`
@@ -207,7 +207,7 @@ class ImageFacts:
     """Facts about an image encoder that are known without loading its weights. They are the same on every rank.
 
     Attributes:
-        factor: Number of image pixels per side of a latent position.
+        factor: Image height divided by latent height (and width by width), such as 8.
         channels: Number of channels of the latents.
         fingerprint: Hash of the encoder's files and settings.
         deterministic: Whether an image has one latent, not a distribution of latents.
@@ -249,7 +249,7 @@ class ImageEncoder(_Frozen[Model]):
     """A frozen autoencoder (VAE). With image.vae=none there is no autoencoder, and the pixels are the latents.
 
     Attributes:
-        factor: Number of image pixels per side of a latent position.
+        factor: Image height divided by latent height (and width by width), such as 8.
         channels: Number of channels of the latents.
         deterministic: Whether the std that `encode` returns is always zero.
     """

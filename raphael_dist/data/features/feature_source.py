@@ -34,7 +34,7 @@ class FeatureSource:
         dataset: Loads and decodes the samples.
         index: A table of all samples of the shards (tar files).
         buckets: (height, width) of each image size (bucket) in pixels.
-        latent_factor: Number of image pixels per side of a latent position.
+        latent_factor: Image height divided by latent height (and width by width), such as 8.
         latent_channels: Number of channels of the latents.
         decodes_images: Whether `get` always decodes an image file, because no encoded images are stored.
     """
@@ -44,7 +44,7 @@ class FeatureSource:
     def __init__(self, dataset: ImageDataset, image: ImageEncoder) -> None:
         """Create the source. `dataset`: loads and decodes the samples. `image`: the image encoder of the run.
 
-        Raises UserError if an image size is not a multiple of `image.factor`, the image pixels per side of a latent.
+        Raises UserError if an image size is not a multiple of `image.factor` (image size / latent size).
         """
         if errors := factor_errors(dataset.buckets, image.factor):
             raise UserError(*errors)
@@ -99,7 +99,7 @@ class StoredFeatures(FeatureSource):
             provenance: Settings with which the samples must have been encoded (`Encoders.provenance`); `get` checks them.
 
         Raises:
-            UserError: An image size is not a multiple of `image.factor`, the image pixels per side of a latent.
+            UserError: An image size is not a multiple of `image.factor` (image size / latent size).
         """
         super().__init__(dataset, image)
         # Without the edge loss any edge maps are accepted: they are not used.

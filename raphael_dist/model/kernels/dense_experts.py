@@ -1,9 +1,10 @@
-"""The experts of a layer in Triton, each on all rows: `out[r] = sum_k w[r,k] w2_k gelu(w1_k x[r] + b1_k)`.
+"""The experts of a layer in Triton, each on all tokens r: `out[r] = sum_k w[r,k] w2_k gelu(w1_k x[r] + b1_k)`.
 
-The products are those of two dense layers, of hidden width K F. Bias, GELU and the weights w are applied to the results of
-the first product before these are stored, so hidden units are written once and read once, and there is no output for each
-expert. No hidden units are kept for the backward pass, which computes them again together with their gradient. Sums are
-float32 and in a fixed order. torch computes the gradients of x, w1 and w2, which are plain matrix products.
+K experts of hidden width F are computed as one feed-forward layer of hidden width K F, with two matrix products. The kernel
+of the first product also applies bias, GELU and the weights w before it stores its results. So hidden units are written once
+and read once, and there is no output for each expert. No hidden units are kept for the backward pass, which computes them
+again together with their gradient. Sums are float32 and in a fixed order. The gradients of x, w1 and w2 are plain matrix
+products, which torch computes.
 
 | kernel | for row r and expert k |
 |---|---|
