@@ -210,7 +210,7 @@ def _draw(
 
 @contextmanager
 def _write_errors() -> Iterator[None]:
-    """Return a context manager that raises UserError in place of an OSError in its body."""
+    """Return a context manager that raises UserError if code in its `with` block raises OSError."""
     try:
         yield
     except OSError as error:

@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def fill(config: Config, part: int, parts: int) -> None:
-    """Fill the feature cache of a run with part number `part` (from 0) of `parts` parts of its samples."""
+    """Encode this process's share of a run's samples into the feature cache: share number `part` (from 0) of `parts`."""
     from raphael_dist.data.shards.open_index import require_shards
     from raphael_dist.data_prep.prepare import fill_caches
 

@@ -181,7 +181,8 @@ class CheckpointStore:
         """Replace the progress in the saved checkpoint of step `progress.step`, after a rollback to this checkpoint.
 
         After a rollback, training skips the samples of the bad steps. A restart skips them too, since it reads
-        `samples_seen` from the manifest. An error is only logged, because it affects a restart and not this process.
+        `samples_seen` from the manifest. If the manifest cannot be read or written, the error is only logged, because it
+        affects a restart and not this process.
         """
         if not self._ranks.is_main:
             return
@@ -319,7 +320,7 @@ class CheckpointStore:
 
 
 def _report_until_written(save: Save, written: Future[WrittenFile], report: Reporter) -> None:
-    """Wait until this rank's thread has written its file; report `save.status` of the thread whenever it changes."""
+    """Wait until this rank's thread has written its file. Report what the thread does (`save.status`) at each change."""
     reported = ""
     while wait([written], timeout=1.0).not_done:
         if save.status != reported:

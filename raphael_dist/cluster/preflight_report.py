@@ -92,8 +92,8 @@ def judge(reports: list[Report], num_ranks: int, nodes: list[str]) -> Verdict:
 def _unreachable(reports: list[Report]) -> set[str]:
     """Return the nodes of the ranks that rank 0 cannot reach, according to the preflight's `reports`.
 
-    If rank 0 reaches none of several other nodes, its own node is returned instead, because its link must be broken. When a
-    link breaks, collectives fail on all nodes, so that their errors do not show which node is cut off.
+    If there are several other nodes and rank 0 reaches none of them, the node of rank 0 is returned instead, because its
+    link must be broken. Errors of collectives do not show which link is broken, because collectives then fail on all nodes.
     """
     nodes = {r["rank"]: r["node"] for r in reports}
     home = nodes.get(0)

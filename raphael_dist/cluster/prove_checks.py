@@ -30,7 +30,7 @@ class Check:
 
 
 def _preflight(proof: Proof) -> Result:
-    """Run the preflight (`preflight.Probe`), which writes a report file. The result is empty: the agents read the file."""
+    """Run the preflight (`preflight.Probe`), which writes a report file for the agents. Return an empty `Result`."""
     out = proof.folder / "preflight"
     out.mkdir(exist_ok=True)
     preflight.Probe(proof.config, proof.ranks, out, with_data=bool(proof.config.data.shards)).run()

@@ -194,10 +194,10 @@ def _unfinished(outcomes: list[Outcome]) -> list[str]:
 
 
 def _named(pairs: list[tuple[Outcome, JsonObject]]) -> list[str]:
-    """Return one line per different problem, with the ranks that have it.
+    """Return one line per text of a problem, with the ranks that reported this text.
 
-    `pairs`: (outcome of a rank, fields of a `Problem`). If some problems are caused by the
-    rank that has them (`Problem.own`), only these are listed; the others can follow from them.
+    `pairs`: (outcome of a rank, fields of a `Problem`). If a rank caused its problem itself (`Problem.own`), only such
+    problems are listed, because the others can follow from them.
     """
     own = [(o, p) for o, p in pairs if p["own"]]
     ranks: dict[str, list[str]] = {}

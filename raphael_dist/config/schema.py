@@ -122,8 +122,8 @@ def load_leniently(name_or_path: str, overrides: Sequence[str] = ()) -> tuple[Co
         overrides: settings as `section.key=value`, which override those of the file.
 
     Returns:
-        The configuration, and an error message for each mistake. The configuration is None if it has mistakes that no
-        default value removes.
+        The configuration, and an error message for each mistake. The configuration is None if default values do not
+        remove all mistakes.
     """
     try:
         return load_config(name_or_path, overrides), []

@@ -3,7 +3,8 @@
 Routing depends only on captions and timesteps. All blocks are routed outside the part that activation recomputation runs
 again, so recomputation always uses the same experts.
 
-Shape legend: B samples, Y text tokens, K experts, N image tokens, D width, L transformer blocks, H a gate's hidden width.
+Shape legend: B samples, Y text tokens, K experts, N image tokens, D width, L transformer blocks, H a gate's hidden width, R
+inputs of a gate (text tokens or timesteps of all samples).
 """
 
 from collections.abc import Sequence
@@ -42,7 +43,7 @@ def gate_logits(gates: Sequence[Gate], x: Tensor) -> Tensor:
     """Return the logits of the gates of L transformer blocks for the same input x [..., D], float32 [L, ..., K].
 
     A gate has one logit for each of K experts. Two matrix products compute the logits of all gates. Running the gates one by
-    one would need 3 L kernel launches, and 6 L in the backward pass.
+    one would need 3 kernel launches per gate (two layers and GELU), and 6 per gate in the backward pass.
     """
     first, last = ([cast(nn.Linear, gate.net[i]) for gate in gates] for i in (0, 2))
     fused = nn.functional.linear(x, torch.cat([g.weight for g in first]), torch.cat([g.bias for g in first]))

@@ -27,7 +27,8 @@ class LevelCost:
         level: U-Net level, 0 is the outermost.
         blocks: number of transformer blocks of the level.
         ep: number of ranks that share one set of experts if they are sharded.
-        rows: image tokens of one rank that go through these experts per step, summed over the level's blocks.
+        rows: number of rows of the experts' input on one rank and in one step, summed over the level's blocks. A row is an
+            image token.
         parameters: number of parameters of all experts of this kind on the level.
         sharded_bytes: bytes that a rank sends per step if the experts are sharded.
         replicated_bytes: bytes that a rank sends per step if every rank has all experts.

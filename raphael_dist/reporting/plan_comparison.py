@@ -27,7 +27,7 @@ class PlanRow:
 
 
 def measured_rows(run: RunFiles) -> list[PlanRow]:
-    """Return speed, memory and utilisation of a run as its metrics report them. Predictions are None in the result."""
+    """Return speed, memory and utilisation of a run, from its logged metrics. `planned` is None in each row."""
     rate, images = run.last("throughput/samples_per_s", share=0.5), run.number("train.global_batch_size")
     peak = max(run.values("memory/peak_gib"), default=None)
     return [

@@ -36,7 +36,7 @@ class LoraFiles:
         unet_lora_adapter_metadata: Mapping[str, Any] | None = None,
         text_encoder_lora_adapter_metadata: None = None,
     ) -> None:
-        """Write the tensors of LoRA adapters to a file that `load_lora_weights` reads, as diffusers' pipelines do.
+        """Write the tensors of LoRA adapters to a file, as diffusers' pipelines do. `load_lora_weights` reads this file.
 
         Args:
             save_directory: the folder; it is created if it does not exist.

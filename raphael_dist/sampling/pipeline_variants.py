@@ -77,8 +77,8 @@ class RaphaelInpaintPipeline(RaphaelPipeline):
             prompt: one caption or several.
             image: a PIL image, an array [H, W, 3] or a tensor [3, H, W] of floats in 0..1, or a list with one of them for
                 each prompt. It is resized and cropped to height x width.
-            mask_image: a mask of the size of the image, with the types of `image`; arrays and tensors may also be [H, W].
-                White (1): the image is drawn here. Black (0) or transparent: the image is kept.
+            mask_image: a mask of the size of the image, in one of the forms of `image`. Arrays and tensors may also be
+                [H, W]. White (1): the image is drawn here. Black (0) or transparent: the image is kept.
             strength: share of the denoising steps, 0 to 1, that are applied to the image. 1: the masked part starts from
                 pure noise.
             options: other arguments of RaphaelPipeline.

@@ -139,7 +139,8 @@ def first_latents(
 ) -> tuple[Tensor, Tensor]:
     """Return the latents with which the first step starts, [B, C, h, w], and the timesteps of the steps to run.
 
-    With start images, the first part of the scheduler's timesteps is left out, and the latents are noised start images.
+    With start images, the first part of the scheduler's timesteps is left out, and the returned latents are `start_BChw`
+    with noise.
 
     Args:
         scheduler: a scheduler of diffusers after its `set_timesteps`.

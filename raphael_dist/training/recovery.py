@@ -66,11 +66,11 @@ def skip(run: Run, why: str, losses: StepLosses) -> bool:
 
     Returns:
         True: the run continues with the next step. False: the run returned to an earlier checkpoint. It does so if
-        train.max_skipped steps in a row were skipped and this process has not taken a good step.
+        train.max_skipped steps in a row were skipped and no step of this process has changed the weights.
 
     Raises:
-        NonFiniteError: train.max_skipped steps in a row were skipped, but this process has taken a good step, or there is
-            no earlier checkpoint.
+        NonFiniteError: train.max_skipped steps in a row were skipped, and either a step of this process has changed the
+            weights or there is no earlier checkpoint.
     """
     bad = _bad_positions(losses)
     run.progress.all_non_finite = len(set(bad)) == run.config.train.global_batch_size
@@ -89,7 +89,7 @@ def skip(run: Run, why: str, losses: StepLosses) -> bool:
 def return_to_earlier_checkpoint(run: Run, line: str) -> bool:
     """Restore the checkpoint before the one that this process started from. Collective.
 
-    The checkpoint that this process started from is renamed to damaged-step-*, because no step after it was good.
+    The checkpoint that this process started from is renamed to damaged-step-*, because all steps after it were skipped.
 
     Args:
         run: the run.

@@ -96,7 +96,7 @@ class Summary:
         overrides: its settings that differ from the base configuration, as strings by field.
         match: which number was made equal to that of `full` by scaling the expert width: "parameters" or "flops". None: the
             width was not scaled.
-        runs, diverged: number of finished runs, and of those with an infinite or NaN loss.
+        runs, diverged: number of all finished runs, and number of finished runs with an infinite or NaN loss.
         parameters, flops_per_image, images_per_s, benchmark, routing: as in `RunResult`.
         loss, train_loss: held-out loss and training loss.
         differences: for each measure, the difference to the variant `full` over the seeds that both have.

@@ -39,7 +39,7 @@ class SampleReader:
             position: Number of the batch's first sample in the endless order of training. The shards of the samples from
                 this position on are fetched, too.
             requests: For each sample of the batch, the arguments of `ImageDataset.load` (sample id, number of the image
-                size, whether to mirror). `load` must afterwards be called exactly once with each of them.
+                size, whether to mirror). `load` must afterwards be called exactly once for each sample.
         """
         if self._shards is not None:
             self._shards.prefetch_from(position)
