@@ -1,1 +1,1 @@
-"""Analyses a trained model's experts: which words, timesteps and image regions each processes; dead and duplicate experts."""
+"""Analyses a trained model's experts: words, timesteps and image regions that each processes; dead and duplicate experts."""

@@ -1,7 +1,7 @@
-"""Wraps DeepSpeed's collectives: counts the bytes sent, and replaces gloo's reduce-scatter and all-gather.
+"""Wraps DeepSpeed's collectives: counts the bytes sent, and on gloo uses the trainer's own reduce-scatter and all-gather.
 
-DeepSpeed calls all collectives of every ZeRO stage through one object, `deepspeed.comm.comm.cdb`. Only this file replaces
-it.
+DeepSpeed calls all collectives of every ZeRO stage through one object, `deepspeed.comm.comm.cdb`. This file, and no other,
+replaces this object by a `CountedBackend`.
 """
 
 from collections import defaultdict

@@ -27,7 +27,7 @@ class Traffic:
 
     The bytes are computed on the host from the sizes of the tensors, not measured. For gathers and reductions a ring
     algorithm is assumed: for n ranks a rank sends (n - 1)/n of the whole tensor, and in an all-reduce twice as much. The
-    collectives in two stages of `gloo_collectives` send as many bytes.
+    two-stage collectives of the module `gloo_collectives` send equally many bytes.
 
     Attributes:
         experts: expert parallelism: tokens or samples sent to experts, their outputs and gradients, in forward, recomputed

@@ -54,7 +54,7 @@ class BatchPlan:
             config: the run's configuration.
             world_size: number of ranks.
             samples_seen: for each checkpoint from which the run may resume, how many samples were processed before it. These
-                numbers decide whether `aligned` is True.
+                numbers decide whether all steps start at multiples of the global batch size (`aligned`).
 
         Raises:
             UserError: there are more ranks than samples in a global batch.

@@ -1,6 +1,6 @@
 """Predicts the communication of a step: bytes and seconds to reduce gradients, gather weights and send tokens to experts.
 
-The model is that of NCCL's ring algorithm, as NCCL uses it to choose between algorithms (src/graph/tuning.cc). A ring passes
+The cost model is that of NCCL for its ring algorithm (src/graph/tuning.cc, which chooses between algorithms). A ring passes
 through all members of a group on one node and then goes to the next node. There are as many parallel rings as a node has
 members with a network card of their own, so all cards carry the bytes. The time of a collective is its bytes divided by the
 bandwidth of the slower of the two links (within and between nodes), plus one latency (hop) per member, which is longer
@@ -8,7 +8,7 @@ between nodes. The result is a lower bound: it assumes that no rank is late and 
 
 On gloo, with several ranks per node, reduce-scatters and all-gathers have two stages (`one_pass`).
 
-These predictions are not fitted to measurements. docs/scale.md lists the results and what the model leaves out.
+These predictions are not fitted to measurements. docs/scale.md lists the predictions and what the cost model leaves out.
 """
 
 import math

@@ -107,7 +107,9 @@ def locate(stored: Mapping[str, StoredTensor], expected: Iterable[FileTensor]) -
 
 
 def kind_files(source: Source, kind: str, part_bytes: int) -> tuple[list[OutFile], dict[str, bytes]]:
-    """Plan the safetensors files for one kind of values of the checkpoint `source`, each of about `part_bytes` bytes.
+    """Plan the safetensors files for one kind of values of the checkpoint `source`.
+
+    A file has at most `part_bytes` bytes of tensors, unless a single tensor is larger.
 
     `kind`: "master" (fp32 weights), "exp_avg", "exp_avg_sq" (Adam moments) or "ema". Returns the planned files, and
     {name: content} of the index, a file that states which tensor is in which file; {} if there is only one file.
@@ -118,8 +120,8 @@ def kind_files(source: Source, kind: str, part_bytes: int) -> tuple[list[OutFile
 def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
     """Return the plan for converting `source` to the layout `canonical`: safetensors files with whole tensors.
 
-    All kinds of values that the source has are written: weights, Adam moments and EMA. Of `options`, only `part_bytes` is
-    used. `target` is not used: the paths in the plan are relative to it.
+    All kinds of values that the source has are written: weights, Adam moments and EMA. Of `options`, only `part_bytes`
+    (the maximum size of a file) is used. `target` is not used: the paths in the plan are relative to it.
     """
     files: list[OutFile] = []
     small: dict[str, bytes] = {}
