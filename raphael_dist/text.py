@@ -1,4 +1,4 @@
-"""Text from outside the program: reads text files, prints untrusted text safely, hides secrets in addresses."""
+"""Text from outside the program: reads text files, prints untrusted text safely, hides secrets in URLs."""
 
 import codecs
 import contextlib

@@ -1,4 +1,7 @@
-"""Reads the sample at any global position. Random choices (caption, flip, dropout) depend only on seed and position."""
+"""Reads samples by their position: the number of a sample in the endless order of training.
+
+Random choices (caption, flip, dropout) depend only on the seed and the position.
+"""
 
 import itertools
 import logging
@@ -205,9 +208,10 @@ class TrainStream:
         return generator(self.seed, purpose, position)
 
     def _read(self, place: SamplePosition, position: int, flip: bool) -> tuple[int, SampleFeatures]:
-        """Return (sample id, features) of the sample at `place`, or of its replacement if it cannot be used.
+        """Return (sample id, features) of the sample that `place` names, or of its replacement if it cannot be used.
 
-        `position`: the global position of `place`, from which the choice of a caption is drawn. `flip`: mirror the image.
+        `place`: sample id and bucket (image size). `position`: number of the sample in the endless order of training, which
+        determines the random choice of a caption. `flip`: mirror the image.
         """
         sample_id = place.sample_id
         while True:
@@ -263,7 +267,10 @@ class TrainStream:
                 _check_bad_fraction(self.replaced, bad, self._num_read, self._max_bad_fraction)
 
     def _replacement(self, sample_id: int, bucket: int) -> int:
-        """Return the id of the sample that replaces an unusable one: the next usable id of the bucket, cyclically."""
+        """Return the id of the sample that replaces an unusable one: the next usable id of this bucket, cyclically.
+
+        `bucket`: number of the image size of both samples.
+        """
         replacement = self._replacements.get(sample_id)
         if replacement is None or replacement in self.bad_samples:
             replacement = next((n for n in self._next_ids(sample_id, bucket) if n not in self.bad_samples), None)
@@ -277,7 +284,7 @@ class TrainStream:
         return replacement
 
     def _next_ids(self, sample_id: int, bucket: int) -> Iterator[int]:
-        """Yield the sample ids of a bucket after `sample_id`, then those before it."""
+        """Yield the ids of the samples of a bucket (image size): first those after `sample_id`, then those before it."""
         bucket_of = self.order.bucket_of
         for first, last in ((sample_id + 1, len(bucket_of)), (0, sample_id)):
             for start in range(first, last, _PIECE):

@@ -272,7 +272,10 @@ def write_results(folder: Path, results: Sequence[Result]) -> None:
 
 
 def _as_row(result: Result) -> dict[str, object]:
-    """Return the measured values of a result by name, without None. A text score becomes text_exact, text_exact_low, ..."""
+    """Return the measured values of a result by name, without None.
+
+    Each field of a `TextScore` gets its own entry: e.g. field `exact` of `text` becomes "text_exact".
+    """
     row: dict[str, object] = {}
     for name, value in asdict(result).items():
         if isinstance(value, dict):

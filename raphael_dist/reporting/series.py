@@ -34,7 +34,8 @@ class Curve(TypedDict):
     Attributes:
         label: text of the legend.
         x, y: coordinates of its points, two lists of equal length. None in `y` is a gap.
-        kind: "step", "restart" or "fault" for a curve that shows the progress of a run over time; otherwise missing.
+        kind: only in the curves of `timeline_data`: "step" (the steps of a run over time), "restart" or "fault" (points at
+            the times of these events).
     """
 
     label: str
@@ -103,8 +104,8 @@ def timeline_data(histories: list[tuple[str, History]], buckets: int = BUCKETS) 
 
     There are up to three curves per run, whose "kind" is "step", "restart" or "fault". Restarts and faults are points.
 
-    `histories`: (name, events and progress) of each run. `buckets`: a curve has at most 2 x `buckets` points, as many
-    as the curves of `chart_data`, which have two points in each interval.
+    `histories`: for each run its name, and its history (steps, restarts and faults with their times). `buckets`: half of
+    the largest number of points of a curve.
     """
     curves: list[Curve] = []
     for name, history in histories:

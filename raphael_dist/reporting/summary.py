@@ -76,7 +76,10 @@ def expert_health(run: RunFiles) -> str:
 
 
 def speed(examined: Examined) -> str:
-    """Return sentences about a run's speed in images per second and what limits it, e.g. waiting for data."""
+    """Return sentences about a run's speed in images per second and what limits it, e.g. waiting for data.
+
+    `examined`: the run and its logs.
+    """
     run = examined.run
     rate = run.last("throughput/samples_per_s", share=0.5)
     if rate is None:
@@ -109,7 +112,7 @@ def speed(examined: Examined) -> str:
 
 
 def failures(examined: Examined) -> str:
-    """Return sentences about a run's faults (such as crashes or skipped steps), its restarts and its end."""
+    """Return sentences about faults (such as crashes), restarts and the end of a run. `examined`: the run and its logs."""
     history = examined.history
     if not examined.run.log:
         return "Unknown: there is no train.log."

@@ -127,7 +127,7 @@ class _Storage(Generic[P]):
 
 
 class _Pickler(pickle.Pickler, Generic[P]):
-    """Pickles a tree as `torch.save` does, with a tensor for each placeholder object. `write_tree` writes the data later."""
+    """Pickles a tree as `torch.save` does, with a tensor in place of each placeholder. `write_tree` adds the data later."""
 
     def __init__(self, file: io.BytesIO, placeholder: type[P]) -> None:
         super().__init__(file, protocol=2)

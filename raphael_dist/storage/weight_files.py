@@ -4,7 +4,7 @@ STEM is diffusion_pytorch_model, model or pytorch_model. The files are one of:
 
 - STEM.safetensors, or STEM.safetensors.index.json and the files that this index lists;
 - STEM.bin or STEM.bin.index.json, the same in the format of torch.save;
-- such files with the name of a variant, for example fp16: STEM.fp16.safetensors, STEM.safetensors.index.fp16.json.
+- files of both kinds with a variant, e.g. fp16, in their names: STEM.fp16.safetensors, STEM.safetensors.index.fp16.json.
 """
 
 import re

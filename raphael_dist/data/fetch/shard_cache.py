@@ -228,7 +228,7 @@ class ShardStore:
         return descriptor
 
     def _download(self, url: str, stamp: Stamp, path: Path) -> None:
-        """Download a remote shard to `path`. If there is no room for it, delete the least recently used shards first."""
+        """Download a remote shard to `path`. If the cache folder is full, delete the least recently used shards first."""
         if stamp.num_bytes > self.max_bytes:
             raise UserError(
                 f"data.shard_cache_gb={self.max_bytes / 2**30:g} must be large enough for each shard, but "
@@ -317,7 +317,8 @@ def _expand(name: str, _: Stamp, path: Path) -> None:
 def _locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on a file next to `path`, so that only one process of this node runs the block at a time.
 
-    Where no lock is possible, the block runs without one: work may then be done twice, but files still appear complete.
+    If the file system does not allow a lock, the block runs without it. Two processes may then do the same work, but files
+    still appear complete.
     """
     lock = path.with_name(f".{path.name}.lock")
     with contextlib.ExitStack() as stack:

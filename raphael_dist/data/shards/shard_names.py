@@ -84,7 +84,7 @@ def expand_shards(patterns: Sequence[str], retry: RetryPolicy = DEFAULT_RETRY) -
 def _expand_braces(pattern: str) -> list[str]:
     """Return the names to which the braces of `pattern` expand by the rules of bash and webdataset.
 
-    Raises UserError if the braces cannot be parsed, a range descends, or there are too many names.
+    Raises UserError if the braces cannot be parsed, a range descends, or there are more than _MAX_SHARDS names.
     """
     try:
         _check_ranges(pattern)
@@ -99,7 +99,7 @@ def _expand_braces(pattern: str) -> list[str]:
 
 
 def _check_ranges(pattern: str) -> None:
-    """Raise UserError if a range {first..last} descends or the braces of `pattern` expand to too many names.
+    """Raise UserError if a range {first..last} descends, or `pattern` expands to more than _MAX_SHARDS names.
 
     Raises ValueError if the braces are nested too deeply.
     """

@@ -1,5 +1,6 @@
 """The record of one shard (tar file): a file with the byte range, image size, key and columns of each of its samples.
 
+The columns are numbers from the samples' metadata, for data.filters.
 The shard is read once to make the record. The index of a data set joins the records of its shards (write_index.py).
 """
 
@@ -124,6 +125,7 @@ def save_record(folder: Path, record: ShardRecord) -> None:
 def scan_shard(store: ShardStore, name: str) -> ShardRecord:
     """Read a shard (tar file) and return its record: the byte range, image size, key and columns of each sample.
 
+    The columns are numbers from the samples' metadata, for data.filters.
     `store`: provides the shard as a local file. `name`: path or URL of the shard. If the shard cannot be read to its
     end, `damage` of the record states the reason.
 
@@ -151,7 +153,7 @@ def scan_shard(store: ShardStore, name: str) -> ShardRecord:
 
 
 def unreached_record(name: str, reason: str) -> ShardRecord:
-    """Return a record without samples for a shard that is missing.
+    """Return a record without samples, for a shard that does not exist or whose stored record is missing or damaged.
 
     `name`: path or URL of the shard. `reason`: stored as the record's `damage`.
     """

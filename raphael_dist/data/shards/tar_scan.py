@@ -51,7 +51,7 @@ TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, RecursionError)
 class TarHeader(tarfile.TarInfo):
     """The header of a file in a tar. It limits the size of extended headers (pax, long names of GNU) against attacks.
 
-    tarfile reads them into memory, whatever size they state.
+    The standard library's `tarfile` reads extended headers of any size into memory.
     """
 
     @classmethod
@@ -270,8 +270,8 @@ def check_sample(
 
     Returns:
         - (width, height) of the image in pixels, from its header, after the EXIF rotation;
-        - the fields of the json, and a field quoted_text: the number of characters in double quotes in the caption (if there
-          are several captions, the smallest of these numbers).
+        - the fields of the sample's json file, and "quoted_text": the number of characters in double quotes in the caption
+          (if there are several captions, the smallest of these numbers).
 
     Raises:
         ValueError: The sample cannot be used; the message is the reason.

@@ -1,7 +1,7 @@
-"""The view of an index: which samples pass data.filters, and the bucket (image size) of each of them.
+"""The view of an index (table of all samples): which samples pass data.filters, and the bucket (image size) of each of them.
 
-It is computed once for an index, filters and image sizes, stored next to the index, and memory-mapped. It takes one byte per
-sample.
+The view is computed once for an index, filters and image sizes, stored next to the index, and memory-mapped. It takes one
+byte per sample.
 """
 
 import hashlib
@@ -160,7 +160,7 @@ def _write(folder: Path, index: DatasetIndex, buckets: Buckets, filters: Sequenc
 
 
 def _compute(index: DatasetIndex, buckets: Buckets, filters: Sequence[Filter], bucket_of: np.ndarray) -> View:
-    """Apply the filters to all samples of `index`, and return the view.
+    """Apply the filters to all samples of `index`; return the view: which samples pass, and the bucket (image size) of each.
 
     `bucket_of`: array [num_samples], to which the bucket numbers are written. It becomes a part of the view.
     """

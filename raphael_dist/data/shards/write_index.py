@@ -32,7 +32,10 @@ class _Writer:
     """
 
     def __init__(self, columns: Sequence[str], open_file: Callable[[str], BinaryIO]) -> None:
-        """Open the files. `columns`: names of the columns to write. `open_file`: opens a new file by its name."""
+        """Open the files.
+
+        `columns`: names of the columns (metadata values for data.filters) to write. `open_file`: opens a new file by name.
+        """
         kinds: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {"place": (np.uint32, (2,)), "size": (np.uint16, (2,))}
         kinds |= {f"column.{column}": (np.float32, ()) for column in columns}
         self._arrays = {name: (open_file(f"{name}.npy"), *kind) for name, kind in kinds.items()}
@@ -83,8 +86,8 @@ class _Writer:
 def table_in_memory(store: ShardStore, records: Iterable[ShardRecord]) -> DatasetIndex:
     """Join the records of shards into an index (table of all samples) in memory, with all columns. No file is written.
 
-    `store`: provides the shards (tar files) as local files. `records`: for each shard, the byte range, image size and
-    key (name) of its samples.
+    `store`: provides the shards (tar files) as local files. `records`: for each shard, the byte range, image size,
+    key (name) and columns (metadata values for data.filters) of its samples.
     """
     records = list(records)
     columns = sorted({name for record in records for name in record.columns})
