@@ -50,7 +50,7 @@ def torture(args: argparse.Namespace) -> bool:
 
     A trial is lost if its run neither ends with the results of a run without faults, nor stops with an error message.
 
-    Raises UserError for mistakes, and if trials cannot continue.
+    Raises UserError for mistakes in `args`, and if trials cannot continue.
     """
     campaign = importlib.import_module("tests.torture.campaign")  # tests/ is not part of the installed package
     kinds = campaign.KINDS

@@ -1,4 +1,4 @@
-"""Train the small VAE on the training shards of a data set: `python tools/train_vae.py --data data/emoji --out DIR`."""
+"""Train a small VAE on the training shards of a data set: `python tools/train_vae.py --data data/emoji --out DIR`."""
 
 import argparse
 import sys

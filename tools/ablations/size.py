@@ -18,8 +18,8 @@ class Size:
     """The size of a model.
 
     Attributes:
-        parameters: number of parameters, with edge modules and gates.
-        flops: FLOPs of one training image, forward and backward, with every space expert on every image token, as on a GPU.
+        parameters: number of all parameters, also those of gates and of the modules that predict edge maps.
+        flops: FLOPs of one training image, forward and backward, if every space expert processes every image token.
     """
 
     parameters: int

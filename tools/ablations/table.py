@@ -1,4 +1,4 @@
-"""Shows the results of a campaign as Markdown: a table, the order of the variants, a verdict on each part of the model."""
+"""Shows the results of an ablation campaign as Markdown: tables, the variants by loss, a verdict on each model part."""
 
 from collections.abc import Sequence
 
@@ -43,7 +43,8 @@ def describe(campaign: Campaign, summaries: Sequence[Summary]) -> str:
 def _table(title: str, columns: Sequence[str], rows: Sequence[tuple[str, dict[str, Interval]]], sign: str = "") -> list[str]:
     """Return the lines of a Markdown table with one row per variant; [] if no variant has values.
 
-    `rows`: (name of the variant, intervals by column). `sign`: "+" to show the sign of positive values too.
+    `rows`: name of each variant, and for each column the mean over seeds with its 95% interval. `sign`: "+" to show the
+    sign of positive values too.
     """
     rows = [(name, values) for name, values in rows if values]
     if not rows:

@@ -22,8 +22,8 @@ class Variant:
         name: name on the command line and of its folder.
         what: description for tables.
         overrides: settings that differ from the base configuration, as strings by field ("section.key").
-        match: which number is made equal to that of the variant `full` by scaling the expert width: "parameters" or "flops".
-            None: the width is not scaled.
+        match: which number is made equal to that of the variant `full` (the base configuration itself) by scaling the
+            expert width: "parameters" or "flops". None: the width is not scaled.
         seeds: number of runs of the variant, each with another seed.
     """
 
@@ -127,6 +127,8 @@ def groups_of(base: Base, steps: int) -> dict[str, list[Variant]]:
 def choose(base: Base, words: Sequence[str], seeds: int = 1, images: int | None = None) -> list[Variant]:
     """Return the variants to train, with matched widths and numbers of seeds: `full`, and those that the user names.
 
+    `full` is the base configuration itself, with which the other variants are compared.
+
     Args:
         base: the configuration that the variants change.
         words: groups, names of variants or `all`. A word "NAME:N" chooses N seeds for NAME. Of several variants with the
@@ -169,7 +171,7 @@ def steps_of(base: Base, images: int | None) -> int:
 def _first_of_each_model(base: Base, variants: Iterable[Variant]) -> dict[str, str]:
     """Return {name of a variant: name of the first variant with the same model}.
 
-    E.g. the variant with the base's own number of experts is the same as `full`.
+    E.g. the variant with the base's own number of experts is the same as `full`, the base itself.
     """
     first: dict[tuple[str, str | None], str] = {}
     return {v.name: first.setdefault((_text(base, v), v.match), v.name) for v in variants}

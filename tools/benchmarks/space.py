@@ -68,7 +68,7 @@ class SpaceRow:
 
     Attributes:
         mask: share of the image (0..1) in a region.
-        density: share of all (token, expert) pairs that are needed.
+        density: share (0..1) of all (image token, expert) pairs in which the expert has a weight above 0 for the token.
         milliseconds: time of forward and backward, by implementation.
     """
 

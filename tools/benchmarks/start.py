@@ -1,4 +1,6 @@
-"""`tools/bench.py start`: time to start with many ranks that do not compute.
+"""`tools/bench.py start`: time that many ranks need to start training, and for the small collectives of a step and a save.
+
+The ranks have no model.
 
 One process imports everything and forks the ranks, so that hundreds of them fit into the memory of one machine. All ranks
 share its cores and communicate by gloo over loopback. On a cluster, the network has more latency and each node has cores for
@@ -39,9 +41,10 @@ RANGES = 40  # entries of one rank's file in a manifest, as for raphael-3b on ab
 
 
 def bench_start(world_size: int, ep: int, repeats: int) -> dict[str, float]:
-    """Fork `world_size` ranks; return the seconds that the slowest rank takes for each part of a start, by name.
+    """Fork `world_size` ranks; return the seconds that the slowest rank takes for each part of a start of training, by name.
 
-    Short parts are measured `repeats` times, and their median counts. `ep`: number of ranks over which experts are sharded.
+    Parts are e.g. "join the process group" and "claim the run directory". Short parts are measured `repeats` times, and
+    their median counts. `ep`: number of ranks over which experts are sharded.
     """
     port, pids = free_port(), []
     with tempfile.TemporaryDirectory() as name:
@@ -81,7 +84,9 @@ def _fork(rank: int, world_size: int, ep: int, repeats: int, port: int, folder: 
 
 
 def measure(ranks: Ranks, ep: int, repeats: int, folder: Path) -> dict[str, float]:
-    """Return the seconds of the slowest rank for parts of a start, a step and a save, by name. Collective.
+    """Return the seconds of the slowest rank for parts of the start of training, of a step and of a save. Collective.
+
+    The result is a dict from the name of a part, such as "join the process group", to seconds.
 
     Args:
         ranks: this rank and the number of ranks.
@@ -150,7 +155,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the seconds of each part of a start, by the number of ranks."""
+    """Print the milliseconds of each part of the start of training (e.g. joining the process group) by number of ranks."""
     import deepspeed  # noqa: F401  # imported before the fork, so that the ranks need not import it
 
     torch.set_num_threads(1)

@@ -71,7 +71,7 @@ def tensor_bytes() -> int:
 def bench_states(config: Config, tree: dict[str, Any], ranks: Ranks, device: torch.device) -> tuple[float, float]:
     """Return the bytes per parameter on this rank, before and after the optimizer update of the second step. Collective.
 
-    `tree`: DeepSpeed's configuration.
+    The optimizer creates its moments in the first step. `tree`: DeepSpeed's configuration.
     """
     before = tensor_bytes()
     plan = BatchPlan.of(config, ranks.world_size)

@@ -2,14 +2,14 @@
 
 The following are compared:
 
-- our U-Net without experts
+- our U-Net without experts ("ours, dense")
 - diffusers' `UNet2DConditionModel` of the same widths in a plain PyTorch loop
-- our U-Net with experts (auto), and computed by the paper's formula as printed (reference)
+- our U-Net with experts, with model.expert_backend=auto, and with `reference`: the paper's formula as printed
 - our blocks with DeepSpeed's `MoE` layers
 
 All get equal batches in float32 and use AdamW. The models take steps in turn. The fastest forward pass, backward pass and
-update of each model count, because they were disturbed least. RAPHAEL's efficiency is its FLOP/s divided by those of the
-dense step: 1.00 is as efficient as dense.
+update of each model count, because they were disturbed least. The column "by FLOPs" is a model's time per FLOP in the
+forward and backward pass, divided by that of our U-Net without experts: above 1.00, the model is less efficient.
 """
 
 import argparse
@@ -236,9 +236,9 @@ def bench_step(config: Config, rounds: int, reference: bool = True) -> list[Step
 def bench_engine(config: Config, rounds: int, ranks: Ranks, device: torch.device) -> dict[str, float]:
     """Return the fastest time in milliseconds of a training step and of the trainer's work around it, by name.
 
-    "plain loop" and "engine" are the whole step without and with DeepSpeed. "average" (the moving average), "metrics" and
-    "data" are further work of the trainer. "data" builds a batch of cached features; in training, a thread does this
-    during the step.
+    "plain loop" and "engine" are the whole step without and with DeepSpeed. "average" (update of the weights' moving
+    average), "metrics" and "data" are further work of the trainer. "data" builds a batch of cached features; in training,
+    a thread does this during the step.
     """
     plan = BatchPlan.of(config, ranks.world_size)
     plain = contenders(config, reference=False)["RAPHAEL, auto"]

@@ -8,7 +8,7 @@ This cannot show:
 - time;
 - the kernels inside an operation;
 - waits of the CUDA library itself (its allocator waits in the first steps);
-- fused attention, which torch decomposes for such tensors, so that there are too many launches and bytes.
+- fused attention: torch decomposes it for tensors without data, so there are more launches and bytes than on a GPU.
 
 The fourth step is counted: DeepSpeed's timer waits in the first two, and optimizers create their state in the first. Samples
 have the first size of `image.buckets`.
@@ -181,7 +181,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print how often the host waits for the GPU in an optimizer step, its GPU operations and bytes, by line of code."""
+    """Print for an optimizer step the host's waits for the GPU, the GPU operations and their bytes, by line of code."""
     began = time.monotonic()
     config = load_config(args.config, args.overrides)
     batch = config.train.micro_batch_size * args.world * args.micro_steps
