@@ -20,7 +20,8 @@ class Snapshot:
 
     Attributes:
         ranges: the contents of the buffer, in order. For each key `<kind>/<parameter>`, the elements of the flattened
-            parameter that this rank saves: (index of the first element, number of elements).
+            parameter that this rank saves: (index of the first element, number of elements). Kinds are "master" (fp32
+            weights), "exp_avg", "exp_avg_sq" (Adam moments) and "ema".
     """
 
     def __init__(self, fragments: Fragments, ema: Ema | None, rank: int, world_size: int) -> None:
@@ -93,8 +94,8 @@ def write_snapshot(
         Size and SHA-256 of the file, for the manifest.
 
     Raises:
-        OSError: the file cannot be written, a value is not finite, or the device does not return the bytes that were
-            written.
+        OSError: the file cannot be written, a value is not finite, or the bytes that are read back differ from those that
+            were written.
     """
     heads = [(key, torch.float32, (numel,)) for key, numel in layout]
     with tensorfile.HashedFile(path) as file:

@@ -38,7 +38,7 @@ class Upscale(Section):
 
 
 def check_small_images(upscale: Upscale, latent_factor: int, buckets: tuple[tuple[int, int], ...]) -> None:
-    """Check that the small images of super-resolution can be divided into one square of pixels per latent position.
+    """Check that the small images of super-resolution have `upscale.patch` x `upscale.patch` pixels per latent position.
 
     Args:
         upscale: the section `upscale`.

@@ -209,8 +209,8 @@ def check_complete(plan: ConversionPlan, source: Source) -> None:
 def values(entry: Entry, source: Source) -> Iterator[Tensor]:
     """Read the elements of a planned tensor from the source; yield them in order.
 
-    Each yielded tensor has the dtype of `entry`. It is 1-D with at most 2**20 elements, or a whole matrix if the piece is
-    written transposed.
+    Each yielded tensor has the dtype of `entry`. It is 1-D with at most 2**20 elements, or a whole matrix that is written
+    transposed.
     """
     for p in entry.pieces:
         if p.kind == STEP:

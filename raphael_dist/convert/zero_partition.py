@@ -2,9 +2,9 @@
 
 No process group is needed. A *span* is a range of consecutive elements of a flattened parameter.
 
-- ZeRO-1 and 2 concatenate the parameters of an optimizer parameter group, round the length up, and divide the result into
-  one equal part per rank. One group has the replicated parameters, and there is one group of sharded experts for each
-  expert-parallel size.
+- ZeRO-1 and 2 concatenate the parameters of an optimizer parameter group, pad the end, and divide the result into one equal
+  part per rank. One group has the replicated parameters, and there is one group of sharded experts for each expert-parallel
+  size.
 - ZeRO-3 divides every parameter separately.
 """
 

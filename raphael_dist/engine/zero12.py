@@ -64,10 +64,10 @@ class Zero12Contiguous(Zero12):
     """Adapter for ZeRO-1 and 2 with the gradients of each parameter group in one buffer, which is reduced without copies.
 
     DeepSpeed's own reduction runs a hook for every parameter (0.1 ms of host time each). It copies gradients into a bucket,
-    from there into a flat part, and by default sends every bucket to all ranks. With this adapter the backward pass writes
-    gradients directly into the input of a reduce-scatter: nothing is copied, and half of the bytes are sent. With
-    `overlap_comm` there is a parameter group for each bucket (`gradient_buckets`), and the reduction of a bucket starts when
-    its last gradient has been written.
+    from there into this rank's flat gradient buffer, and by default sends every bucket to all ranks. With this adapter the
+    backward pass writes gradients directly into the input of a reduce-scatter: nothing is copied, and half of the bytes are
+    sent. With `overlap_comm` there is a parameter group for each bucket (`gradient_buckets`), and the reduction of a bucket
+    starts when its last gradient has been written.
     """
 
     def __init__(self, optimizer: DeepSpeedObject) -> None:

@@ -43,9 +43,9 @@ class Trace:
         flops, bytes: int64 [ops]. Bytes are those of inputs and outputs by their shapes, as if nothing stayed in a cache.
         is_block: bool [segments], True for transformer blocks.
         saved_by: int64 [segments], bytes that the forward pass of a segment keeps for its backward pass.
-        peaks: int64 [2, segments + 1], the largest numbers of live bytes. Element [0, i] is for those operations of the
-            forward pass that run while `i` segments have started, element [1, i] for the backward pass of the same
-            operations. Gradients of weights are freed at once, as ZeRO does.
+        peaks: int64 [2, segments + 1], peak bytes of live tensors. Element [0, i] is the peak in the part of the forward
+            pass after the start of segment i and before the start of segment i + 1, counted from 1. Element [1, i] is the
+            peak in the backward pass of this part. Gradients of weights are freed at once, as ZeRO does.
         saved: bytes of activations that are alive after the forward pass.
         sent: bytes that the rank sends to the experts of other ranks.
     """

@@ -40,7 +40,7 @@ class StopRequest:
             signal.signal(number, self._on_signal)
 
     def ignore(self) -> None:
-        """Ignore all further signals. Call it when the work is saved and the exit code is decided."""
+        """Ignore SIGTERM, SIGINT and SIGUSR1 from now on. Call it when the work is saved and the exit code is decided."""
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 

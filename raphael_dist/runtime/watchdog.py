@@ -5,8 +5,8 @@ its heartbeat (the place that its training loop has reached) to a file in the ru
 over, this rank reads the heartbeats of all ranks, reports the ranks that are behind, writes the stacks of its own threads to
 `logs/stacks-rank-N.txt`, and exits with EXIT_HUNG. The launcher then ends the other ranks.
 
-The watchdog starts before the ranks are connected. Until the run directory is open, heartbeats are lines in the ranks' store
-(rendezvous.py).
+The watchdog starts before the ranks form a process group. Until the run directory is open, the ranks write their heartbeats
+to torch.distributed's key-value store (rendezvous.py).
 
 A thread that never releases Python's global interpreter lock would also stop the watchdog thread. Therefore each rank starts
 a small process (interpreter_watchdog.py). The small process receives a byte from the watchdog thread at every tick, and
@@ -236,7 +236,10 @@ class Watchdog:
         os._exit(EXIT_HUNG)  # the training thread is stuck: nothing less ends it
 
     def _describe_links(self, heartbeats: list[Heartbeat]) -> str:
-        """Return a text that names ranks that write heartbeats but cannot be reached; "" if there are no such ranks."""
+        """Return a text that names ranks whose messages do not reach this rank over the network; "" if there are none.
+
+        `heartbeats`: the last heartbeat of each rank, which states its host.
+        """
         # Ranks that wait at the same place time out within one tick of each other.
         seconds = self._tick + rendezvous.ANSWER_S
         missing = rendezvous.unreachable(self._ranks.rank, self._ranks.world_size, seconds)
@@ -244,7 +247,7 @@ class Watchdog:
         return f", and {names} cannot be reached from {self._host}: check the network between them" if missing else ""
 
     def _read_heartbeats(self) -> list[Heartbeat]:
-        """Return the last heartbeat of every rank; [] if the store that has the heartbeats does not answer."""
+        """Return the last heartbeat of every rank; [] if they are in the key-value store and it does not answer."""
         if self._stacks is None:
             return _newest(rendezvous.read_status(), self._ranks.world_size)
         return [self._read_file(rank) for rank in range(self._ranks.world_size)]
@@ -262,7 +265,10 @@ def _missing(rank: int) -> Heartbeat:
 
 
 def _newest(lines: list[str] | None, world_size: int) -> list[Heartbeat]:
-    """Return the last heartbeat of each rank, from the lines that ranks wrote to their store; [] if `lines` is None."""
+    """Return the last heartbeat of each rank; [] if `lines` is None.
+
+    `lines`: all heartbeats that ranks wrote to torch.distributed's key-value store, as JSON, oldest first.
+    """
     if lines is None:
         return []
     newest = {rank: _missing(rank) for rank in range(world_size)}

@@ -1,4 +1,4 @@
-"""Throughput, model FLOPs and memory, and the test of a micro-batch before the first step."""
+"""Computes throughput, model FLOPs and memory use; tests before the first step whether a micro-batch fits into memory."""
 
 import resource
 from functools import lru_cache

@@ -164,8 +164,9 @@ def next_batch(run: Run, batches: Iterator[Batch], micro_step: int) -> Batch:
 def reduce_step_stats(run: Run, loss_sum: torch.Tensor) -> tuple[float, float]:
     """Return the mean loss and the global gradient norm of the step, equal on all ranks. Collective.
 
-    This is the only wait for the device in a step. The same all-reduce agrees on stopping early, and completes a checkpoint
-    once all ranks have written it. Raises UserError on all ranks if the data of any rank failed.
+    One all-reduce computes both; reading its result is the only wait for the device in a step. The all-reduce also shows
+    whether to stop early, and whether all ranks have written the pending checkpoint, which is then completed.
+    Raises UserError on all ranks if the data of any rank failed.
 
     `loss_sum`: the sum of this rank's sample losses, from `accumulate`.
     """
@@ -326,9 +327,8 @@ def save(run: Run, last: bool) -> None:
 def _slots(run: Run) -> Iterator[list[tuple[int, float]]]:
     """Yield for each micro-step, without end, (position in training order, weight) of each of this rank's samples.
 
-    The weight is 1, or 0 for samples that only fill up a micro-batch.
-    `samples_seen` is read only at the start. Later it is behind the numbers that are yielded here, because batches are
-    prefetched.
+    The weight is 1, or 0 for samples that only fill up a micro-batch. The first position is the number of samples trained so
+    far (`samples_seen`). This number is read only once, because it lags behind the positions of prefetched batches.
     """
     for first in count(run.progress.samples_seen, run.config.train.global_batch_size):
         for micro_step in range(run.plan.accumulation):

@@ -1,7 +1,7 @@
-"""The experts of a layer, computed in Triton for the (row, expert) pairs with a weight w > 0 only.
+"""The experts of a layer, computed in Triton for the (row, expert) pairs with a weight w > 0 only. A row is a token.
 
 `out[r] = sum_k w[r,k] w2_k gelu(w1_k x[r] + b1_k)` over these pairs. The pairs are numbered on the device, sorted by expert,
-so the host does not wait for their number. Buffers have room for as many pairs as there can be, and grids cover them. Shapes
+so the host does not wait for their number. Buffers and grids have the size for the largest possible number of pairs. Shapes
 are therefore fixed, as CUDA graphs require. Programs beyond the last pair end at once, so that the work follows the number
 of pairs. Sums over the experts of a row, and over the rows of an expert, are float32 and in a fixed order. For the backward
 pass only `a` is kept.
@@ -33,7 +33,7 @@ def _pairs_of_tile(ends, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
     """Return this Triton program's expert, the numbers of its pairs [ROWS], and the number after the expert's last pair.
 
     A program processes a tile: up to ROWS pairs of one expert. If there are fewer tiles than programs, the last value is 0
-    for programs without a tile.
+    for programs without a tile. `ends`: for each expert, the number of pairs of this expert and all experts before it.
     """
     tile, tiles, begin = tl.program_id(1), 0, 0
     expert, first, last = 0, 0, 0
@@ -131,8 +131,10 @@ def _weight_gradient(
 ):  # fmt: skip
     """Store `out[k] = sum_p left[p]^T right[p]` over the (row, expert) pairs p of this program's expert k.
 
-    Also store `sums[k] = sum_p left[p]`, unless `sums` is None. `row` and `ends` describe the pairs (see `Pairs`). With
-    GATHER_LEFT, `left` has a vector for each row and `right` one for each pair; without, it is the other way round.
+    Also store `sums[k] = sum_p left[p]`, unless `sums` is None. `row`: the row (token) of each pair. `ends`: for each
+    expert, the number of pairs of this expert and all experts before it. With GATHER_LEFT, `left` has a vector for each
+    row and `right` one for each pair; without, it is the other way round. The lengths of
+    these vectors are `left_width` and `right_width`.
     """
     expert = tl.program_id(2)
     end, begin = tl.load(ends + expert), tl.load(ends + expert - 1, expert > 0, 0)
@@ -189,7 +191,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Return the output [R, D], and the hidden units before GELU of each (row, expert) pair, [P, F].
 
-    `row`, `place` and `ends` describe the pairs (see `Pairs`).
+    `row`, `place` and `ends` are the fields of `Pairs`: row of each pair, number of each pair, end of each expert's pairs.
     """
     (experts, hidden, width), places, tile = w1.shape, row.numel(), tile_of(x)
     a, h, y = x.new_empty(places, hidden), x.new_empty(places, hidden), x.new_empty(places, width)
@@ -223,7 +225,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, w, w1, b1 and w2.
 
-    `row`, `place` and `ends` describe the (row, expert) pairs (see `Pairs`). `a`: hidden units before GELU, from `_forward`.
+    `row`, `place` and `ends` are the fields of `Pairs`: row of each (row, expert) pair, number of each pair, end of each
+    expert's pairs. `a`: hidden units before GELU, from `_forward`.
     """
     (experts, hidden, width), places, tile = w1.shape, row.numel(), tile_of(x)
     da, wh = torch.empty_like(a), torch.empty_like(a)

@@ -6,8 +6,8 @@
     PATH/global_step100/manifest.json, ema-*.safetensors                        of this project; DeepSpeed ignores them
 
 The model file has only the experts of rank 0, since DeepSpeed saves this file on rank 0 alone. The experts of other ranks
-are in their ZeRO files as fp32 weights. So with sharded experts, call `Fragments.sync_model` after `load_checkpoint`: it
-copies the fp32 weights into the model on every rank.
+are in the optim_states files of those ranks, as fp32 weights. So with sharded experts, call `Fragments.sync_model` (in
+engine/fragments.py) after `load_checkpoint`: it copies the fp32 weights into the model on every rank.
 """
 
 from collections import OrderedDict
