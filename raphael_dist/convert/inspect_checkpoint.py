@@ -113,8 +113,8 @@ def show(checkpoint: Checkpoint) -> bool:
     """Print a report about a checkpoint: its model, its experts, and whether its files are intact.
 
     Returns:
-        True if there are no warnings about experts, and all files match the checksums of the manifest. Files without a
-            manifest count as intact.
+        True if there are no warnings about experts, and all files match the checksums of the manifest. Without a
+            manifest, the files are not compared with checksums.
     """
     # Without a terminal the width is unlimited, so that no name is cut off.
     console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 10_000)

@@ -1,4 +1,4 @@
-"""Divides the input of data preparation into parts. Each part becomes one shard.
+"""Divides the input of data preparation into parts. Each part becomes one shard (tar file).
 
 The division does not depend on the number of processes.
 """

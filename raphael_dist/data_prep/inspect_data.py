@@ -50,7 +50,7 @@ class Findings:
 
 
 def inspect(dataset: ImageDataset, count: int, num_images: int) -> Findings:
-    """Decode `count` samples, taken at equal distances from the whole data set, and return statistics about them.
+    """Decode `count` samples, evenly spaced over the whole data set, and return statistics about them.
 
     Args:
         dataset: Loads the samples by id.

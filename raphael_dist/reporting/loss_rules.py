@@ -18,7 +18,7 @@ class Rise:
     """A loss that fell and has risen again.
 
     Attributes:
-        lowest: the lowest median of the loss, if the log lines are divided into eighths.
+        lowest: the smallest median of the loss in an eighth of the log lines.
         step: the last step of the eighth with this median.
         end: median of the loss in the last eighth.
     """

@@ -40,9 +40,9 @@ _BOARD = "TensorBoard's file"
 class MetricsWriter:
     """Writes scalars to `metrics.jsonl` and to TensorBoard's files in the run directory. Used on rank 0.
 
-    Scalars of single blocks (moe/space/L00/...) go to TensorBoard only with `every_scalar`, since heat maps show them
-    already. If a file cannot be written, e.g. on a full disk, one warning is logged, the values are lost, and the run
-    continues.
+    Scalars of single blocks (moe/space/L00/...) go to TensorBoard only if `every_scalar`, an argument of the constructor, is
+    true, since heat maps show them already. If a file cannot be written, e.g. on a full disk, one warning is logged, the
+    values are lost, and the run continues.
     """
 
     def __init__(self, run_dir: Path, every_scalar: bool = False) -> None:

@@ -41,7 +41,7 @@ class Launch:
         kernel: the kernel.
         signature: types of its arguments, by name.
         constants: values of its constant arguments, by name.
-        aligned: names of arguments that are multiples of 16.
+        aligned: names of arguments whose value or, for a tensor, address is a multiple of 16.
         options: options of the launch, such as num_warps.
     """
 

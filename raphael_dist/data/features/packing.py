@@ -10,7 +10,7 @@ The tensors of one sample with K captions of Y tokens and width D, and latents [
 | edge | float16 [h, w] | edge map at the latents' size, in 0..1 |
 | small | uint8 [3, Hs, Ws] | the downscaled image, with upscale.factor |
 | weights | float32 [K] | relative probability of each caption |
-| tokens, mask, end | 16 bits [K, Y, D], bool [K, Y], int64 [K] | tokens, attended tokens, index of the end-of-text token |
+| tokens, mask, end | 16 bits [K, Y, D], bool [K, Y], int64 [K] | tokens, False at padding, index of the end-of-text token |
 | captions, caption_ends | uint8 [bytes], int64 [K] | instead of tokens: the captions as UTF-8, the end of each (exclusive) |
 
 Tokens are bfloat16 if the text encoder computes in bfloat16, so that nothing is lost, otherwise float16. The tokens of the
@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Text = tuple[Tensor, Tensor, Tensor | int]  # tokens float32 [Y, D]; mask bool [Y], true at attended tokens; end
+Text = tuple[Tensor, Tensor, Tensor | int]  # tokens float32 [Y, D]; mask bool [Y], False at padding; end
 Pick = Callable[[Sequence[float]], int]  # draws the number of a caption, given the captions' weights
 PACKING_VERSION = 3
 # One byte for log2 of a deviation from 2^-26 to 2^5.75 in steps of 1/8: the error is at most 4.4%. 0 stands for 0.
