@@ -60,7 +60,7 @@ def write_error(where: Path, error: OSError) -> Exception:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return the suggestion " (did you mean 'x'?)" with the name in `known` that is most similar to `name`.
 
-    Returns "" if none is similar (a ratio of at least 0.6 in `difflib.get_close_matches`).
+    Returns "" if no name reaches the similarity ratio 0.6 (see `difflib.get_close_matches`).
     """
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {near[0]!r}?)" if near else ""

@@ -114,7 +114,10 @@ def measure_errors(enlargements: Sequence[Enlargement]) -> dict[str, tuple[float
 
 
 def draw_rows(enlargements: Sequence[Enlargement], scale: int = 2) -> Image.Image:
-    """Return an image with a column for each enlargement. The rows are the small, bicubic, model's and original image.
+    """Return an image with one column for each of `enlargements`.
+
+    From top to bottom, a column shows the small image, its enlargements by bicubic interpolation and by the model, and the
+    original image.
 
     `scale`: factor by which all images are enlarged, so that their pixels can be seen.
     """

@@ -22,7 +22,8 @@ class Finding:
 
     Attributes:
         kind: "space" or "time".
-        block, expert: number of the transformer block, and of the expert in it.
+        block: number of the transformer block.
+        expert: number of the expert in this block.
         other: the second expert of a pair; None: the expert is dead.
         value: load divided by the mean load of the block (dead), or relative distance of the outputs (duplicates).
     """

@@ -227,9 +227,9 @@ def _make_study(args: argparse.Namespace, trained: "TrainedModel", default: "Req
 
 
 def _describe_study(args: argparse.Namespace, study: "Study") -> dict[str, object]:
-    """Return what protocol.json states about the images to sample.
+    """Return what protocol.json states about the images to sample: options, number of prompts and a hash of the prompts.
 
-    This is the subcommand's options from the command line `args`, and the number and a hash of the prompts in `study`.
+    `args`: the command line, with the options of the subcommand. `study`: the evaluation, with its prompts.
     """
     import hashlib
 

@@ -195,7 +195,8 @@ def _table_path(folder: Path, name: str) -> Path:
 def _check_columns(table: Path, row: Row, caption: str | None) -> None:
     """Raise UserError if a table has no column for captions or none for images.
 
-    `table`: path of the table. `row`: its first row. `caption`: value of the option --caption; None: the usual names count.
+    `table`: path of the table. `row`: its first row. `caption`: column with the captions (--caption); None: the usual names
+    are searched.
     """
     if caption is not None and caption not in row and caption.partition(".")[0] not in row:
         raise UserError(

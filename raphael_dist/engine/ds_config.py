@@ -25,9 +25,9 @@ def read_deepspeed_json(path: str | None, dtype: Dtype = "float32") -> Tree:
     """Read the user's DeepSpeed JSON; return it as a dict.
 
     Args:
-        path: the file. None: return a default configuration, which is ZeRO-2 for bfloat16 and ZeRO-1 for float32. (ZeRO-1 is
-            worse in bfloat16. Every rank keeps the sum of all gradients in float32, gradients are reduced only after the
-            backward pass, and most parameters start at addresses from which the grouped matrix product must copy them.)
+        path: the file. None: return a default configuration, which is ZeRO-2 for bfloat16 and ZeRO-1 for float32. (ZeRO-1
+            is worse in bfloat16 if a step has several micro-steps: every rank keeps the sum of all gradients in float32, and
+            gradients are reduced only after the backward pass.)
         dtype: `train.dtype`, for the default configuration.
 
     Raises:

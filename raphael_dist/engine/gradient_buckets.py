@@ -22,7 +22,7 @@ SMALLEST_PART = 2**18  # elements of a bucket that a rank owns. A ring sends the
 
 
 def bucket_elements(elements: int, ranks: int, limit: int = CONTIGUOUS_BUCKET) -> int:
-    """Return the number of elements up to which parameters are put into a bucket. A larger parameter is a bucket by itself.
+    """Return the largest size of a bucket, in elements. A parameter that is larger gets a bucket of its own.
 
     `elements`: number of elements of all trained parameters. `ranks`: number of ranks. `limit`: reduce_bucket_size of the
     DeepSpeed JSON, in elements.

@@ -121,14 +121,14 @@ class _Wrapper(ModelMixin, ConfigMixin):
                 if its name starts with "CrossAttn".
             up_block_types: the same for each level of the decoder, innermost first. It is stored but not used: the decoder
                 has transformer blocks on the same levels as the encoder.
-            layers_per_block: residual blocks of each level of the encoder.
+            layers_per_block: number of residual blocks of each level of the encoder.
             cross_attention_dim: width of the text tokens.
             attention_head_dim: number (not width) of the attention heads of each level, as in Stable Diffusion 2's files.
-            norm_num_groups: groups of each GroupNorm.
+            norm_num_groups: number of groups of each GroupNorm.
             act_fn: activation of the residual blocks; always "silu".
             use_linear_projection: always True, as in Stable Diffusion 2.
-            num_space_experts: experts of each Space-MoE; 0: no Space-MoE.
-            num_time_experts: experts of each Time-MoE; 0: a dense feed-forward layer.
+            num_space_experts: number of experts of each Space-MoE; 0: no Space-MoE.
+            num_time_experts: number of experts of each Time-MoE; 0: a dense feed-forward layer.
             expert_width: hidden width of an expert on each level.
             shared_expert: hidden width of an additional expert of each Space-MoE, which processes all image tokens, as a
                 multiple of `expert_width`; 0: no such expert.
@@ -143,7 +143,7 @@ class _Wrapper(ModelMixin, ConfigMixin):
             mask_padding: leave padding tokens out of the Space-MoE.
             image_positions: add a sinusoidal position encoding to the image tokens.
             edge_channels: width of the modules that predict edges, which are used in training only; 0: no such modules.
-            num_train_timesteps: length of the noise schedule, for `time_routing="boundaries"`.
+            num_train_timesteps: number of timesteps of the noise schedule; used for `time_routing="boundaries"` only.
             auto_map: entry of config.json by which diffusers' AutoModel finds this class.
         """
         super().__init__()  # type: ignore[no-untyped-call]

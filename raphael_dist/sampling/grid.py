@@ -14,7 +14,7 @@ _COLUMNS = 6
 
 
 def caption_grid(images: Sequence[np.ndarray] | np.ndarray, captions: Sequence[str]) -> Image.Image:
-    """Return one image that shows `images` in a grid, row by row in up to 6 columns, with its caption below each image.
+    """Return one image that shows `images` in a grid, row by row in up to 6 columns, each with its caption below.
 
     The images are uint8 [H, W, 3] and may differ in size. If no image is more than 64 pixels wide, all are enlarged by the
     same whole factor, to at most 128 pixels.

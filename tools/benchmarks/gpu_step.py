@@ -86,7 +86,10 @@ def time_ours(config: Config, tree: dict[str, Any], ranks: Ranks, device: torch.
 
 
 def _idle_flops(engine: Engine, batch: Batch, schedule: NoiseSchedule) -> float:
-    """Return the FLOPs per sample that space experts spend on image tokens outside of their regions, in a whole step."""
+    """Return the FLOPs per sample of space experts on image tokens whose weight for the expert is 0, in a training step.
+
+    The FLOPs of the backward pass are included, as twice those of the forward pass.
+    """
     flops: list[float] = []
 
     def count(layer: SpaceMoE, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, torch.Tensor]) -> None:

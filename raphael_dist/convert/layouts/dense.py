@@ -144,7 +144,7 @@ def scheduler_settings(folder: Path) -> JsonObject:
         folder: the pipeline's folder, or the folder unet/ in it.
 
     Raises:
-        UserError: the scheduler has trained_betas, or has no beta_schedule and is not flow matching with shift=1.
+        UserError: the noise schedule is not supported. Supported are a beta_schedule, and flow matching with shift=1.
     """
     paths = [home / "scheduler" / "scheduler_config.json" for home in (folder, folder.parent)]
     scheduler = next((read_object(path) for path in paths if path.is_file()), {})

@@ -177,7 +177,8 @@ class TextEncoder(_Frozen[tuple[Model, Tokenizer]]):
             pad: Pad each caption to `max_tokens` tokens. False: to the length of the longest caption.
 
         Returns:
-            Tokens float32 [B, Y, width]; mask bool [B, Y], False at padding; index of each end-of-text token int64 [B].
+            Embeddings of Y tokens per caption, float32 [B, Y, width]; mask, bool [B, Y], False at padding; index of each
+            caption's end-of-text token, int64 [B].
         """
         model, tokenizer = self._loaded()
         with self._tokenizing:

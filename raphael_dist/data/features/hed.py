@@ -164,7 +164,7 @@ def _canny(image: Tensor) -> Tensor:
 
 
 class EdgeEncoder:
-    """Computes edge maps with the network HED on a device. Its weights are loaded when it is first used."""
+    """Computes edge maps with the network HED on a device. HED's weights are loaded at the first use."""
 
     def __init__(self, path: Path | None, device: torch.device) -> None:
         """Create the detector without loading weights. `device`: the device on which it runs.

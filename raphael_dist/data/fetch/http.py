@@ -169,9 +169,10 @@ class HttpFile:
 
 
 def check_status(status: int, retry_after: str) -> None:
-    """Raise an exception that fits an HTTP status, unless the response contains the file (200) or a part of it (206).
+    """Raise an exception unless the HTTP status states that the response contains the file (200) or a part of it (206).
 
-    `retry_after`: the header Retry-After of the response, or "".
+    `retry_after`: the header Retry-After of the response, or "". Raises FileNotFoundError (404, 410), PermissionError (401,
+    403, 407), or HttpError for any other status.
     """
     if status in (200, 206):
         return
