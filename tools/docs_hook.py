@@ -12,8 +12,8 @@ OUTWARDS = re.compile(r"\[([^\]]*)\]\((?:\.\./)+([^)#]+)(?:#[^)]*)?\)")
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Return the Markdown of a page with included files inserted; mkdocs calls this for each page.
 
-    A line `<!-- the file PATH -->` is replaced by the content of that file of the repository. Links to files outside the
-    site are replaced by the names of these files.
+    A line `<!-- the file PATH -->` is replaced by the content of that file of the repository. A link to a file outside the
+    site is replaced by its text and the file's path in the repository.
     """
     text = INCLUDED.sub(lambda match: (ROOT / match[1]).read_text(encoding="utf-8"), markdown)
 

@@ -111,9 +111,9 @@ def draw_timestep(config: Diffusion, seed: int, position: int, global_batch_size
     """Return the diffusion timestep of a training sample, drawn uniformly from 0 .. `config.num_timesteps` - 1.
 
     With diffusion.stratified, the range is divided into `global_batch_size` equal strata (subranges). Each sample of a
-    global batch gets its own stratum, in an order that depends on (seed, step). So the timesteps of a batch cover the range
-    evenly. The timesteps of any consecutive samples of a batch also cover the range evenly, which balances the load of ranks
-    that share experts. The result does not depend on the number of ranks.
+    global batch gets its own stratum, in an order that depends on `seed` and the step. So the timesteps of a batch cover the
+    range evenly. The timesteps of any consecutive samples of a batch also cover the range evenly, which balances the load of
+    ranks that share experts. The result does not depend on the number of ranks.
 
     Args:
         config: the section `diffusion`.
