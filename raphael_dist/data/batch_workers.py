@@ -139,7 +139,7 @@ class _WorkerBatch:
     Attributes:
         slots: (position in the endless order of training, weight) of each sample.
         batch: The built batch; None if a sample is not encoded or building failed.
-        replaced: Number of bad samples that were replaced.
+        replaced: Number of bad samples for which other samples were used instead.
         error: Text of the UserError that building raised, or None.
     """
 

@@ -81,7 +81,7 @@ def adamw(
 
 @adamw.register_fake
 def _(*_: object) -> None:
-    """Do nothing: torch calls this in place of `adamw` on tensors without data. The operation returns no tensor."""
+    """Do nothing. torch calls this function in place of `adamw` on fake tensors, which have a shape but no data."""
 
 
 class FusedUpdate:

@@ -86,7 +86,7 @@ class BatchPlan:
 
     @property
     def waste(self) -> float:
-        """Share (0..1) of the places for samples in a step's micro-batches that are filled with a sample of weight 0."""
+        """Share (0..1) of padding in a step's micro-batches: samples of weight 0 divided by all samples."""
         return 1 - self.global_batch_size / (self.accumulation * self.world_size * self.micro_batch_size)
 
     @property

@@ -56,7 +56,7 @@ class ClusterSpec(BaseModel):
         node_gb_s, net_gb_s: GB/s from a device to others of its node, and through its network card.
         node_hop_us, net_hop_us: latency in microseconds between two devices of a node, and of different nodes.
         price: dollars per device hour.
-        gpu_hours_per_failure: device hours between two failures that end a run.
+        gpu_hours_per_failure: mean device hours between two failures that end a run.
         storage_gb_s: GB/s at which a node writes to storage.
         host_gb_s: GB/s from a device to its host.
         restart_s: seconds from a failure to the next step.

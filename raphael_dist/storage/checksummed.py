@@ -123,7 +123,7 @@ def is_verified(path: Path) -> bool:
     """Return whether this or another process has written or verified the large file `path` since this process started.
 
     A process that writes or verifies a large file also sets the modification time of the small file with the CRC-32. The
-    other processes check this time. So only one of the processes of a node must read the large file.
+    other processes check this time. So it is enough that one process of a node reads the large file.
     """
     try:
         key = (str(path), path.stat().st_ino)

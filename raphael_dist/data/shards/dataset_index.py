@@ -60,7 +60,7 @@ class BadSample:
 
 
 class BadSampleError(Exception):
-    """Raised for a sample that cannot be used, for example because its image is damaged. `sample`: which one, and why."""
+    """Raised if a sample cannot be used, e.g. because its image is damaged. `sample`: its shard and name, and the reason."""
 
     def __init__(self, sample: BadSample) -> None:
         super().__init__(sample)
