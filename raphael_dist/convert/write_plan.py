@@ -280,7 +280,7 @@ def parts(entries: Iterable[Entry], stem: str, part_bytes: int) -> tuple[list[Ou
 
 
 def chosen_weights(source: Source, options: Options) -> str:
-    """Return which weights are written to a layout that can contain only one kind: "ema" or "master" (fp32 weights).
+    """Return which weights a layout (format on disk) gets that can contain only one kind: "ema" or "master" (fp32 weights).
 
     This is the value of the option --weights (`options.weights`), or without this option the EMA if the source has one.
     Raises UserError if the source lacks this kind of weights.

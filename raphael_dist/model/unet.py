@@ -65,7 +65,10 @@ def count_samples(onehot_LBK: Tensor) -> Sequence[Tensor]:
 
 
 class RaphaelUNet(nn.Module):
-    """The denoising network D(x_t, t, y) of RAPHAEL. Without experts it is the U-Net of Stable Diffusion 2."""
+    """The denoising network D(x_t, t, y) of RAPHAEL for noised latents x_t, timestep t and caption y.
+
+    Without experts it is the U-Net of Stable Diffusion 2.
+    """
 
     def __init__(self, config: "Config", with_edges: bool = True) -> None:
         """Build the U-Net.

@@ -93,7 +93,7 @@ def forward_group_size(config: Config, engine: Engine, world_size: int) -> int:
 
 
 def active_ranks(count: int, world_size: int, group: int, span: int) -> int:
-    """Return how many ranks process `count` samples: as many groups of ranks as have samples. Other ranks do nothing.
+    """Return how many ranks process `count` samples, at least one per rank if possible. Other ranks do nothing.
 
     The result is a multiple of `group`, and at least `group`.
 

@@ -51,8 +51,9 @@ class ShardPrefetcher:
     def prefetch_from(self, position: int) -> None:
         """Start to fetch the shards of the current and the next windows, and cancel pending downloads of all other shards.
 
-        The window after the next one is fetched only if data.shard_cache, or the memory, has room for it. `position`: number
-        of the next sample in the endless order of training.
+        A window is a group of shards whose samples are shuffled together. The window after the next one is fetched only if
+        data.shard_cache, or the memory, has room for it. `position`: number of the next sample in the endless order of
+        training.
         """
         windows = self._order.windows_from(position, _WINDOWS)
         with self._lock:
@@ -93,9 +94,9 @@ class ShardPrefetcher:
     def _prefetch(self, number: int, earlier: Sequence[Future[None]]) -> None:
         """Wait until all shards of the previous window have been fetched, then fetch a shard.
 
-        Otherwise the shard would slow down the previous window, which is needed earlier. `number`: number of the shard.
-        `earlier`: the fetches of the previous window. Waiting for them cannot block forever: they were submitted to the
-        thread pool first.
+        A window is a group of shards whose samples are shuffled together. Without the wait, the download of this shard would
+        slow down those of the previous window, which is needed earlier. `number`: number of the shard. `earlier`: the
+        fetches of the previous window. Waiting for them cannot block forever: they were submitted to the thread pool first.
         """
         wait(earlier)
         shard = self._index.shards[number]
