@@ -65,10 +65,7 @@ def count_samples(onehot_LBK: Tensor) -> Sequence[Tensor]:
 
 
 class RaphaelUNet(nn.Module):
-    """The denoising network D(x_t, t, y) of RAPHAEL for noised latents x_t, timestep t and caption y.
-
-    Without experts it is the U-Net of Stable Diffusion 2.
-    """
+    """RAPHAEL's denoising network of noised latents, timestep and caption; without experts Stable Diffusion 2's U-Net."""
 
     def __init__(self, config: "Config", with_edges: bool = True) -> None:
         """Build the U-Net.

@@ -246,7 +246,7 @@ def _tar_members(file: io.BufferedReader, skipped: SkipCounts) -> Iterator[tarfi
 
 
 def _next_tar(fd: int, at: int) -> int | None:
-    """Return where the next of several concatenated tars begins: the first 512-byte block from `at` on that is not all zeros.
+    """Return where the next of several concatenated tars begins: the first 512-byte block from `at` on that is not zero.
 
     None: there is no other tar.
     """
