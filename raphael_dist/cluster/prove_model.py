@@ -69,7 +69,7 @@ def cases(world: int) -> list[Case]:
 
 
 def expert_sizes(world: int) -> list[int]:
-    """Return over how many of `world` ranks the 8 experts of the model of `prove` can be sharded: some of 1, 2, 4, 8."""
+    """Return over how many of `world` ranks the 8 experts of the `prove` model can be sharded: divisors of 8 and `world`."""
     return [n for n in range(1, EXPERTS + 1) if EXPERTS % n == 0 and world % n == 0]
 
 

@@ -35,7 +35,7 @@ class RunProgress:
             given up because all steps after it were skipped: step of the earlier checkpoint that replaced it.
         updated: whether a step since `first_step` changed the weights.
         all_non_finite: whether no sample of the last skipped step had a finite loss: then the weights are the cause.
-        save_due: whether to save a checkpoint after the next good step.
+        save_due: whether to save a checkpoint after the next step that is not skipped.
     """
 
     max_steps: int
