@@ -54,9 +54,10 @@ class Image(Section):
     """Precision of the VAE (image encoder). bfloat16 is faster on a GPU and less exact."""
 
     buckets: tuple[tuple[Positive, Positive], ...] = ((64, 64),)
-    """Image sizes in training. Each image is scaled and cropped to one of them. A list of [height, width] in pixels; or
-    paper: the nine sizes of the RAPHAEL paper; or a number R: for each height, the largest width with an area of at most R x
-    R pixels; sides are multiples of 64 pixels, and the aspect ratio is at most 2:1.
+    """Image sizes in training. Each image is scaled and cropped to one of them. A list of [height, width] in pixels: exactly
+    these sizes. The word paper: the nine sizes of the RAPHAEL paper. A number R: for each height, the largest width with an
+    area of at most R x R pixels, and the same sizes with height and width exchanged. The sizes for R have sides that are
+    multiples of 64 pixels, and an aspect ratio of at most 2:1.
     """
 
     @field_validator("buckets", mode="before")
@@ -238,8 +239,8 @@ class Data(Section):
 def generate_buckets(resolution: int, step: int = 64, max_ratio: float = 2.0) -> tuple[tuple[int, int], ...]:
     """Generate image sizes of different aspect ratios, with an area of at most `resolution` x `resolution` pixels.
 
-    There is one size for each height that is a multiple of `step`. Its width is the largest multiple of `step` that the
-    area allows. Sizes with an aspect ratio beyond `max_ratio` are left out.
+    For each height that is a multiple of `step`, the width is the largest multiple of `step` that the area allows. Each
+    size is also used with height and width exchanged. Sizes with an aspect ratio beyond `max_ratio` are left out.
 
     Args:
         resolution: side of the largest square, in pixels.

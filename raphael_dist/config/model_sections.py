@@ -214,8 +214,9 @@ class Edge(Section):
     """Edge supervision: a loss by which small networks in the U-Net learn to predict edges of the image (Sec. 3.2)."""
 
     weight: NonNegativeFloat = 1.0
-    """Weight of the edge loss in the training loss. Edge modules, small networks in the U-Net, predict the edge map of the
-    image from its attention maps. 0: no edge modules and no edge loss.
+    """Weight of the edge loss in the training loss. Each transformer block of the U-Net has an edge module. This small
+    network predicts the edges of the image from the block's attention map of the end-of-text token. The edge loss is the
+    loss of these predictions, compared with the image's edge map. 0: no edge modules and no edge loss.
     """
 
     max_timestep: NonNegative = 500

@@ -45,10 +45,12 @@ class RunConfig(Section):
     """
 
     reinit: Free[tuple[Literal["edge", "space", "time", "text"], ...]] = ()
-    """Parts of the model that may be missing in the checkpoint of run.init_from, or have other shapes there; these start
-    with random weights. edge: the modules of the edge loss. space: Space-MoE layers (experts for image regions) and their
-    gates. time: Time-MoE layers (experts selected by the timestep) and their gates. text: key and value projections of
-    cross-attention. Empty: every weight must be in the checkpoint.
+    """Parts of the model whose weights may be missing in the checkpoint of run.init_from, or have other shapes there. Only
+    the weights that are missing or have another shape start with random values. The other weights of these parts are loaded.
+    If the checkpoint has no experts, new experts start as docs/checkpoints.md describes. edge: the modules of the edge loss.
+    space: Space-MoE layers (experts for image regions) and their gates. time: Time-MoE layers (experts selected by the
+    timestep) and their gates. text: key and value projections of cross-attention, and the first layer of the space gates if
+    its shape differs. Empty: all weights must be in the checkpoint, with the same shapes.
     """
 
     hang_timeout_s: Free[PositiveFloat] = 600.0
