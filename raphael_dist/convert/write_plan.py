@@ -251,10 +251,15 @@ def entries_of(tree: object) -> Iterator[Entry]:
 
 
 def parts(entries: Iterable[Entry], stem: str, part_bytes: int) -> tuple[list[OutFile], dict[str, bytes]]:
-    """Divide `entries` (planned tensors) over safetensors files of about `part_bytes` bytes, named as Hugging Face does.
+    """Plan in which safetensors files to write tensors. The files are named as Hugging Face does.
 
     With `stem` = "model" the names are model-00001-of-00003.safetensors, and so on, or model.safetensors if one file is
     enough.
+
+    Args:
+        entries: the tensors to write, in order.
+        stem: start of the file names; it may contain a folder.
+        part_bytes: largest number of bytes of the tensors in a file. A larger tensor gets a file of its own.
 
     Returns:
         The planned files; and {name: content} of model.safetensors.index.json, which states which tensor is in which file,

@@ -84,7 +84,7 @@ class CallArguments:
         """Check all arguments of the call. Raises UserError for a value that is not allowed.
 
         Args:
-            factor: image pixels per latent position, in height and in width; height and width must be multiples of it.
+            factor: image height divided by latent height (and width by width); height and width must be multiples of it.
             num_timesteps: number of timesteps of the noise schedule.
         """
         check_texts(
@@ -286,7 +286,7 @@ def _to_pil(name: str, image: Any) -> Image.Image:
     """Convert one image of the argument `name` to a PIL image, as diffusers does. PIL images are returned unchanged."""
     if isinstance(image, Image.Image):
         return image
-    kind = f"its type is {type(image).__name__}. Pass {name}=Image.open(path)"
+    kind = f"type {type(image).__name__}. Pass {name}=Image.open(path)"
     if isinstance(image, np.ndarray | Tensor):
         array = image.detach().cpu().double().numpy() if isinstance(image, Tensor) else image
         array = array.transpose(1, 2, 0) if isinstance(image, Tensor) and image.ndim == 3 else array
@@ -296,8 +296,8 @@ def _to_pil(name: str, image: Any) -> Image.Image:
         if is_shape and is_float and array.min() >= 0 and array.max() <= 1:
             return Image.fromarray((array * 255).round().astype(np.uint8))
         limits = f" and values {array.min():g} to {array.max():g}" if array.size else ""
-        kind = f"it has shape {list(image.shape)}, {image.dtype}{limits}. Pass {name}=Image.fromarray(array), array as uint8"
+        kind = f"shape {list(image.shape)}, dtype {image.dtype}{limits}. Pass {name}=Image.fromarray(array), array as uint8"
     raise UserError(
-        f"{name} must be a PIL image, an array [H, W, 3] or a tensor [3, H, W] of floats in 0..1, or a list with one of "
-        f"them for each prompt, but {kind}."
+        f"{name} must be a PIL image, floats in 0..1 as an array [H, W, 3] or a tensor [3, H, W], or a list with one of "
+        f"these for each prompt, but an image has {kind}."
     )

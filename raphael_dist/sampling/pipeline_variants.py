@@ -47,7 +47,7 @@ class RaphaelImg2ImgPipeline(RaphaelPipeline):
 
         Args:
             prompt: one caption or several.
-            image: a PIL image, an array [H, W, 3] or a tensor [3, H, W] of floats in 0..1, or a list with one of them for
+            image: a PIL image, floats in 0..1 as an array [H, W, 3] or a tensor [3, H, W], or a list with one of these for
                 each prompt. It is resized and cropped to height x width.
             strength: share of the denoising steps, 0 to 1, that are applied to the image. 0 returns the image, 1 starts from
                 almost pure noise.
@@ -75,7 +75,7 @@ class RaphaelInpaintPipeline(RaphaelPipeline):
 
         Args:
             prompt: one caption or several.
-            image: a PIL image, an array [H, W, 3] or a tensor [3, H, W] of floats in 0..1, or a list with one of them for
+            image: a PIL image, floats in 0..1 as an array [H, W, 3] or a tensor [3, H, W], or a list with one of these for
                 each prompt. It is resized and cropped to height x width.
             mask_image: a mask of the size of the image, in one of the forms of `image`. Arrays and tensors may also be
                 [H, W]. White (1): the image is drawn here. Black (0) or transparent: the image is kept.
@@ -135,8 +135,8 @@ class RaphaelControlNetPipeline(RaphaelPipeline):
 
         Args:
             prompt: one caption or several.
-            image: edge map with white lines on black: a PIL image, an array [H, W, 3] or a tensor [3, H, W] of floats in
-                0..1, or a list with one of them for each prompt. It is resized and cropped to height x width.
+            image: edge map with white lines on black: a PIL image, floats in 0..1 as an array [H, W, 3] or a tensor
+                [3, H, W], or a list with one of these for each prompt. It is resized and cropped to height x width.
             controlnet_conditioning_scale: factor of the ControlNet's outputs; 0: no effect.
             options: other arguments of RaphaelPipeline.
         """
@@ -162,7 +162,7 @@ class RaphaelUpscalePipeline(RaphaelPipeline):
 
         Args:
             prompt: one caption or several.
-            image: a PIL image, an array [H, W, 3] or a tensor [3, H, W] of floats in 0..1, or a list with one of them for
+            image: a PIL image, floats in 0..1 as an array [H, W, 3] or a tensor [3, H, W], or a list with one of these for
                 each prompt. Height and width of the image must be 1 / `upscale.factor` of `height` and `width`.
             options: other arguments of RaphaelPipeline.
         """

@@ -123,8 +123,9 @@ def _shards(folder: Path, world: int) -> list[Path]:
             other = by_rank.setdefault(int(match[1]), path)
             if other != path:
                 raise UserError(
-                    f"{folder} must have one ZeRO file per rank, but {other.name} and {path.name} are both of rank "
-                    f"{int(match[1])}. Move the one that another save left (compare the dates) out of the folder."
+                    f"{folder} must have exactly one ZeRO file for each rank, but {other.name} and {path.name} are both for "
+                    f"rank {int(match[1])}. One of the two is from another save. Compare their dates with the dates of the "
+                    "other files, and move the file from the other save out of the folder."
                 )
     missing = set(range(world)) - by_rank.keys()
     if missing:
