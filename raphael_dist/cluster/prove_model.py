@@ -166,9 +166,11 @@ class Reference:
         )
 
     def losses(self, slots: Slots) -> Tensor:
-        """Return the weighted loss of each of B samples with the current weights, float32 [B].
+        """Return the loss of each of B samples, computed with the current parameters of the model, float32 [B].
 
-        `slots`: (position in the run's order of training samples, weight in the loss) of each sample.
+        Each loss is multiplied by the sample's factor: 1, or 0 for a sample that only fills the micro-batch.
+
+        `slots`: (position in the run's order of training samples, factor) of each sample.
         """
         batch = position_batch(self.config, slots, self.num_blocks).to(self.device)
         return compute_losses(self.model, batch, self._schedule, self.config, torch.float32).total
@@ -176,7 +178,7 @@ class Reference:
     def gradients(self, slots: Slots) -> dict[str, Tensor]:
         """Return the gradients of (summed loss of some samples / global batch size), by parameter name.
 
-        `slots`: (position in the run's order of training samples, weight in the loss) of each of the samples.
+        `slots`: (position in the run's order of training samples, factor of the sample's loss) of each of the samples.
         """
         loss = self.losses(slots).sum() / self.config.train.global_batch_size
         gradients = torch.autograd.grad(loss, list(self.weights.values()), allow_unused=True, materialize_grads=True)

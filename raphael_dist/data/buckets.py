@@ -36,7 +36,7 @@ def factor_errors(buckets: Sequence[tuple[int, int]], factor: int) -> list[str]:
 
     Args:
         buckets: (height, width) of each bucket in pixels.
-        factor: Image pixels per side of a latent position: 8 if the VAE turns 512 pixels into 64 latents.
+        factor: Image height divided by latent height (and width by width), such as 8.
     """
     return [
         f"image.buckets=[{height}, {width}] must be multiples of {factor}, the downsampling factor of the VAE. Use "

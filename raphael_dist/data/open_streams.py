@@ -176,19 +176,21 @@ def _fill(cache: FeatureCache, encoders: Encoders, config: Config, ranks: Ranks)
 
 
 def fill_cache(config: Config, encoders: Encoders, part: int, num_parts: int, *, training: bool) -> tuple[int, int]:
-    """Encode the samples of some shards (tar files) that are not in the feature cache yet, and store them there.
+    """Encode the samples in one part of the shards (tar files) and store them in the feature cache.
 
-    It needs no process group: several processes can divide the work, each with another `part`.
+    Shards that are in the cache already are skipped. No process group is needed: several processes can divide the work,
+    each with another `part`.
 
     Args:
         config: The configuration of a run.
         encoders: The encoders of the run.
-        part: Number of the part to encode, from 0. It has the shards number `part`, `part + num_parts`, ...
+        part: Number of the part to encode, from 0 to `num_parts` - 1. It consists of the shards with the numbers `part`,
+            `part + num_parts`, and so on. Shards are numbered from 0.
         num_parts: Number of parts into which the shards are divided.
         training: Use the training shards. False: the validation shards.
 
     Returns:
-        (number of shards that were encoded now, number of all shards).
+        (number of shards of this part that this call has encoded, number of shards of all parts together).
 
     Raises:
         UserError: Shards are missing or cannot be used, or the cache cannot be written.

@@ -113,13 +113,18 @@ def difference_hash(thumbnail: np.ndarray) -> int:
 
 
 def find_duplicates(thumbnails: Sequence[tuple[str, int, np.ndarray]]) -> list[list[str]]:
-    """Return groups of images that look the same, each group as the list of its images' keys.
+    """Return groups of images that look the same. Each group is the list of the keys (names) of its images.
 
-    In a group, the hash of each image differs from the hash of the first image in at most 4 of 64 bits, and its thumbnail
-    from the first thumbnail by less than 6 (of 255) on average. Images without a duplicate are in no group.
+    Each image of a group is compared with the first image of the group, and fulfils two conditions:
 
-    `thumbnails`: (key, which is the image's name; `difference_hash` of the thumbnail; thumbnail float32 [8, 9, 3] in 0..255)
-    of each image.
+    - The hashes of the two images differ in at most 4 of 64 bits.
+    - The mean absolute difference of their thumbnails is below 6, for values in 0..255.
+
+    Images without a duplicate are in no group.
+
+    Args:
+        thumbnails: For each image a tuple (key, hash, thumbnail). The hash is the `difference_hash` of the thumbnail. The
+            thumbnail is float32 [8, 9, 3] in 0..255.
     """
     codes = np.array([code for _, code, _ in thumbnails], np.uint64)
     groups, is_grouped = [], np.zeros(len(codes), bool)

@@ -61,10 +61,15 @@ def _choices(best: list[Outcome], peak: float) -> list[str]:
 
 
 def run_so_far(choice: Choice, device: str, world: int) -> str:
-    """Return a phrase that names the hardware on which runs with given settings have been tried, e.g. "one H200".
+    """Return a phrase that names the hardware on which this project has run with such settings, as in docs/proven.md.
 
-    The phrase must agree with docs/proven.md. `choice`: the settings; only ZeRO stage and overlap are used. `device`: "gpu"
-    or "cpu". `world`: number of devices.
+    - One GPU, ZeRO stage 1 to 3, no overlap: "one H200".
+    - CPU, any number of ranks: "CPU ranks".
+    - All other plans for GPUs have not run. The phrase states that their numbers were checked on CPU ranks and, for
+      several GPUs, that nothing has run there yet.
+
+    `choice`: the planned settings; only ZeRO stage and overlap are used. `device`, `world`: the planned hardware, which is
+    "gpu" or "cpu", and the number of devices.
     """
     if device == "gpu" and world == 1 and choice.stage > 0 and not choice.overlap:
         return "one H200"

@@ -124,7 +124,9 @@ class RunFiles:
         return [value for _, value in series[-max(1, round(share * len(series))) :] if math.isfinite(value)]
 
     def last(self, tag: str, share: float = 0.2) -> float | None:
-        """Return the mean of the last part of a metric's logged values, without inf and NaN; None if none of them is finite.
+        """Return the mean of the finite values in the last part of a metric's logged values; None if there are none.
+
+        The last part is taken first, from all logged values. Then inf and NaN in it are dropped, as in `values`.
 
         `tag`: name of the metric, such as "train/loss". `share`: how much of all logged values this part is, such as 0.2 for
         the last fifth.

@@ -102,10 +102,12 @@ def chart_data(chart: Chart, runs: Sequence[RunFiles], buckets: int = BUCKETS) -
 def timeline_data(histories: list[tuple[str, History]], buckets: int = BUCKETS) -> list[Curve]:
     """Return curves that show the progress of runs: y are steps, x are minutes since the run's first log line.
 
-    There are up to three curves per run, whose "kind" is "step", "restart" or "fault". Restarts and faults are points.
+    There are up to three curves per run, whose "kind" is "step", "restart" or "fault". Each restart or fault is one point.
+    A curve has at most two points for each of `buckets` intervals, as in `chart_data`: of a longer curve, every k-th point
+    is kept.
 
-    `histories`: for each run its name, and its history (steps, restarts and faults with their times). `buckets`: half of
-    the largest number of points of a curve.
+    `histories`: for each run its name, and its history (steps, restarts and faults with their times). `buckets`: number of
+    intervals into which the points of a curve are divided.
     """
     curves: list[Curve] = []
     for name, history in histories:

@@ -59,7 +59,8 @@ class FeatureCache(FeatureSource):
             with_text: Store the captions as encoded tokens; False: as strings.
 
         Raises:
-            UserError: An image size is not a multiple of the image encoder's factor (image pixels per side of a latent).
+            UserError: An image size is not a multiple of the image encoder's factor, which is image height divided by latent
+                height (and width by width), such as 8.
         """
         super().__init__(dataset, encoders.image)
         self.encoders, self.flip, self._with_text = encoders, flip, with_text

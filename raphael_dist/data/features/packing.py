@@ -74,7 +74,7 @@ def pool_edges(edge_BHW: Tensor, factor: int) -> Tensor:
 
     Args:
         edge_BHW: Edge maps, uint8 in 0..255 or floating point in 0..1.
-        factor: Image pixels per side of a latent position.
+        factor: Image height divided by latent height (and width by width), such as 8.
 
     Returns:
         Edge maps, float32 [B, h, w] in 0..1.

@@ -26,11 +26,11 @@ class SkipCounts:
     """Counts the files in a folder or tar that are not used as samples, by reason.
 
     Attributes:
-        counts: From the reason to (number of files, name of the first one).
+        counts: A dict. Its keys are the reasons; its values are (number of files, name of the first of them).
     """
 
     def __init__(self, counts: Mapping[str, tuple[int, str]] | None = None) -> None:
-        """Start with `counts`: from the reason to (number of files, name of the first one). None: start with no file."""
+        """Start with `counts`, a dict as the attribute `counts`. None: start with no file."""
         self.counts: dict[str, tuple[int, str]] = {
             str(reason): (int(count), str(first)) for reason, (count, first) in (counts or {}).items()
         }
