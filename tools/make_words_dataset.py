@@ -136,7 +136,9 @@ def prompt(name: str, text: str, look: Look) -> str:
 def write_prompts(vocabulary: Vocabulary, out: Path, scope: Scope) -> None:
     """Write the prompts of each evaluation set NAME to prompts-NAME.txt, and a selection of all sets to prompts.txt.
 
-    The selection is the first 12 prompts of "held-out-words" and the first 6 of each other set, for a grid of images.
+    The selection is the first GRID[NAME] prompts of each set: 12 of "held-out-words", 6 of each other set. Their images form
+    a grid. `vocabulary`: the words and strings of which the sets consist. `out`: folder of the files. `scope`: limits the
+    length and the looks of the texts.
     """
     out.mkdir(parents=True, exist_ok=True)
     grid = []

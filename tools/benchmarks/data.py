@@ -242,9 +242,12 @@ def _measure(name: str, folder: Path, args: argparse.Namespace, queue: Any) -> N
 
 
 def compare_decoding(folder: Path, args: argparse.Namespace) -> None:
-    """Measure and print the speed of each reader when images are decoded by worker processes.
+    """Measure and print how fast each library of READERS reads and decodes images, with worker processes.
 
-    Readers take turns, so that other work on the machine affects all of them equally.
+    In each of `args.rounds` rounds, the libraries run one after another. So other work on the machine affects all of them
+    equally. The best values of all rounds are printed.
+
+    `folder`: folder with the test images of all libraries, from `write`. `args`: options of the benchmark.
     """
     context = multiprocessing.get_context("spawn")
     results: dict[str, list[tuple[float, ...]]] = {name: [] for name in args.only or READERS}

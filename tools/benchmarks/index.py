@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--folder", type=Path, help="folder where the index is kept and used again")
     parser.add_argument(
-        "--ranks", type=int, default=2, help="number of processes that open the index: one by one, then all at once"
+        "--ranks", type=int, default=2, help="number of processes that open the index, one after another (default 2)"
     )
 
 
@@ -73,7 +73,12 @@ def _open(folder: Path, queue: "multiprocessing.SimpleQueue[tuple[float, float, 
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write an index of made-up samples if it does not exist; print time and memory of opening it in several processes."""
+    """Print the time and the memory that several processes need, one after another, to open a large index of samples.
+
+    The index is a table that lists the shard, offset, image size and key of each sample. Its entries are invented; the
+    shards do not exist. It is written to the subfolder tables/made-up-N (N samples) of --folder, unless it is there already.
+    Without --folder, it is written to a temporary folder, which is deleted at the end.
+    """
     with tempfile.TemporaryDirectory() as temporary:
         folder = (args.folder or Path(temporary)) / "tables" / f"made-up-{args.samples}"
         began = time.perf_counter()

@@ -41,7 +41,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def overrides(kind: str, ranks: int) -> list[str]:
-    """Return the overrides that set the batch for `ranks` ranks. `kind` of scaling: "strong" or "weak"."""
+    """Return the key=value overrides that set the global batch size and the micro-batch size of a run on `ranks` ranks.
+
+    `kind` of scaling decides the global batch size. "strong": IMAGES images, for any number of ranks. "weak": EACH images
+    per rank, so it grows with the number of ranks. The micro-batch size is the share of a rank, but at most MOST images.
+    """
     batch = IMAGES if kind == "strong" else EACH * ranks
     return [f"train.global_batch_size={batch}", f"train.micro_batch_size={min(MOST, -(-batch // ranks))}"]
 
