@@ -42,7 +42,7 @@ def check_small_images(upscale: Upscale, latent_factor: int, buckets: tuple[tupl
 
     Args:
         upscale: the section `upscale`.
-        latent_factor: number of image pixels per side of a latent position.
+        latent_factor: image height divided by latent height (and width by width), such as 8.
         buckets: image sizes (height, width) in pixels.
 
     Raises:
