@@ -147,7 +147,7 @@ DAMAGES = [
     (flip_a_bit, r"exp_avg.safetensors does not match its checksum"),
     (truncate, r"ema.safetensors cannot be read .*: the file has .* bytes, but the tensors in its header end at"),
     (remove_a_file, r"exp_avg_sq.safetensors is missing"),
-    (huge_header, r"truncated, or it is not a safetensors file"),
+    (huge_header, r"truncated, or is not a safetensors file"),
     (overlapping, r"overlap or leave a gap"),
     (name_outside, r"lies outside the folder"),
     (lambda f: in_manifest(f, files={}), r"must contain the fp32 weights .* it only contains other files"),
