@@ -49,7 +49,7 @@ def _warn(option: str, index: DatasetIndex, unreadable: Sequence[BadSample]) -> 
     for shard, reason in itertools.islice(index.damaged.items(), 1):
         count = len(index.damaged)
         _log.warning(
-            "%s: %d of %d shards cannot be read to the end, so samples are missing; the first such shard is %s, which %s",
+            "%s: %d of %d shards cannot be read to the end, so samples are missing; the first such shard is %s: %s",
             option, count, len(index.shards), index.shards[shard].name, reason,
         )  # fmt: skip
     if bad := index.num_bad + len(unreadable):
