@@ -312,7 +312,7 @@ def check_small(factor: int, small_HsWs3: np.ndarray | None, size_hw: tuple[int,
     if small_HsWs3 is None:
         raise UserError(
             f"{option} is required, because the model enlarges images (upscale.factor={factor}). Give a small image of "
-            f"{expected}."
+            f"{expected} for a large image of {size_hw[0]} x {size_hw[1]}."
         )
     height, width = small_HsWs3.shape[0] * factor, small_HsWs3.shape[1] * factor
     if (height, width) != tuple(size_hw):
