@@ -38,7 +38,7 @@ class Upscale(Section):
 
 
 def check_small_images(upscale: Upscale, latent_factor: int, buckets: tuple[tuple[int, int], ...]) -> None:
-    """Check that the small images of super-resolution have `upscale.patch` x `upscale.patch` pixels per latent position.
+    """Check that `upscale.patch` fits the VAE, and that image sizes can be divided by `upscale.factor`.
 
     Args:
         upscale: the section `upscale`.

@@ -326,7 +326,7 @@ class RaphaelPipeline(LoraLoader, Denoiser):
         """Decode latents to PIL images, or to values in 0..1: arrays [B, H, W, 3] ("np") or tensors [B, 3, H, W] ("pt").
 
         `small`: input images of super-resolution, [B, 3, Hs, Ws] in -1..1. The results are corrected so that downscaled
-        results match these images. None: no correction.
+        results approach these images. None: no correction.
         """
         images = latents.float().clamp(-1, 1)
         if self.vae is not None:

@@ -162,7 +162,7 @@ def captions(text: str, look: Look, random: np.random.Generator) -> list[str]:
 
 
 def full_caption(text: str, look: Look) -> str:
-    """Return the caption of an image that states the text, the colours, the font's style and the text's position."""
+    """Return the caption that states an image's text, colours and font style, and the text's position unless central."""
     return _caption(text, look, None, 1.0)
 
 

@@ -48,8 +48,8 @@ def open_index(names: Sequence[str], store: ShardStore, columns: Sequence[str] =
 
         - there is no index of these shards with these columns, or the index is damaged;
         - a local shard has changed since the index was written;
-        - when the index was written, a shard was missing, or a server denied access to the parquet
-          file with the metadata of a shard's samples.
+        - when the index was written, a shard was missing, or (this matters only if `columns` is not empty) a server denied
+          access to the parquet file with the metadata of a shard's samples.
     """
     if store.folder is None:
         return None
