@@ -119,7 +119,7 @@ def scan_shards(names: Sequence[str], store: ShardStore, report: Reporter = no_r
                     "or remove it from the list of shards."
                 ) from error
             _log.warning("%s", error)
-            records.append(unreached_record(name, error.reason))
+            records.append(unreached_record(name, "is missing"))
             continue
         if store.folder is not None:
             try:

@@ -222,7 +222,7 @@ def check_damage(index: DatasetIndex, on_error: str, max_bad_fraction: float) ->
     if not index.damaged:
         return
     number, damage = next(iter(index.damaged.items()))
-    first = f"the first one is {hide_secrets(index.shards[number].source)}, which {damage}"
+    first = f"the first one is {hide_secrets(index.shards[number].source)}: {damage}"
     if on_error == "stop":
         raise UserError(
             f"data.on_error=stop requires that every shard can be read, but {len(index.damaged)} of {len(index.shards)} "
