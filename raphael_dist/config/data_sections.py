@@ -221,7 +221,11 @@ class Data(Section):
     """What happens if a sample or a shard cannot be read. skip: it is left out. stop: the run ends with an error."""
 
     max_bad_fraction: Free[Fraction] = 0.05
-    """The run ends with an error if more than this fraction of the data set's samples cannot be used."""
+    """The run ends with an error if more than this fraction of the samples cannot be used. At the start, the samples that
+    are known to be unusable are compared with all samples of the data set. In training, the unusable samples that a rank has
+    read are compared with all samples that it has read, or with 1000 if it has read fewer. The run also ends if more than
+    this fraction of the shards cannot be read at the start, but one such shard is always allowed.
+    """
 
     shard_cache: Free[Path | None] = None
     """Folder for downloaded shards, preferably on a local disk. null: the folder `shards` in data.cache_dir."""

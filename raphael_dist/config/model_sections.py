@@ -125,9 +125,10 @@ class Model(Section):
     expert_backend: Free[ExpertBackend] = "auto"
     """How the Space-MoE layers (experts for image regions) are computed. It affects speed; the results agree up to rounding.
     dense: each expert on all tokens. grouped: each expert only on the tokens that are routed to it. reference: the paper's
-    formula as printed, which is slow. auto: dense on a GPU; on a CPU, grouped if an image token uses at most 80% of the
-    experts on average, otherwise dense. megablocks: like dense, but on a GPU the Time-MoE layers (experts selected by the
-    timestep) use the grouped matrix product of the package grouped_gemm.
+    formula as printed, which is slow. auto: dense on a GPU. On a CPU, auto decides in each layer for each micro-batch:
+    grouped if the image tokens of this micro-batch use at most 80% of the experts on average, otherwise dense. megablocks:
+    like dense, but on a GPU the Time-MoE layers (experts selected by the timestep) use the grouped matrix product of the
+    package grouped_gemm.
     """
 
     megablocks_folder: Free[PathText | None] = None
@@ -177,8 +178,8 @@ class Parallel(Section, json_schema_extra=FREE):
     """
 
     elastic: bool = False
-    """What happens if the number of ranks is not a multiple of parallel.space_ep or parallel.time_ep. true: this
-    setting is lowered to the largest value that divides both the number of ranks and the number of experts. false: the run
+    """What happens if the number of ranks is not a multiple of parallel.space_ep or parallel.time_ep. true: this setting is
+    lowered to the largest value below it that divides both the number of ranks and the number of experts. false: the run
     ends with an error.
     """
 

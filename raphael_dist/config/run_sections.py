@@ -86,7 +86,7 @@ class Optim(Section):
     """
 
     lr: PositiveFloat = 1e-4
-    """Learning rate after the warm-up."""
+    """Learning rate at the end of the warm-up. Afterwards the rate follows optim.lr_schedule."""
 
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     """beta1 and beta2 of Adam: decay rates of its running averages of the gradient and of the squared gradient."""
@@ -138,13 +138,15 @@ class Train(Section):
     """Number of optimizer steps after which the run is complete."""
 
     global_batch_size: Positive = 32
-    """Images per optimizer step, over all ranks. Gradient accumulation steps = global_batch_size / (micro_batch_size x
-    ranks).
+    """Images per optimizer step, over all ranks; at least the number of ranks. Gradient accumulation steps =
+    global_batch_size / (micro_batch_size x ranks), rounded up. With several image.buckets there can be more. Empty places in
+    micro-batches have weight 0 in the loss.
     """
 
     micro_batch_size: Free[Positive] = 8
-    """Images per rank in one forward and backward pass, at most. Gradient accumulation steps = global_batch_size /
-    (micro_batch_size x ranks). If that is less than 1, the micro-batch is global_batch_size / ranks.
+    """Images per rank in one forward and backward pass, at most. train.global_batch_size states how many gradient
+    accumulation steps follow. If one is enough, the micro-batch is lowered to the smallest size for which one is still
+    enough, except in runs with train.stages.
     """
 
     dtype: Dtype = "float32"
@@ -209,7 +211,7 @@ class Train(Section):
     stages: tuple[Stage, ...] = ()
     """Consecutive stages of the run, with different image sizes, batch sizes or learning rates: [{until: LAST_STEP, set:
     {section.key: value}}, ...]. `until` is the last step of a stage; the last stage has no `until` and ends at
-    train.max_steps. Empty: the whole run has the same settings.
+    train.max_steps. Every stage must set the same keys. Empty: the whole run has the same settings.
     """
 
     @model_validator(mode="after")

@@ -23,7 +23,7 @@ def test_every_key_is_described() -> None:
     keys = {key.name: key for key in all_keys()}
     assert list(keys) == NAMES
     assert [name for name, key in keys.items() if not key.description.endswith(".")] == []
-    assert keys["optim.lr"].line() == "optim.lr=0.0001  number (above 0): Learning rate after the warm-up."
+    assert keys["optim.lr"].line().startswith("optim.lr=0.0001  number (above 0): Learning rate at the end of the warm-up.")
     assert keys["train.caption_dropout"].range == "at least 0, at most 1"
     assert keys["image.buckets"].type == "list of [integer, integer]"
     assert keys["train.dtype"].type == "float32 or bfloat16"
