@@ -117,7 +117,9 @@ def export(args: argparse.Namespace) -> None:
     check_options(args, frozenset({"weights"}))
     for option, value in (("--config", args.config), ("--prediction", args.prediction), ("--lora", args.lora)):
         if value is not None:
-            raise UserError(f"{option} {value} cannot be used with --to {target}. Leave out {option}.")
+            raise UserError(
+                f"--to {target} does not support the option {option}, but {option} {value} is given. Leave out {option}."
+            )
     print_line(export_adapter(source, Path(path), target, Path(out), args.weights))
 
 

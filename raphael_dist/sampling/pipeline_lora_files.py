@@ -60,8 +60,8 @@ class LoraFiles:
         }
         if name := next((name for name, given in unsupported.items() if given), None):
             raise UserError(
-                f"{name} is not supported: only the U-Net has adapters, and only safetensors files are read. Leave out "
-                f"{name}."
+                f"{name} is not supported: only adapters of the U-Net can be saved, and only with safe_serialization=True, "
+                f"because load_lora_weights() reads only safetensors files. Leave out {name}."
             )
         if not unet_lora_layers:
             raise UserError(

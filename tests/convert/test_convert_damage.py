@@ -53,7 +53,7 @@ def test_convert_prints_a_table_and_a_mistake_is_one_line(tmp_path, sources):
         ("auto", [], "--from auto .* contains no checkpoint"),
         ("auto", ["--world", "2"], "--world 2 have no effect with --to peft"),
         ("auto", ["--dtype", "float16"], "--dtype float16 is not supported with --to peft"),
-        ("auto", ["--lora", "x"], "--lora x cannot be used with --to peft"),
+        ("auto", ["--lora", "x"], "--to peft does not support the option --lora, but --lora x is given"),
     ],
 )
 def test_adapter_export_refuses_other_sources_and_options(tmp_path, sources, source, options, message):

@@ -206,8 +206,8 @@ def _expand_home(name: str, pattern: str) -> Path:
         return Path(name).expanduser()
     except RuntimeError as error:
         raise UserError(
-            f"data.shards={pattern!r} must begin with a home folder that exists, but this folder is unknown ({error}). "
-            "Write the whole path."
+            f"data.shards={pattern!r} begins with the short form of a home folder, but this folder cannot be determined "
+            f"({error}). Write the whole path."
         ) from None
 
 
