@@ -40,7 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run the emoji benchmark on all ranks of a launcher. Raises UserError for mistakes that the user can correct."""
+    """Run this rank's part of the emoji benchmark. Collective.
+
+    This function starts no ranks. A launcher such as torchrun starts them, and all of them must call this function. Without
+    a launcher there is one rank. Raises UserError for mistakes that the user can correct.
+    """
     check_arguments(args)
     if args.guidance and len(args.guidance) > 1:
         raise UserError(

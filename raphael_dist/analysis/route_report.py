@@ -56,8 +56,9 @@ class Report:
         Args:
             prompt: the text of the prompt.
             trace: the space experts of the prompt's words.
-            regions: for each threshold alpha, how much of the image a text token's region covers. The region is the set of
-                image tokens whose attention to the text token is at least alpha times the largest one.
+            regions: a `Coverage` for each threshold alpha. For each transformer block it has the mean share of the image
+                that a text token's region covers; padding tokens have their own mean. The region is the set of image tokens
+                whose attention to the text token is at least alpha times the largest one.
             agreement: share (0..1) of the prompt's word tokens that have the same expert with and without gate noise.
         """
         assert trace.route_WL is not None

@@ -73,7 +73,10 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """The exit code: 3 if numbers are wrong, else 2 if the environment is bad or a check has no result, else 0."""
+        """The exit code: 3 if numbers are wrong; else 2 if the environment is bad or a check did not run or finish; else 0.
+
+        A check that cannot run on this machine (NOT_PROVEN) does not change the exit code.
+        """
         codes = {check.code if check.status != NOT_RUN else EXIT_USER_ERROR for check in self.checks}
         return max(codes, default=0)
 

@@ -109,7 +109,7 @@ class FusedUpdate:
             lr: learning rate.
             factor: number by which the gradients are multiplied (clipping).
             ema: the moving average, created with `flat=True`; None: there is none.
-            step: the optimizer step, counted from 1.
+            step: the optimizer step, counted from 1. It decides the factor on the new weights in the average (`Ema.share`).
         """
         assert ema is None or ema.flat, "the average must be laid out as the weights"
         share = 0.0 if ema is None else ema.share(step)

@@ -308,5 +308,9 @@ def _has(evidence: RunEvidence, need: str) -> bool:
 
 
 def longest_wait(run: RunFiles) -> str:
-    """Return the kind of data loading for which a run waits longest: "reading", "decoding", "encoding" or "copying"."""
+    """Return the kind of data loading for which a run waits longest: "reading", "decoding", "encoding" or "copying".
+
+    This is the kind with the largest mean share of the time, over the second half of the logged values. "reading" is also
+    returned if the run has not waited for any kind.
+    """
     return max(KINDS, key=lambda kind: run.last(f"time/data_wait_{kind}", share=0.5) or 0.0)

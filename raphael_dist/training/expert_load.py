@@ -17,10 +17,11 @@ REMEDY = "Set model.balance_weight=0.01, or raise it; docs/metrics.md defines mo
 def load_metrics(prefix: str, load_LK: Tensor, total_samples: float | None = None) -> dict[str, float]:
     """Return metrics of how evenly work is divided over experts, from metric name (e.g. "moe/space/load_max") to value.
 
-    - load_max, load_min: largest and smallest load of an expert, divided by the mean load of its block. 1 is an even share.
+    - load_max, load_min: largest and smallest load of an expert in all blocks. Each load is divided by the mean load of its
+      block first. 1 is an even share.
     - load_entropy: entropy of the loads within a block, mean over blocks. 1 is an even share, 0 means that one expert of
       each block has all the work.
-    - density: share (0..1) of all (image token, expert) pairs that are computed.
+    - density: share (0..1) of all (image token, expert) pairs that are computed. It is returned only with `total_samples`.
 
     All but load_entropy are also returned for each block, e.g. as "moe/space/L00/load_max".
 
@@ -28,8 +29,8 @@ def load_metrics(prefix: str, load_LK: Tensor, total_samples: float | None = Non
         prefix: first part of the names: "moe/space" or "moe/time".
         load_LK: float [L, K], the work of each of K experts in each of L transformer blocks. For time experts it is a
             number of samples. For space experts, each sample adds the share of its image tokens that the expert processes.
-        total_samples: number of training samples that caused these loads. It is needed for the density of space experts.
-            None: no density is returned.
+        total_samples: number of training samples that caused these loads. None: no density is returned. Pass None for time
+            experts: a sample uses exactly one of them in each block, so their density would always be 1 / K.
     """
     share_LK = relative_load(load_LK)
     values = {f"{prefix}/load_max": float(share_LK.max()), f"{prefix}/load_min": float(share_LK.min())}

@@ -177,7 +177,11 @@ def cases(args: argparse.Namespace) -> list[SpaceCase]:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the time of each implementation of the Space-MoE, forward and backward, for several sizes of the regions."""
+    """Print the time of each implementation of the Space-MoE for several sizes of the regions.
+
+    A time covers a forward and a backward pass together. The region of a text token is the set of image tokens that its
+    expert processes.
+    """
     torch.set_num_threads(args.threads)
     for case in cases(args):
         print(f"{case}, {args.dtype} on {args.device}, {args.threads} threads, median of {args.repeats}")

@@ -198,7 +198,10 @@ class TextEncoder(_Frozen[tuple[Model, Tokenizer]]):
 
 
 def count_longer(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int) -> int:
-    """Return how many of `texts` have more than `max_tokens` tokens with this tokenizer of transformers."""
+    """Return how many of `texts` have more than `max_tokens` tokens with this tokenizer of transformers.
+
+    The special tokens that the tokenizer adds to a text, such as those at its beginning and end, are counted too.
+    """
     parts = [texts[first : first + _TOKENIZED] for first in range(0, len(texts), _TOKENIZED)]
     return sum(tokenize(tokenizer, part, max_tokens, "longest")[1] for part in parts)
 

@@ -84,7 +84,8 @@ def gunzip(source: Path, target: Path) -> None:
     """Unpack the gzip file `source` to the file `target`, in blocks.
 
     Raises:
-        DamagedShardError: `source` is not a complete gzip file, or its content is larger than `expanded_limit`.
+        DamagedShardError: `source` is not a complete gzip file, or its content is larger than `expanded_limit` allows
+            for a file of its size.
     """
     limit = expanded_limit(source.stat().st_size)
     written = 0
