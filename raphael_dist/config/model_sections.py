@@ -125,10 +125,10 @@ class Model(Section):
     expert_backend: Free[ExpertBackend] = "auto"
     """How the Space-MoE layers (experts for image regions) are computed. It affects speed; the results agree up to rounding.
     dense: each expert on all tokens. grouped: each expert only on the tokens that are routed to it. reference: the paper's
-    formula as printed, which is slow. auto: dense on a GPU. On a CPU, auto decides in each layer for each micro-batch:
-    grouped if the image tokens of this micro-batch use at most 80% of the experts on average, otherwise dense. megablocks:
-    like dense, but on a GPU the Time-MoE layers (experts selected by the timestep) use the grouped matrix product of the
-    package grouped_gemm.
+    formula as printed, which is slow. auto: dense on a GPU. On a CPU, auto decides in each layer for each micro-batch by the
+    share of the experts to which an image token is routed, averaged over all image tokens of this micro-batch: grouped if
+    this average is at most 80%, otherwise dense. megablocks: like dense, but on a GPU the Time-MoE layers (experts selected
+    by the timestep) use the grouped matrix product of the package grouped_gemm.
     """
 
     megablocks_folder: Free[PathText | None] = None

@@ -95,7 +95,10 @@ class Optim(Section):
     """Small number that is added to the square root of Adam's second moment, so that no step divides by 0."""
 
     weight_decay: NonNegativeFloat = 0.0
-    """Weight decay of AdamW. It is not applied to norms, biases and gates (routers of the experts). 0: none."""
+    """Weight decay as in AdamW: each step multiplies weights by 1 - learning rate x optim.weight_decay. optim.kind=adamw and
+    optim.kind=muon apply it to all trained weights except norms, biases and gates (routers of the experts). optim.kind=sgd
+    does not use it. 0: none.
+    """
 
     warmup_steps: NonNegative = 0
     """Number of steps, from the start of training, in which the learning rate rises linearly from 0 to optim.lr. 0: no
