@@ -150,7 +150,10 @@ def check_options(args: argparse.Namespace, supported: frozenset[str]) -> tuple[
             "Use e.g. --ep 2,1."
         ) from None
     if min(space, time, args.world) < 1:
-        raise UserError(f"--ep {args.ep} and --world {args.world} must be at least 1. Use e.g. --ep 1,1 --world 1.")
+        raise UserError(
+            f"--world {args.world} and both numbers of --ep {args.ep} must be at least 1. The numbers of --ep state over "
+            "how many ranks the space experts and the time experts are sharded. Use e.g. --ep 1,1 --world 1."
+        )
     if "world" not in supported and (space, time, args.world) != (1, 1, 1):
         raise UserError(
             f"--ep {args.ep} and --world {args.world} have no effect with --to {target}, whose files do not depend on "

@@ -216,7 +216,7 @@ def _shard_parts(paths: Sequence[str], held_out: float, skipped: SkipCounts) -> 
         if name in parts or f"val-{name}" in parts:
             raise UserError(
                 f"SOURCE must have shards with different names, but two are named {name}.tar. Rename one of them, or run "
-                "the command once for each, with different --out folders."
+                "the command twice, each time with only one of these two shards and with another --out folder."
             )
         if held_out:
             parts[f"val-{name}"] = _part_of_shard(f"val-{name}", path, held_out, validation=True)

