@@ -51,7 +51,9 @@ def coverage_error(spans: Mapping[Key, Iterable[tuple[int, int]]], kinds: Iterab
         shapes: the shape of every parameter, by name.
 
     Returns:
-        A message about the first missing, duplicate or unexpected element; None if there is none.
+        A message about the first missing, duplicate or unexpected element; None if there is none. Unexpected are elements
+        outside their parameter, and keys of `spans` with a parameter that is not in `shapes` or a kind that is not in
+        `kinds`.
     """
     kinds = tuple(kinds)
     for kind, name in spans:

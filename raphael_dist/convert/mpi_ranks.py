@@ -45,9 +45,14 @@ class MpiRanks:
         return self.rank == 0
 
     def raise_on_all_ranks(self, work: Callable[[], T]) -> T:
-        """Call `work` on every rank and return this rank's result. If it fails on any rank, raise its error on all ranks.
+        """Call `work` on every rank and return this rank's result. If it fails on any rank, raise an error on all ranks.
 
-        Collective. An OSError becomes a UserError.
+        Collective. An OSError of `work` becomes a UserError.
+
+        Raises:
+            UserError, NotSavedError: on all ranks, if `work` raises it on one rank.
+            RuntimeError: on the other ranks, if `work` raises any other exception on one rank. That rank itself raises this
+                exception.
         """
         result, failure = attempt(work)
         if isinstance(failure, OSError):
@@ -60,5 +65,8 @@ class MpiRanks:
         return [value] if self._comm is None else cast(list[T], self._comm.allgather(value))
 
     def main_only(self, work: Callable[[], object]) -> None:
-        """Call `work` on rank 0 only, while the other ranks wait. If it fails, raise its error on all ranks. Collective."""
+        """Call `work` on rank 0 only, while the other ranks wait. If it fails, raise an error on all ranks. Collective.
+
+        The errors are those of `raise_on_all_ranks`.
+        """
         self.raise_on_all_ranks(lambda: work() if self.is_main else None)

@@ -22,7 +22,9 @@ class TimeMoE(Experts):
     """The Time-MoE layer: each sample goes through one expert, which its timestep selects (Sec. 7.3)."""
 
     def forward(self, h_BND: Tensor, expert_B: Tensor, samples_K: Tensor, factor_B: Tensor) -> Tensor:
-        """Run each sample through its expert; return its image tokens afterwards, [B, N, D].
+        """Run each sample through its expert; return the expert's output times `factor_B`, [B, N, D].
+
+        The input is not added to the output: `TransformerBlock` adds the residual.
 
         Args:
             h_BND: N image tokens of width D for each of B samples.

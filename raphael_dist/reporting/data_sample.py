@@ -47,8 +47,9 @@ def sample_data(config: Config) -> DataSample:
     """Check 256 samples of a run's data for empty edge maps, images that occur several times, and captions too long.
 
     The samples are divided among the sources of the data (data.sources, or data.shards as the only one) in proportion to
-    their weights, and the samples of a source are evenly distributed over its first two local shards. Raises UserError if no
-    source has local shards that can be read.
+    their weights. The samples of a source's first two local shards count as one list. Samples at equal distances in this
+    list are checked, so the shard with more samples contributes more. Raises UserError if no source has local shards that
+    can be read.
     """
     sources = patterns_of(config, training=True)
     total = sum(weight for _, weight in sources)

@@ -243,7 +243,8 @@ def stalled(evidence: RunEvidence) -> Finding | None:
 def crashes(evidence: RunEvidence) -> Finding | None:
     """Return a finding (problem and remedy) if the run was killed, crashed or hung, else None.
 
-    If only the run's last process was killed or crashed, and the run was not started again, `stalled` reports it instead.
+    A run has one or more starts: the first, and those that resumed it. If only the latest start was killed or crashed, and
+    no start hung, `stalled` reports it instead.
     """
     unclean, hangs = len(evidence.history.of(UNCLEAN)), len(evidence.history.of("hang"))
     if not hangs and (not unclean or (unclean == 1 and stalled(evidence))):

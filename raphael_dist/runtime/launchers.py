@@ -75,9 +75,10 @@ def _launcher(pid: int) -> str:
 
 
 def launcher_in(words: list[str]) -> str:
-    """Return the name of the launcher (e.g. "torchrun", or a Python module) that a command line runs; "" if it runs none.
+    """Return the name of the launcher of ranks that a command line runs; "" if it runs no known launcher.
 
-    `words`: the command line, as a list of words. The first is the path of the program.
+    The known launchers are the programs in `_PROGRAMS`, such as "torchrun", and the Python modules in `_MODULES`, such as
+    "torch.distributed.run". `words`: the command line, as a list of words. The first is the path of the program.
     """
     # slurmstepd writes its title as one word: "slurmstepd: [123.0]".
     program = Path(words[0].split(":")[0]).name

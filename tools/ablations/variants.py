@@ -125,9 +125,10 @@ def groups_of(base: Base, steps: int) -> dict[str, list[Variant]]:
 
 
 def choose(base: Base, words: Sequence[str], seeds: int = 1, images: int | None = None) -> list[Variant]:
-    """Return the variants to train, with matched widths and numbers of seeds: `full`, and those that the user names.
+    """Return the variants to train, with their numbers of seeds: `full`, and those that the user names.
 
-    `full` is the base configuration itself, with which the other variants are compared.
+    `full` is the base configuration itself, with which the other variants are compared. If a variant's field `match` is
+    set, its expert width is scaled so that it has as many parameters or FLOPs as `full`, up to rounding.
 
     Args:
         base: the configuration that the variants change.

@@ -87,7 +87,10 @@ class Case:
 
     @property
     def link_limit(self) -> float:
-        """Images per second that a node's link can transfer at most. Every node receives all images over its own link."""
+        """Images per second, counted over all ranks together, that the links allow at most.
+
+        Every node receives the images of all ranks over its own link, so the number of nodes does not change this limit.
+        """
         return self.mbit_s * 1e6 / 8 * TCP_SHARE / len(make_sample(0))
 
     def config(self, shards: Sequence[str], folder: str, cache: str) -> Config:

@@ -120,8 +120,9 @@ def kind_files(source: Source, kind: str, part_bytes: int) -> tuple[list[OutFile
 def plan(source: Source, options: Options, target: Path) -> ConversionPlan:
     """Return the plan for converting `source` to the layout `canonical`: safetensors files with whole tensors.
 
-    All kinds of values that the source has are written: weights, Adam moments and EMA. Of `options`, only `part_bytes`
-    (the maximum size of a file) is used. `target` is not used: the paths in the plan are relative to it.
+    The plan has all kinds of values that the source has: weights, Adam moments and EMA. Of `options`, only `part_bytes`
+    is used: the maximum size of a file in bytes, which only a file with a single larger tensor exceeds. `target`, the
+    folder to write later, is not used, because the plan names its files relative to it.
     """
     files: list[OutFile] = []
     small: dict[str, bytes] = {}
