@@ -115,6 +115,7 @@ def check_kernels(
         (model.expert_backend == "auto", "model.expert_backend=auto", f"it is {model.expert_backend}"),
         (not adapted, "lora.rank=0, or lora.targets without experts", f"lora.targets={list(lora.targets)}"),
     )
+    judges = train.spike_sigma > 0 and train.spike_action != "warn"
     requirements: dict[Kernel, tuple[Requirement, ...]] = {
         "group_norm": ((not train.compile, "train.compile=false", "it is true, which fuses the same operations"),),
         "layer_norm": ((max(model.channels) <= 4096, "model.channels up to 4096", f"they are {list(model.channels)}"),),
@@ -136,6 +137,11 @@ def check_kernels(
             *experts,
         ),
         "adamw": ((optim.kind == "adamw", "optim.kind=adamw", f"it is {optim.kind}"),),
+        "deferred_update": (
+            ("adamw" in train.kernels, "train.kernels with adamw", "it has none"),
+            # The host judges spikes by earlier losses, and the device has none.
+            (not judges, "train.spike_action=warn", f"it is {train.spike_action}"),
+        ),
     }
     for name in train.kernels:
         subject = f"train.kernels={list(train.kernels)}: the kernel {name}"

@@ -167,7 +167,8 @@ class Train(Section):
     cross_attention: attention to the caption with the map that selects regions, for which no map of a single head is stored.
     space_moe, time_moe: experts of the Space-MoE or Time-MoE layers, each only on the tokens that are routed to it.
     space_moe_dense: each space expert on all tokens, in place of space_moe. adamw: AdamW, the moving average (EMA) and the
-    model's copy of the weights in one pass; requires ZeRO stage 1 or 2. No kernel has been tested on a GPU yet.
+    model's copy of the weights in one pass; requires ZeRO stage 1 or 2. deferred_update: with adamw, the GPU decides whether
+    a step is skipped, and the host reads loss and gradient norm one step later. No kernel has been tested on a GPU yet.
     """
 
     caption_dropout: Fraction = 0.1

@@ -43,7 +43,9 @@ ExpertKind = Literal["space", "time"]
 EXPERT_KINDS: tuple[ExpertKind, ...] = ("space", "time")
 Dispatch = Literal["auto", "all_to_all", "all_gather"]
 ExpertBackend = Literal["auto", "grouped", "dense", "reference", "megablocks"]
-Kernel = Literal["group_norm", "layer_norm", "cross_attention", "space_moe", "space_moe_dense", "time_moe", "adamw"]
+Kernel = Literal[
+    "group_norm", "layer_norm", "cross_attention", "space_moe", "space_moe_dense", "time_moe", "adamw", "deferred_update"
+]  # fmt: skip
 FocalForm = Literal["focal", "quality"]
 Placement = Literal["auto", "shard", "replicate"]
 Scheduler = Literal["ddim", "dpm++", "euler"]

@@ -4,8 +4,9 @@ Without this kernel an update takes several passes over the weights: clip the gr
 copy the weights to the model, update the moving average. The kernel reads and writes each number once, and needs no float32
 copy of the gradients. Weight decay is a separate pass in `engine.Engine`, since only some parameters decay.
 
-The kernel reads everything that changes between steps, such as the learning rate, from device memory. So a CUDA graph can
-contain the launch.
+The kernel reads everything that changes between steps, such as the learning rate and whether to change anything at all, from
+device memory. So the host need not know whether a step is good when it launches the kernel, and a CUDA graph can contain the
+launch.
 """
 
 from collections.abc import Sequence
@@ -30,8 +31,8 @@ def _adamw(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < count
-    lr, factor, share = tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2)
+    lr, factor, share, apply = tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2), tl.load(numbers + 3)
+    mask = i < tl.where(apply != 0, count, 0)
     correction1, correction2 = tl.load(corrections), tl.load(corrections + 1)
     g = tl.load(gradient + i, mask, 0.0).to(tl.float32) * factor
     m = beta1 * tl.load(exp_avg + i, mask, 0.0) + rest1 * g
@@ -65,8 +66,8 @@ def adamw(
         gradient: gradient of the weights, float32 or bfloat16.
         average: moving average of the weights, float32; None: there is none.
         copy: the weights that the model computes with, float32 or bfloat16; overwritten.
-        numbers: learning rate, factor by which the gradient is multiplied, and share of the new weights in the average,
-            float32 [3].
+        numbers: learning rate, factor by which the gradient is multiplied, share of the new weights in the average, and 1
+            to update or 0 to change nothing, float32 [4].
         corrections: 1 - beta1 ** step and 1 - beta2 ** step, float32 [2].
         beta1: decay rate of the first moment.
         beta2: decay rate of the second moment.
@@ -98,7 +99,7 @@ class FusedUpdate:
 
     def __init__(self, fragments: Fragments, optim: Optim, device: torch.device) -> None:
         self._fragments, self._optim = fragments, optim
-        self._numbers = torch.zeros(3, device=device)
+        self._numbers = torch.zeros(4, device=device)
         self._betas = torch.tensor(optim.betas, dtype=torch.float64).to(device)
         self._averages: dict[int, Tensor] = {}
 
@@ -114,7 +115,15 @@ class FusedUpdate:
         assert ema is None or ema.flat, "the average must be laid out as the weights"
         share = 0.0 if ema is None else ema.share(step)
         self._averages = {} if ema is None else ema.flat
-        self._numbers.copy_(from_host([lr, factor, share], self._numbers.device), non_blocking=True)
+        self._numbers.copy_(from_host([lr, factor, share, 1.0], self._numbers.device), non_blocking=True)
+
+    def decide(self, good: Tensor, factor: Tensor) -> None:
+        """Replace `factor` of the last `prepare`, and let the next `launch` change nothing unless `good` is true.
+
+        `good`: bool []. `factor`: float []. Both are on the device, and the host does not wait for them.
+        """
+        self._numbers[1].copy_(factor)
+        self._numbers[3].copy_(good)
 
     def launch(self, parts: Sequence[FlatPart]) -> None:
         """Run one step of AdamW on this rank's parts of the weights, in place, with the values that `prepare` copied.
@@ -129,7 +138,7 @@ class FusedUpdate:
             state = self._fragments.optimizer_state(part.master)
             if not state:  # nothing but padding
                 continue
-            state["step"].add_(1)
+            state["step"].add_(self._numbers[3])
             corrections = (1 - self._betas ** state["step"]).float()
             adamw(
                 part.master, state["exp_avg"], state["exp_avg_sq"], part.gradient, self._averages.get(id(part.master)),

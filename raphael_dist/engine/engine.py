@@ -53,7 +53,9 @@ class Engine:
         module: the U-Net.
         fragments: the parts of the fp32 weights and Adam moments that this rank stores.
         traffic: bytes that this rank sent to other ranks.
-        grad_norm: global gradient norm of the last step, before clipping; infinite if that step was discarded.
+        grad_norm: global gradient norm of the last step, before clipping; infinite if that step was discarded. After
+            `update_if` the caller sets it, once it knows the norm.
+        defers_update: whether the trainer must finish steps by `update_if` (`train.kernels` with deferred_update).
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class Engine:
             zero = self._zero if isinstance(self._zero, Zero0) else self._contiguous(ds_config.muon_error)
             optimizer.set_layouts(zero.layouts(), {p: name for name, p in self.module.named_parameters()})
         self._fused = self._fuse_update() if "adamw" in config.train.kernels else None
+        self.defers_update = "deferred_update" in config.train.kernels
         decayed = config.optim.has_moments and config.optim.weight_decay > 0
         self._decayed = [f.master for f in self.fragments if decayed and decays(f.name)]
         self.grad_norm = math.nan
@@ -229,8 +232,7 @@ class Engine:
             ema: the moving average from `create_ema`; None: there is none.
             step: the optimizer step, counted from 1.
         """
-        assert self._engine.is_gradient_accumulation_boundary()
-        clip, self.grad_norm, self._micro_step = self.config.optim.max_grad_norm, norm, 0
+        clip, self.grad_norm = self.config.optim.max_grad_norm, norm
         factor = clip / (norm + 1e-6) if clip and norm > clip else 1.0
         if self._fused is not None:
             self._fused.prepare(lr, factor, ema, step)
@@ -238,11 +240,41 @@ class Engine:
             torch._foreach_mul_(list(self._zero.gradients()), factor)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        if self._decayed:
-            torch._foreach_mul_(self._decayed, 1 - lr * self.config.optim.weight_decay)
-        self._engine.step()
+        self._decay_and_step(1 - lr * self.config.optim.weight_decay)
         if ema is not None and self._fused is None:
             ema.update(step)
+
+    @torch.no_grad()
+    def update_if(self, good: Tensor, lr: float, norm: Tensor, ema: Ema | None = None, step: int = 1) -> None:
+        """Finish a step as `update` does if `good` is true. Otherwise drop the gradients, and change nothing. Collective.
+
+        The device decides, and the host does not wait. It requires the kernel adamw (`train.kernels`). The result is equal
+        to that of `update` or `discard_gradients` bit by bit.
+
+        Args:
+            good: whether to update, bool [], equal on all ranks.
+            lr: learning rate.
+            norm: global norm of the gradients before clipping, float64 [], equal on all ranks. It is finite if `good` is
+                true.
+            ema: the moving average from `create_ema`; None: there is none.
+            step: the optimizer step, counted from 1.
+        """
+        assert self._fused is not None, "train.kernels has no adamw"
+        clip, factor = self.config.optim.max_grad_norm, torch.ones_like(norm)
+        if clip:
+            factor = (factor * clip / (norm + 1e-6)).masked_fill_(norm <= clip, 1.0)
+        self._fused.prepare(lr, 1.0, ema, step)
+        self._fused.decide(good, factor)
+        # In float64, as on the host.
+        self._decay_and_step((1 - good.double() * (lr * self.config.optim.weight_decay)).float())
+
+    def _decay_and_step(self, decay: float | Tensor) -> None:
+        """Multiply the weights that decay by `decay`, and run DeepSpeed's optimizer step."""
+        assert self._engine.is_gradient_accumulation_boundary()
+        self._micro_step = 0
+        if self._decayed:
+            torch._foreach_mul_(self._decayed, decay)
+        self._engine.step()
 
     def discard_gradients(self) -> None:
         """End the current step without an update: drop its gradients, and leave weights and moments unchanged.

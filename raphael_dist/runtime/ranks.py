@@ -210,12 +210,17 @@ def all_reduce_sum(values: Sequence[float] | torch.Tensor, device: torch.device)
 
     `device`: this rank's device, on which the values are reduced. A tensor may have any shape.
     """
+    return all_reduce_on_device(values, device).cpu()
+
+
+def all_reduce_on_device(values: Sequence[float] | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Do as `all_reduce_sum`, but return the sums on `device`: then the host does not wait for a GPU. Collective."""
     if isinstance(values, torch.Tensor):
         tensor = values.to(device, torch.float64, copy=True)
     else:
         tensor = from_host(values, device, torch.float64)
     dist.all_reduce(tensor)
-    return tensor.cpu()
+    return tensor
 
 
 def gather_objects(value: T) -> list[T]:

@@ -137,6 +137,10 @@ class Telemetry:
             self._steps.append((step, self._current_step))
         self._current_step = Metrics(self._device)
 
+    def drop_step(self, step: int) -> None:
+        """Drop the losses and expert loads of optimizer step `step`, because it did not change the weights after all."""
+        self._steps = [(number, metrics) for number, metrics in self._steps if number != step]
+
     def return_to(self, step: int) -> None:
         """Remove all values of steps after `step`, in memory and in files, because the run will log those steps again."""
         self._steps = [(number, metrics) for number, metrics in self._steps if number <= step]

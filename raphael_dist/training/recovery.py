@@ -6,14 +6,10 @@ The loss and the gradient norm are equal on all ranks, so all ranks decide in th
 import math
 from typing import NamedTuple
 
-import torch
-
 from raphael_dist.checkpoint.progress import Progress
 from raphael_dist.errors import NonFiniteError
 from raphael_dist.runtime.ranks import gather_objects
-from raphael_dist.training.run_state import Run
-
-StepLosses = list[tuple[torch.Tensor, torch.Tensor]]  # (positions, losses) of each micro-batch of a step, on this rank
+from raphael_dist.training.run_state import Run, StepLosses
 
 
 class SkipReason(NamedTuple):
@@ -29,7 +25,7 @@ class SkipReason(NamedTuple):
     rollback: bool = False
 
 
-def judge_step(run: Run, loss: float, norm: float) -> SkipReason | None:
+def judge_step(run: Run, loss: float, norm: float, step: int) -> SkipReason | None:
     """Return why a step must be skipped, or None if it may change the weights.
 
     A step is skipped if the loss or the gradient norm is not finite, or if the loss is a spike (far above the last losses)
@@ -39,6 +35,7 @@ def judge_step(run: Run, loss: float, norm: float) -> SkipReason | None:
         run: the run.
         loss: mean loss of the step over all ranks.
         norm: global gradient norm of the step.
+        step: number of the step, for the log.
     """
     verdict, action = run.guard.judge(loss), run.config.train.spike_action
     if verdict == "not finite":
@@ -50,7 +47,7 @@ def judge_step(run: Run, loss: float, norm: float) -> SkipReason | None:
             f"the loss {loss:.4g} is a spike: it exceeds the mean of the last losses by more than {sigma:g} standard "
             "deviations (train.spike_sigma)"
         )
-        run.telemetry.warn(f"step {run.progress.step + 1}: {why}. This is handled by train.spike_action={action}")
+        run.telemetry.warn(f"step {step}: {why}. This is handled by train.spike_action={action}")
         if action != "warn":
             return SkipReason(why, action == "rollback")
     return None if math.isfinite(norm) else SkipReason("the gradient norm is not finite")
@@ -145,6 +142,7 @@ def progress_record(run: Run, *, rollbacks: int | None = None) -> Progress:
     `rollbacks`: number of rollbacks to this checkpoint, which the result states; 0 for a new checkpoint. None: the number
     that `run.guard` has counted.
     """
+    assert run.started is None, "the result of the last step is not known"
     state = run.guard.state()
     if rollbacks is not None:
         state["rollbacks"] = rollbacks

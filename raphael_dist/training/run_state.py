@@ -1,7 +1,9 @@
 """The state of a training run on one rank."""
 
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, NamedTuple
+
+from torch import Tensor
 
 from raphael_dist.checkpoint.save import CheckpointStore
 from raphael_dist.config.schema import Config
@@ -10,7 +12,9 @@ from raphael_dist.data.run_data import DataSource
 from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.engine import Engine
 from raphael_dist.errors import UserError
+from raphael_dist.model.device import HostCopy
 from raphael_dist.model.diffusion import NoiseSchedule
+from raphael_dist.parallel.async_collectives import Traffic
 from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.runtime.ranks import Ranks
 from raphael_dist.runtime.stop_request import StopRequest
@@ -19,6 +23,8 @@ from raphael_dist.sampling.sampler import Request
 from raphael_dist.training.logged_metrics import Telemetry
 from raphael_dist.training.step_guard import Guard
 from raphael_dist.training.validation import Validator
+
+StepLosses = list[tuple[Tensor, Tensor]]  # (positions, losses) of each micro-batch of a step, on this rank
 
 
 @dataclass
@@ -86,6 +92,20 @@ class StopState:
     data_failure: UserError | None = None
 
 
+class StartedStep(NamedTuple):
+    """A step whose update has been started, but whose result the host has not read (`deferred_update`).
+
+    Attributes:
+        stats: the result of `deferred_update.reduce_step_stats`.
+        losses: for each micro-batch, the positions and losses of this rank's samples.
+        traffic: bytes that this rank sent to other ranks in the step.
+    """
+
+    stats: HostCopy
+    losses: StepLosses
+    traffic: Traffic
+
+
 @dataclass
 class Run:
     """The objects and the state of a training run on this rank: data, model, checkpoints, logging, progress."""
@@ -107,3 +127,4 @@ class Run:
     requests: list[Request]  # the images that are drawn during training
     progress: RunProgress
     stop: StopState
+    started: StartedStep | None = None  # the last step, if its result has not been read

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from functools import partial
@@ -22,14 +21,15 @@ from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.losses import compute_losses
 from raphael_dist.runtime.host_memory import without_long_collections
 from raphael_dist.runtime.long_work import long_work, run_on_rank0
-from raphael_dist.runtime.ranks import Ranks, all_reduce_sum, raise_if_any_failed, raise_on_all_ranks
+from raphael_dist.runtime.ranks import Ranks, all_reduce_sum, raise_on_all_ranks
 from raphael_dist.runtime.stop_request import StopRequest
 from raphael_dist.runtime.watchdog import SLOW, Watchdog
 from raphael_dist.sampling.grid import caption_grid, save_image
 from raphael_dist.storage.files import replace_bytes
 from raphael_dist.training import recovery, run_dir, startup, summary
+from raphael_dist.training.deferred_update import agree, finish_deferred, reduce_step_stats
 from raphael_dist.training.lr_schedule import gate_noise_deviation, learning_rate
-from raphael_dist.training.run_state import Run, RunProgress, StopState
+from raphael_dist.training.run_state import Run, RunProgress, StepLosses, StopState
 from raphael_dist.training.step_guard import Guard
 from raphael_dist.training.validation import Validator, draw_samples, figures_of, ready_to_sample
 
@@ -101,8 +101,10 @@ def train_step(run: Run, batches: Iterator[Batch]) -> bool:
         False if the run returned to a checkpoint instead of completing the step.
     """
     loss_sum, losses = accumulate(run, batches)
-    loss, norm = reduce_step_stats(run, loss_sum)
-    skip_reason = recovery.judge_step(run, loss, norm)
+    if run.engine.defers_update:
+        return finish_deferred(run, loss_sum, losses)
+    loss, norm = agree(run, reduce_step_stats(run, loss_sum).cpu())  # the only wait for the device in a step
+    skip_reason = recovery.judge_step(run, loss, norm, run.progress.step + 1)
     run.telemetry.end_step(run.progress.step + 1, updated=skip_reason is None)
     if skip_reason is not None and skip_reason.rollback and recovery.rollback(run):
         return False
@@ -118,7 +120,7 @@ def train_step(run: Run, batches: Iterator[Batch]) -> bool:
     return True
 
 
-def accumulate(run: Run, batches: Iterator[Batch]) -> tuple[torch.Tensor, recovery.StepLosses]:
+def accumulate(run: Run, batches: Iterator[Batch]) -> tuple[torch.Tensor, StepLosses]:
     """Add up the gradients of this rank's micro-batches of one step. The last backward pass also reduces them over ranks.
 
     Returns:
@@ -147,7 +149,7 @@ def next_batch(run: Run, batches: Iterator[Batch], micro_step: int) -> Batch:
     """Return the next micro-batch on the device. `micro_step`: its number in the optimizer step, from 0.
 
     If this rank's data fails (UserError), this function returns dummy batches from then on, so that no other rank waits.
-    `reduce_step_stats` of the same step then ends the run on all ranks, before the weights change.
+    `agree` then ends the run on all ranks, before the weights change.
     """
     if run.stop.data_failure is None:
         try:
@@ -159,28 +161,6 @@ def next_batch(run: Run, batches: Iterator[Batch], micro_step: int) -> Batch:
             run.stop.data_failure = error
     slots = run.plan.slots(run.progress.samples_seen, run.ranks.rank, micro_step)
     return run.builder.dummy_batch(slots).to(run.engine.device)
-
-
-def reduce_step_stats(run: Run, loss_sum: torch.Tensor) -> tuple[float, float]:
-    """Return the mean loss and the global gradient norm of the step, equal on all ranks. Collective.
-
-    One all-reduce computes both; reading its result is the only wait for the device in a step. The all-reduce also shows
-    whether to stop early, and whether all ranks have written the pending checkpoint, which is then completed.
-    Raises UserError on all ranks if the data of any rank failed.
-
-    `loss_sum`: the sum of this rank's sample losses, from `accumulate`.
-    """
-    flags = [float(run.stop.request.requested), float(run.store.written), float(run.stop.data_failure is not None)]
-    # new_full, not a copy from the host, which would wait.
-    tensors = [loss_sum.new_full((), flag, dtype=torch.float64) for flag in flags]
-    values = torch.stack([loss_sum.double(), run.engine.grad_square(), *tensors])
-    total, square, stop, written, failed = all_reduce_sum(values, run.engine.device).tolist()
-    if failed:
-        raise_if_any_failed(None, run.stop.data_failure)
-    run.stop.agreed = stop > 0
-    if written == run.ranks.world_size:
-        run.store.commit()
-    return total / run.config.train.global_batch_size, math.sqrt(square) if square >= 0 else math.nan
 
 
 def train_stages(

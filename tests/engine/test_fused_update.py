@@ -30,10 +30,10 @@ class Flat:
         self.moments = [torch.zeros_like(self.master) for _ in range(2)]
         self.average = self.master.clone() if averaged else None
         self.copy = torch.empty_like(self.master, dtype=dtype)
-        self.numbers, self.corrections = torch.zeros(3, device=DEVICE), torch.zeros(2, device=DEVICE)
+        self.numbers, self.corrections = torch.zeros(4, device=DEVICE), torch.zeros(2, device=DEVICE)
 
-    def prepare(self, step: int, lr: float, share: float) -> None:
-        self.numbers.copy_(torch.tensor([lr, FACTOR, share]))
+    def prepare(self, step: int, lr: float, share: float, apply: float = 1.0) -> None:
+        self.numbers.copy_(torch.tensor([lr, FACTOR, share, apply]))
         self.corrections.copy_(torch.tensor([1 - beta**step for beta in BETAS]))
 
     def launch(self, gradient: torch.Tensor) -> None:
@@ -81,6 +81,27 @@ def test_kernel_equals_adamw_and_lerp(dtype: torch.dtype, averaged: bool) -> Non
     check(flat, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernel_changes_nothing_in_a_bad_step(dtype: torch.dtype) -> None:
+    """Not even in the first step, in which the correction of the moments would divide by 0."""
+    flat, good = Flat(dtype, averaged=True), Flat(dtype, averaged=True)
+    for part in (flat, good):
+        part.copy.zero_()
+    steps = [(0, float("nan"), 0.0), (1, 1.0, 1.0), (1, float("inf"), 0.0), (2, 1.0, 1.0)]
+    for (step, spoil, apply), gradient in zip(steps, [flat.gradients[i] for i in (0, 0, 1, 1)], strict=True):
+        flat.prepare(step, *STEPS[step - 1], apply)
+        flat.launch(gradient * spoil)
+        if apply:
+            good.prepare(step, *STEPS[step - 1])
+            good.launch(gradient)
+        for tensor, other in zip(
+            (flat.master, *flat.moments, flat.average, flat.copy),
+            (good.master, *good.moments, good.average, good.copy),
+            strict=True,
+        ):
+            assert torch.equal(tensor, other)
+
+
 @pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
 def test_captured_update_reads_its_numbers_on_the_device() -> None:
     flat = Flat(torch.bfloat16, averaged=True)
@@ -92,9 +113,10 @@ def test_captured_update_reads_its_numbers_on_the_device() -> None:
     for tensor, value in ((flat.master, start), (flat.average, start), *((m, 0 * m) for m in flat.moments)):
         tensor.copy_(value)
     for step, (values, numbers) in enumerate(zip(flat.gradients, STEPS, strict=True), start=1):
-        gradient.copy_(values)
-        flat.prepare(step, *numbers)
-        graph.replay()
+        for bad in (True, False):
+            gradient.copy_(values * float("nan") if bad else values)
+            flat.prepare(step, *numbers, apply=0.0 if bad else 1.0)
+            graph.replay()
     check(flat, expected)
 
 

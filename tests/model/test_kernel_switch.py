@@ -37,6 +37,11 @@ FITS = {"expert_width": [24, 32]}
         ({"train": {"kernels": ["time_moe"]}, "model": {"time_activation": "geglu"}}, "time_activation=gelu"),
         ({"train": {"kernels": ["time_moe"]}, "parallel": {"time_ep": 2}}, "parallel.time_ep=1, but it is 2"),
         ({"train": {"kernels": ["adamw"]}, "optim": {"kind": "sgd"}}, "optim.kind=adamw, but it is sgd"),
+        ({"train": {"kernels": ["deferred_update"]}}, "train.kernels with adamw, but it has none"),
+        (
+            {"train": {"kernels": ["adamw", "deferred_update"], "spike_action": "skip"}},
+            "train.spike_action=warn, but it is skip",
+        ),
         (
             {"train": {"kernels": ["space_moe"]}, "lora": {"rank": 2, "targets": ["experts"]}, "run": {"init_from": "x"}},
             "lora.targets without experts",

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from raphael_dist.checkpoint.progress import Progress
 from raphael_dist.config.schema import Config
 from raphael_dist.engine.engine import square_sum
+from raphael_dist.errors import UserError
 from raphael_dist.model.batch import Batch
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.losses import compute_losses
@@ -51,7 +52,7 @@ SECTIONS: dict[str, dict] = {
 class PlainEngine:
     """The engine's methods that a step calls, of a model in this process."""
 
-    dtype, grad_norm, device = torch.float32, 0.0, CPU
+    dtype, grad_norm, device, defers_update = torch.float32, 0.0, CPU, False
 
     def __init__(self, config: Config) -> None:
         torch.manual_seed(0)
@@ -74,6 +75,12 @@ class PlainEngine:
             group["lr"] = 1e-3 / max(1.0, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def update_if(self, good: torch.Tensor, lr: float, norm: torch.Tensor, ema: object = None, step: int = 1) -> None:
+        if good:
+            self.update(lr, float(norm))
+        else:
+            self.discard_gradients()
 
     def discard_gradients(self) -> None:
         self.optimizer.zero_grad()
@@ -107,7 +114,7 @@ def run(tmp_path: Path) -> Iterator[Run]:
     config = tiny_config(**SECTIONS, run={"dir": tmp_path})
     data: Any = SimpleNamespace(replaced=0, key=str)
     watchdog: Any = SimpleNamespace(heartbeat=lambda *_: None)
-    nothing: Any = None
+    builder: Any = SimpleNamespace()
     engine: Any = PlainEngine(config)
     store: Any = Store()
     telemetry = Telemetry(config, Ranks(), CPU, ["here"])
@@ -115,7 +122,7 @@ def run(tmp_path: Path) -> Iterator[Run]:
     schedule = NoiseSchedule.create(config.diffusion)
     plan = BatchPlan.of(config, 1)
     yield Run(
-        config, Ranks(), plan, data, nothing, None, engine, None, schedule, store, Guard(config.train), telemetry,
+        config, Ranks(), plan, data, builder, None, engine, None, schedule, store, Guard(config.train), telemetry,
         watchdog, None, [], RunProgress(config.train.max_steps, updated=True), StopState(StopRequest()),
     )  # fmt: skip
     dist.destroy_process_group()
@@ -150,6 +157,59 @@ def test_logged_losses_and_gate_noise_follow_the_steps(run: Run, log_every: int,
         else:
             assert rows[tag] == [(15, pytest.approx(sum(expected[step] for step in taken) / len(taken), rel=1e-5))]
     assert [step for step, _ in rows["optim/lr"]] == ([*range(1, 16)] if log_every == 1 else [15])
+
+
+def deferred(run: Run) -> Run:
+    """Let the engine of `run` defer updates. Only the end of the run requires a result at once."""
+    train = {**SECTIONS["train"], "log_every": 99}
+    run.config = tiny_config(**{**SECTIONS, "train": train}, run={"dir": run.config.run.dir})
+    run.engine.defers_update = True
+    return run
+
+
+def test_deferred_result_is_read_in_the_next_step(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, losses = batches(run.config, run.plan), list[float]()
+    run = deferred(run)
+
+    def noting(*args: Any) -> Any:
+        computed = compute_losses(*args)
+        losses.append(float(computed.denoise.mean()))
+        return computed
+
+    monkeypatch.setattr("raphael_dist.training.trainer.compute_losses", noting)
+    known = []  # good and skipped steps, after each step
+    for _ in range(6):
+        assert train_step(run, stream)
+        known.append((len(run.guard.window), run.guard.skipped))
+    assert known == [(0, 0), (1, 0), (2, 0), (2, 1), (3, 1), (4, 1)]
+    run.stop.request = StopRequest(max_time=0)
+    agreed = []
+    while not run.stop.agreed:
+        train_step(run, stream)
+        agreed.append(run.stop.agreed)
+    assert agreed == [False, True]
+    assert run.started is None, "a run that stops knows the result of its last step"
+    assert (run.progress.step, len(run.guard.window), run.guard.skipped) == (8, 7, 1)
+    log_step(run)
+    run.telemetry.__exit__(None, None, None)
+    ((step, loss),) = read_metrics(run.config.run.dir / "metrics.jsonl")["train/loss"]
+    taken = [loss for i, loss in enumerate(losses, start=1) if i != NAN]
+    assert (step, loss) == (8, pytest.approx(sum(taken) / 7, rel=1e-5))
+
+
+def test_deferred_step_without_data_changes_no_weights(run: Run) -> None:
+    def failing() -> Iterator[Batch]:
+        yield next(batches(run.config, run.plan))
+        raise UserError("no data")
+
+    run, stream = deferred(run), failing()
+    run.builder.dummy_batch = lambda slots: synthetic_batch(run.config, slots, 4)
+    train_step(run, stream)
+    before = [p.detach().clone() for p in run.engine.module.parameters()]
+    train_step(run, stream)
+    with pytest.raises(UserError, match="no data"):
+        train_step(run, stream)
+    assert all(torch.equal(p, old) for p, old in zip(run.engine.module.parameters(), before, strict=True))
 
 
 def test_each_step_is_logged_once_after_a_rollback(tmp_path: Path) -> None:
