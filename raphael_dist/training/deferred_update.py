@@ -70,13 +70,12 @@ def start_update(run: Run, loss_sum: Tensor, losses: StepLosses) -> None:
     Arguments are those that `trainer.accumulate` returns.
     """
     stats = reduce_step_stats(run, loss_sum)
-    norm = stats[1].sqrt()
-    # `recovery.judge_step` and `agree` come to the same result.
-    good = stats[0].isfinite() & norm.isfinite() & (stats[4] == 0)
+    # `agree` and `recovery.judge_step` come to the same result. A sum of infinities or NaN is not below infinity.
+    good = (stats[:2].abs().sum() < math.inf) & (stats[4] == 0)
     progress = run.progress
     progress.step += 1
     progress.samples_seen += run.config.train.global_batch_size
-    run.engine.update_if(good, learning_rate(run.config, progress.step), norm, run.ema, progress.step)
+    run.engine.update_if(good, learning_rate(run.config, progress.step), stats[1].sqrt(), run.ema, progress.step)
     run.telemetry.end_step(progress.step, updated=True)
     run.started = StartedStep(HostCopy(stats), losses, run.engine.traffic.take())
 

@@ -182,7 +182,9 @@ def test_flops_of_grouped_products_are_exact_in_both_passes():
 
 
 # One wait per optimizer step, in which the host reads the loss, the gradient norm and the ranks' wishes.
-ONE = {("raphael_dist/runtime/ranks.py", "copies to the host"): 1}
+ONE = {("raphael_dist/training/trainer.py", "copies to the host"): 1}
+# With deferred_update it reads those of the step before, while the GPU has the work of this step.
+DEFERRED = {("raphael_dist/model/device.py", "synchronize()"): 1}
 # DeepSpeed's ZeRO-1 in bfloat16 with several micro-steps asks for a norm, though of nothing (engine/zero.py, Zero1Bf16).
 ASKED = {
     ("deepspeed/runtime/utils.py", "copies pageable memory to the GPU"): 1,
@@ -209,6 +211,20 @@ def counted(output: str) -> Counter[tuple[str, str]]:
 def test_an_optimizer_step_waits_once_and_no_layer_or_micro_step_waits(stage, micro_steps):
     output = bench("emoji-tiny", f"--deepspeed_config=ds_configs/zero{stage}.json", f"--micro-steps={micro_steps}", *SMALL)
     assert counted(output) == ONE | (ASKED if (stage, micro_steps) == (1, 3) else {})
+
+
+@pytest.mark.slow
+def test_a_step_in_graphs_has_few_launches_and_waits_for_the_step_before():
+    pytest.importorskip("triton", reason="needs the package triton")
+    graphs = ["train.cuda_graphs=true", "train.kernels=[adamw,deferred_update]"]
+    one, three = (bench("emoji-tiny", f"--micro-steps={n}", "--places=400", *SMALL, *graphs) for n in (1, 3))
+    assert counted(one) == counted(three) == DEFERRED
+    launches = [int(re.findall(r"^ +(\d+) .* in all$", output, flags=re.M)[0]) for output in (one, three)]
+    assert launches[0] < 200
+    assert launches[1] < 3 * launches[0]
+    for output in (one, three):
+        assert "model/unet.py" not in output
+        assert re.search(r"^ +\d+ +0.0  raphael_dist/model/cuda_graphs.py:\d+$", output, flags=re.M)
 
 
 @pytest.mark.slow

@@ -79,18 +79,19 @@ def _against_diffusers(config: str, images: int) -> list[Case]:
 
 
 def _switches(config: str, each_off: bool = False) -> list[tuple[str, ...]]:
-    """Return combinations of train.kernels to measure, as overrides: no kernel, and all kernels that the preset can use.
+    """Return combinations of train.kernels to measure, as overrides.
 
-    The kernels space_moe and space_moe_dense exclude each other, so a model with space experts has a combination for each of
-    them. With `each_off` there are also combinations that leave out one kernel each.
+    They are: no kernel, all kernels that the preset can use, and these with deferred_update. The kernels space_moe and
+    space_moe_dense exclude each other, so a model with space experts has a combination for each of them. With `each_off`
+    there are also combinations that leave out one kernel each.
     """
     loaded = load_config(config)
     model = loaded.model
     unfit = {"space_moe_dense"} if model.space_experts else {"space_moe", "space_moe_dense"}
     unfit |= set() if model.time_experts and model.time_activation == "gelu" else {"time_moe"}
     unfit |= set() if model.space_experts or loaded.edge.weight > 0 else {"cross_attention"}
-    names = [name for name in KERNELS if name not in unfit]
-    sets = [[], names]
+    names = [name for name in KERNELS if name not in {*unfit, "deferred_update"}]
+    sets = [[], names, [*names, "deferred_update"]]
     if model.space_experts:
         sets.append(["space_moe_dense" if name == "space_moe" else name for name in names])
     if each_off:

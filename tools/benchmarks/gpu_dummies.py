@@ -9,6 +9,7 @@ import torch
 import torch.fx.experimental._config
 from torch import Tensor
 
+from raphael_dist.model import cuda_graphs
 from raphael_dist.model import device as package_device
 from raphael_dist.model.experts import Experts
 
@@ -24,10 +25,11 @@ def _has_list(index: Any) -> bool:
     return any(isinstance(i, (list, range)) for i in (index if isinstance(index, tuple) else (index,)))
 
 
-def patches(wait: Callable[[str], None]) -> Iterator[Any]:
+def patches(wait: Callable[[str], None], launch: Callable[[int], None]) -> Iterator[Any]:
     """Yield mock patches that make torch, DeepSpeed and the package use their GPU code with the simulated GPU.
 
-    `wait`: called with a reason whenever the host would wait for the GPU.
+    `wait`: called with a reason whenever the host would wait for the GPU. `launch`: called with 0 whenever a CUDA graph is
+    launched.
     """
     from deepspeed.accelerator import real_accelerator
     from torch.optim import optimizer as torch_optimizer
@@ -36,8 +38,10 @@ def patches(wait: Callable[[str], None]) -> Iterator[Any]:
     yield mock.patch.object(real_accelerator, "ds_accelerator", _accelerator(wait))
     yield mock.patch.object(torch_optimizer, "_get_fused_kernels_supported_devices", return_value=[GPU.type])
     yield mock.patch.object(torch.fx.experimental._config, "meta_nonzero_assume_all_nonzero", True)
-    for name, value in _stand_ins(wait).items():
+    for name, value in (_stand_ins(wait) | _graphs(launch)).items():
         yield mock.patch.object(torch.cuda, name, value)
+    # The mode that records operations would make the model run without graphs.
+    yield mock.patch.object(cuda_graphs, "_get_current_dispatch_mode", return_value=None)
     yield mock.patch.object(Experts, "_loop", _with_even_loads(Experts._loop))
     # Parts of torch that are not operations: attributes, and tensors made from Python numbers.
     yield mock.patch.object(Tensor, "is_cuda", property(lambda tensor: tensor.is_meta))
@@ -129,6 +133,25 @@ def _stand_ins(wait: Callable[[str], None]) -> dict[str, Any]:
         "get_device_name": lambda *_: "NVIDIA H200",
         "get_device_capability": lambda *_: (9, 0),
     }
+
+
+def _graphs(launch: Callable[[int], None]) -> dict[str, Any]:
+    """Return replacements for torch.cuda.CUDAGraph and torch.cuda.graph. `launch`: as in `patches`."""
+
+    class Graph:
+        """Replaces a CUDA graph, whose operations are computed while it is captured. A replay only counts as a launch."""
+
+        def pool(self) -> None:
+            """Return no memory pool."""
+
+        def replay(self) -> None:
+            launch(0)
+
+    @contextmanager
+    def capture(*_: Any, **__: Any) -> Iterator[None]:
+        yield
+
+    return {"CUDAGraph": Graph, "graph": capture}
 
 
 def _accelerator(wait: Callable[[str], None]) -> Any:

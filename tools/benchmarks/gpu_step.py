@@ -10,6 +10,7 @@ with experts, the difference is the cost of experts, gates and edge modules. Sam
 import argparse
 import gc
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -26,17 +27,18 @@ from benchmarks import gpu_all
 from benchmarks.states import random_batch
 from raphael_dist.config.schema import Config, load_config
 from raphael_dist.engine.ds_config import read_deepspeed_json
+from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.engine import Engine
 from raphael_dist.errors import UserError
 from raphael_dist.model.batch import Batch
-from raphael_dist.model.device import is_gpu
+from raphael_dist.model.device import HostCopy, is_gpu
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.latents import latent_factor
 from raphael_dist.model.losses import compute_losses
 from raphael_dist.model.moe import SpaceMoE
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.parallel.batch_plan import BatchPlan
-from raphael_dist.runtime.ranks import Ranks, discover, initialise
+from raphael_dist.runtime.ranks import Ranks, all_reduce_on_device, discover, initialise
 from raphael_dist.storage.versions import versions
 from raphael_dist.training.throughput import FLOPS, throughput, warmup_step
 
@@ -79,10 +81,22 @@ def time_ours(config: Config, tree: dict[str, Any], ranks: Ranks, device: torch.
     def step() -> None:
         losses = compute_losses(engine, batch.to(device), schedule, config, engine.dtype)
         engine.backward(losses.total.sum() * plan.loss_scale)
-        engine.step(config.optim.lr, ema)
+        if engine.defers_update:
+            step_before[0].read()
+            step_before[0] = _start_update(engine, ema)
+        else:
+            engine.step(config.optim.lr, ema)
 
+    step_before = [HostCopy(torch.zeros((), device=device))]
     seconds, peak = _timed(step, device, steps)
     return StepTime(seconds, flops, flops - idle, peak)
+
+
+def _start_update(engine: Engine, ema: Ema | None) -> HostCopy:
+    """Start the update of a step as `training.deferred_update` does; return the gradient norm, to be read a step later."""
+    norm = all_reduce_on_device(engine.grad_square(), engine.device).sqrt()
+    engine.update_if(norm < math.inf, engine.config.optim.lr, norm, ema)
+    return HostCopy(norm)
 
 
 def _idle_flops(engine: Engine, batch: Batch, schedule: NoiseSchedule) -> float:

@@ -15,7 +15,7 @@ A *wait* is a moment at which the host waits until the GPU has finished all its 
 A *launch* is an operation on the GPU's tensors that does not only return a view. On a real GPU some operations of torch need
 several kernels, and an operation on many small tensors (`_foreach_`) needs only a few. *Bytes* are those of an operation's
 inputs and outputs by their shapes, as if nothing stayed in a cache. Collectives are launches; they make a stream wait, not
-the host (NCCL).
+the host (NCCL). A replay of a CUDA graph is one launch of 0 bytes; operations are recorded only while it is captured.
 """
 
 import sys
@@ -106,7 +106,7 @@ class PretendGpu:
         return "?" if outer is None else _line(outer)
 
     def __enter__(self) -> "PretendGpu":
-        for patch in patches(self.wait):
+        for patch in patches(self.wait, self.launch):
             self._stack.enter_context(patch)
         self._stack.enter_context(_Operations(self))
         return self

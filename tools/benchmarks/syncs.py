@@ -10,6 +10,9 @@ This cannot show:
 - waits of the CUDA library itself (its allocator waits in the first steps);
 - fused attention: torch decomposes it for tensors without data, so there are more launches and bytes than on a GPU.
 
+With `train.cuda_graphs=true` it counts what the host launches: a replayed graph once, and not the operations in it. Without,
+it counts what a step computes.
+
 The fourth step is counted: DeepSpeed's timer waits in the first two, and optimizers create their state in the first. Samples
 have the first size of `image.buckets`.
 """
