@@ -147,6 +147,7 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: _Context, captured: _CapturedPass, tie: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.captured = captured
+        ctx.set_materialize_grads(False)  # otherwise each output without a gradient costs a tensor of zeros
         torch._foreach_copy_(captured.inputs, list(inputs))
         captured.forward_graph.replay()
         outputs = tuple(output.detach() for output in captured.outputs)
@@ -155,9 +156,11 @@ class _Replay(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(ctx: _Context, *gradients: Tensor) -> tuple[None, ...]:
+    def backward(ctx: _Context, *gradients: Tensor | None) -> tuple[None, ...]:
         captured = ctx.captured
         pairs = [(b, g) for b, g in zip(captured.output_gradients, gradients, strict=True) if b is not None]
-        torch._foreach_copy_([buffer for buffer, _ in pairs], [grad for _, grad in pairs])
+        torch._foreach_copy_([b for b, g in pairs if g is not None], [g for _, g in pairs if g is not None])
+        for unused in (b for b, g in pairs if g is None):
+            unused.zero_()
         captured.backward_graph.replay()
         return (None, None, *(None for _ in captured.inputs))
