@@ -11,6 +11,7 @@ JSON may also be a list of such objects, which are run in turn. The results of n
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from raphael_dist.model.batch import Batch
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.losses import compute_losses
 from raphael_dist.parallel.batch_plan import BatchPlan
-from raphael_dist.runtime.ranks import Ranks, all_reduce_sum, discover, initialise
+from raphael_dist.runtime.ranks import Ranks, all_reduce_on_device, all_reduce_sum, discover, initialise
 from raphael_dist.training.throughput import warmup_step
 from tests.lib.launch import leave
 from tests.lib.synthetic import adapted_model, synthetic_batch, tiny_config
@@ -44,6 +45,17 @@ def state(fragments: Fragments, ema: Ema | None = None) -> list[tuple]:
         values = {"master": f.master, **{kind: v for kind, v in moments.items() if v is not None}}
         actual.append((f.name, f.shape, f.start, {kind: v.detach().cpu().clone() for kind, v in values.items()}))
     return actual
+
+
+def update(engine: Engine, ema: Ema | None, step: int) -> None:
+    """Finish an optimizer step, which is counted from 1, unless a gradient is not finite."""
+    lr = engine.config.optim.lr
+    if not engine.defers_update:
+        engine.step(lr, ema, step)
+        return
+    norm = all_reduce_on_device(engine.grad_square(), engine.device).sqrt()
+    engine.update_if(norm < math.inf, lr, norm, ema, step)
+    engine.grad_norm = float(norm)
 
 
 def main(out: str, specs: dict | list[dict]) -> None:
@@ -89,10 +101,10 @@ def train(out: str, spec: dict, ranks: Ranks, device: torch.device) -> None:
     if spec.get("spoiled"):
         warmup_step(engine, batch_of(8, 0), schedule)
         accumulate(9, float("nan"))
-        engine.discard_gradients()
+        update(engine, ema, 1)
     for step in range(first, spec["steps"]):
         total = accumulate(step)
-        engine.step(config.optim.lr, ema, step + 1)
+        update(engine, ema, step + 1)
         losses.append(float(all_reduce_sum([float(total)], device)[0]) / config.train.global_batch_size)
         norms.append(engine.grad_norm)
     if store and spec["steps"] > first:
