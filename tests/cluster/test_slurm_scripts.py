@@ -197,7 +197,7 @@ def test_time_limit_without_training_time_is_refused(tmp_path: Path, left: str, 
     assert job(tmp_path, trained, squeue=f"echo {left}").returncode == 0
 
 
-def test_time_limit_requeues_though_slurm_signals_its_commands_and_a_rank_ignores_term(tmp_path: Path) -> None:
+def test_time_limit_requeues_although_a_rank_ignores_sigterm(tmp_path: Path) -> None:
     once = (
         f'if mkdir "{tmp_path}/$(basename $0).called" 2>/dev/null; then kill -KILL $$; fi'  # a busy controller, or a signal
     )

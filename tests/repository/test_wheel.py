@@ -68,7 +68,7 @@ def test_the_commands_work_from_any_folder(installed: Path, tmp_path: Path) -> N
     assert re.search(r"raphael_dist \S+,", run(installed, tmp_path, "python", "-m", "raphael_dist", "--version"))
 
 
-def test_the_demo_trains_a_step_from_an_empty_folder_and_is_sampled_and_inspected(installed: Path, tmp_path: Path) -> None:
+def test_demo_trains_samples_and_is_inspected_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     # Pixels instead of latents: what takes long on two busy cores is the autoencoder, which the dry run above has found.
     pixels = ["image.vae=none", "model.latent_channels=3", "image.buckets=[[16,16]]"]
     sizes = [
@@ -86,7 +86,7 @@ def test_the_demo_trains_a_step_from_an_empty_folder_and_is_sampled_and_inspecte
     run(installed, tmp_path, "raphael-inspect", "run")
 
 
-def test_the_slurm_scripts_run_the_installed_package_where_they_were_submitted(installed: Path, tmp_path: Path) -> None:
+def test_slurm_scripts_run_the_installed_package_where_submitted(installed: Path, tmp_path: Path) -> None:
     script = f"{installed}/raphael_dist/assets/slurm/train_raphael.sh"
     settings = {"DRY_RUN": "1", "PYTHON": "python3", "CONFIG": "raphael-3b", "SLURM_SUBMIT_DIR": str(tmp_path)}
     copy = tmp_path / "slurm_script"  # Slurm runs a copy of the script

@@ -124,7 +124,7 @@ def test_wrong_argument_is_reported_in_one_line(pipeline: Any, arguments: dict[s
     assert "\n" not in str(error.value)
 
 
-def test_embeddings_of_any_length_are_accepted_without_encoded_negative_prompts(pipeline: Any) -> None:
+def test_embeddings_of_any_length_need_no_encoded_negative_prompts(pipeline: Any) -> None:
     embeds = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(0))
     assert draw(pipeline, None, prompt_embeds=embeds, guidance_scale=1.0).shape == (1, 32, 32, 3)
     assert draw(pipeline, None, prompt_embeds=embeds, negative_prompt_embeds=embeds.double()).shape == (1, 32, 32, 3)

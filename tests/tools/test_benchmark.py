@@ -32,7 +32,7 @@ def test_expert_layers_are_timed_beside_deepspeeds_on_two_ranks():
 
 
 @pytest.mark.slow
-def test_a_whole_step_is_timed_beside_that_of_diffusers_and_computes_as_much():
+def test_whole_step_is_compared_with_diffusers_in_time_and_flops():
     """Without experts both are the same model, so that only the dense one's FLOPs agree."""
     small = ["model.channels=[32,64]", "model.attention=[true,false]", "model.expert_width=[128,256]", "text.max_tokens=7"]
     dense = ["model.space_experts=0", "model.time_experts=0", "model.time_activation=geglu", "edge.weight=0"]
