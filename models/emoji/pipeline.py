@@ -146,7 +146,7 @@ def _encode(text: str, limit: int | None, add_end: bool) -> _Encoding:
 
 
 def _tokens(text: str) -> Iterator[tuple[int, tuple[int, int]]]:
-    """Yield (token number, (first, end) of its characters in `text`) for each token except the end-of-text token."""
+    """Yield (token id, (first, end) of the token's characters in `text`) for each token except the end-of-text token."""
     before = 0
     for part in _PARTS.finditer(text):
         if quoted := part[1]:
@@ -168,8 +168,8 @@ def _clamped(value: int) -> int:
 def embed(number: int) -> list[float]:
     """Return the embedding of a token, a list of WIDTH (256) numbers. The embedding of padding is all zeros.
 
-    `number`: the token's number in the output of `CharacterTokenizer`. It contains everything that the embedding depends on:
-    the character and its place in the quoted text, or hashes of the word and of the word before it.
+    `number`: the token's id, which `CharacterTokenizer` returns. The bits of the id store everything on which the embedding
+    depends: the character and its index in the quoted text, or hashes of the word and of the word before it.
     """
     zeros = [0.0] * BLOCK
     if number & _CHARACTER:
@@ -225,7 +225,7 @@ class UserError(ValueError):
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return the suggestion " (did you mean 'x'?)" with the name in `known` that is most similar to `name`.
 
-    Returns "" if none is similar (a ratio of at least 0.6 in `difflib.get_close_matches`).
+    Returns "" if no name reaches the similarity ratio 0.6 (see `difflib.get_close_matches`).
     """
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {near[0]!r}?)" if near else ""
@@ -458,8 +458,9 @@ NoiseScheduler = Any  # a scheduler of diffusers; their base class has none of t
 def late_start_warning(scheduler: NoiseScheduler) -> str | None:
     """Return a warning if the first sampling step starts far from pure noise, else None.
 
-    DDIM spaces timesteps by a whole number, counted from the low end. For example, with 1,000 training timesteps 600
-    sampling steps start at timestep 600, and the images get little contrast.
+    The timesteps of DDIM and Euler are 1, 1 + d, 1 + 2 d, ..., where the distance d is a whole number. For example, with
+    1,000 training timesteps and 600 sampling steps, d is 1. Sampling then starts at timestep 600, and the images get little
+    contrast.
 
     `scheduler`: a scheduler of diffusers after its `set_timesteps`.
     """
@@ -494,7 +495,7 @@ def append_small_image(x_BChw: Tensor, small_B3HsWs: Tensor, patch: int) -> Tens
     """Append small images in -1..1 to latents [B, C, h, w] as channels; return [B, C + 3 patch^2, h, w].
 
     Each latent position gets `patch` x `patch` pixels of the small image, each pixel in its own three channels. If the small
-    image has fewer pixels than that, its pixels are repeated.
+    image has fewer than h `patch` x w `patch` pixels, neighbouring latent positions get the same pixels.
     """
     small_BChw = F.pixel_unshuffle(small_B3HsWs, patch)
     size_hw = (x_BChw.shape[-2], x_BChw.shape[-1])
@@ -599,7 +600,7 @@ class CallArguments:
         """Check all arguments of the call. Raises UserError for a value that is not allowed.
 
         Args:
-            factor: image pixels per latent position, in height and in width; height and width must be multiples of it.
+            factor: image height divided by latent height (and width by width); height and width must be multiples of it.
             num_timesteps: number of timesteps of the noise schedule.
         """
         check_texts(
@@ -651,7 +652,7 @@ def check_texts(
 
     Args:
         prompt: one prompt or several, or None.
-        negative: negative prompts: one for all prompts, or one for each. None without `negative_embeds`: empty texts.
+        negative: one negative prompt for all prompts, or one for each. None: use `negative_embeds`, or else empty strings.
         prompt_embeds: embeddings of the prompts, [prompts, tokens, width], or None.
         negative_embeds: embeddings of the negative prompts, or None.
         prompt_mask: mask of `prompt_embeds`, or None.
@@ -697,8 +698,8 @@ def check_embeddings(
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape != embeds.shape[:2]):
         mask_name = name.replace("embeds", "attention_mask")
         raise UserError(
-            f"{mask_name} of {_kind(mask)} must have shape {list(embeds.shape[:2])} as a tensor, a value for each token of "
-            f"{name}. Pass the mask that encode_prompt() returns with the embeddings."
+            f"{mask_name} of {_kind(mask)} must be a tensor of shape {list(embeds.shape[:2])}, with one value for each "
+            f"token of {name}. Pass the mask that encode_prompt() returns with the embeddings."
         )
 
 
@@ -715,8 +716,8 @@ def for_each(name: str, value: object, count: int) -> list[Any]:
     values = list(value) if isinstance(value, list | tuple) else [value] * count
     if len(values) != count:
         raise UserError(
-            f"{name} must be one value, or a list with a value for each prompt ({count}), but the list has {len(values)}. "
-            f"Pass a single value or a list of length {count}."
+            f"{name} must be one value, or a list with a value for each prompt ({count}), but the list has "
+            f"{len(values)} values. Pass a single value or a list of length {count}."
         )
     return values
 
@@ -731,7 +732,7 @@ def _is_real(value: object) -> TypeGuard[float]:
 
 
 def check_whole(name: str, value: object, low: int, high: int | None = None) -> None:
-    """Raise UserError unless `value` is a whole number from `low` to `high`. None: no upper limit.
+    """Raise UserError unless `value` is a whole number from `low` to `high`. If `high` is None, there is no upper limit.
 
     `name`: the argument of the pipeline that has this value, for the message.
     """
@@ -764,7 +765,7 @@ def _check_floats(name: str, embeds: object) -> None:
     """Raise UserError unless text embeddings, the argument `name`, are a tensor of floats [prompts, tokens, width]."""
     if not isinstance(embeds, Tensor) or not embeds.is_floating_point() or embeds.ndim != 3 or not embeds.numel():
         raise UserError(
-            f"{name} of {_kind(embeds)} must have shape [prompts, tokens, width], each at least 1, as a tensor of floats. "
+            f"{name} of {_kind(embeds)} must be a tensor of floats of shape [prompts, tokens, width], each at least 1. "
             "Pass what encode_prompt() returns."
         )
 
@@ -787,7 +788,10 @@ def _check_schedule(name: str, values: Any) -> None:
 
 
 def _read_images(name: str, value: Any, count: int) -> list[Image.Image]:
-    """Return a PIL image for each of `count` prompts from the argument `name`, whose value has a type of `Images`."""
+    """Return a PIL image for each of `count` prompts from `value`, the value of the argument `name`.
+
+    `value`: an image (PIL, array or tensor), which all prompts share, or a list or batch of `count` images.
+    """
     is_batch = isinstance(value, np.ndarray | Tensor) and value.ndim == 4
     if is_batch or isinstance(value, list | tuple):
         return for_each(name, [_to_pil(name, image) for image in value], count)
@@ -798,7 +802,7 @@ def _to_pil(name: str, image: Any) -> Image.Image:
     """Convert one image of the argument `name` to a PIL image, as diffusers does. PIL images are returned unchanged."""
     if isinstance(image, Image.Image):
         return image
-    kind = f"its type is {type(image).__name__}. Pass {name}=Image.open(path)"
+    kind = f"type {type(image).__name__}. Pass {name}=Image.open(path)"
     if isinstance(image, np.ndarray | Tensor):
         array = image.detach().cpu().double().numpy() if isinstance(image, Tensor) else image
         array = array.transpose(1, 2, 0) if isinstance(image, Tensor) and image.ndim == 3 else array
@@ -808,17 +812,17 @@ def _to_pil(name: str, image: Any) -> Image.Image:
         if is_shape and is_float and array.min() >= 0 and array.max() <= 1:
             return Image.fromarray((array * 255).round().astype(np.uint8))
         limits = f" and values {array.min():g} to {array.max():g}" if array.size else ""
-        kind = f"it has shape {list(image.shape)}, {image.dtype}{limits}. Pass {name}=Image.fromarray(array), array as uint8"
+        kind = f"shape {list(image.shape)}, dtype {image.dtype}{limits}. Pass {name}=Image.fromarray(array), array as uint8"
     raise UserError(
-        f"{name} must be a PIL image, an array [H, W, 3] or a tensor [3, H, W] of floats in 0..1, or a list with one of "
-        f"them for each prompt, but {kind}."
+        f"{name} must be a PIL image, floats in 0..1 as an array [H, W, 3] or a tensor [3, H, W], or a list with one of "
+        f"these for each prompt, but an image has {kind}."
     )
 
 # ---- model.diffusers_model -------------------------------------------------------------------------------------------
 
 
 def uncompiled(model: Any) -> Any:
-    """Return the model inside a module that `torch.compile` returned, or `model` itself if it is no such module."""
+    """Return the original model if `model` is the result of `torch.compile`, else `model` itself."""
     return getattr(model, "_orig_mod", model)
 
 # ---- convert.exported_code -------------------------------------------------------------------------------------------
@@ -862,7 +866,7 @@ def read_text(path: Path, regular: bool = True) -> str:
     with open(open_regular(path) if regular else path, "rb") as file:
         data = file.read(MAX_TEXT + 1)
     if len(data) > MAX_TEXT:
-        raise ValueError(f"it is larger than {MAX_TEXT >> 20} MiB")
+        raise ValueError(f"the file is larger than {MAX_TEXT >> 20} MiB")
     return decode_text(data)
 
 
@@ -1112,7 +1116,8 @@ def first_latents(
 ) -> tuple[Tensor, Tensor]:
     """Return the latents with which the first step starts, [B, C, h, w], and the timesteps of the steps to run.
 
-    With start images, the first part of the scheduler's timesteps is left out, and the latents are noised start images.
+    With start images, the first part of the scheduler's timesteps is left out, and the returned latents are `start_BChw`
+    with noise.
 
     Args:
         scheduler: a scheduler of diffusers after its `set_timesteps`.
@@ -1164,17 +1169,18 @@ def check_small(factor: int, small_HsWs3: np.ndarray | None, size_hw: tuple[int,
                 f"{option} requires a super-resolution model, but upscale.factor of this model is 0. Leave out {option}."
             )
         return
-    expected = f"{size_hw[0] // factor} x {size_hw[1] // factor} pixels for an image of {size_hw[0]} x {size_hw[1]}"
+    expected = f"{size_hw[0] // factor} x {size_hw[1] // factor} pixels (height x width)"
+    enlarged = f"enlarged {factor} times to {size_hw[0]} x {size_hw[1]}"
     if small_HsWs3 is None:
         raise UserError(
             f"{option} is required, because the model enlarges images (upscale.factor={factor}). Give a small image of "
-            f"{expected}."
+            f"{expected} for a large image of {size_hw[0]} x {size_hw[1]}."
         )
     height, width = small_HsWs3.shape[0] * factor, small_HsWs3.shape[1] * factor
     if (height, width) != tuple(size_hw):
         raise UserError(
-            f"{option}: the small image must be {expected}, but it is {height // factor} x {width // factor}. Resize it, or "
-            f"set --size {height} {width}."
+            f"{option}: the small image must have {expected}, since it is {enlarged}, but it has {height // factor} x "
+            f"{width // factor}. Resize it, or set the size of the large image: --size {height} {width}."
         )
 
 
@@ -1304,7 +1310,7 @@ class Denoiser(PipelineFiles):
     def _begin(self, call: CallArguments, noise: Tensor, inputs: ImageInputs) -> tuple[Tensor, Tensor]:
         """Set the scheduler's timesteps, and return the latents with which the first step starts and the steps' timesteps.
 
-        The latents are float32 [B, C, h, w]: the initial noise `noise`, or with an image to change, its noised latents.
+        The latents are float32 [B, C, h, w]: the initial noise `noise`, or the noised latents of the images to change.
         """
         scheduler = self.scheduler
         try:
@@ -1409,8 +1415,8 @@ class Denoiser(PipelineFiles):
     ) -> Tensor:
         """Return the U-Net's prediction for latents `x` at timestep `t`, float32 in the shape of `x`.
 
-        `x`, `text` (embeddings) and `mask` (of the embeddings) have B samples, or with guidance 2 B: B samples with prompts,
-        then the same with negative prompts.
+        `x`, `text` (embeddings) and `mask` (of the embeddings) have B samples, or with guidance 2 B: first B samples
+        with the prompts, then the same B samples with the negative prompts.
         """
         unet, options = self.unet.eval(), JsonObject()
         text, timestep = text.to(unet.dtype), torch.full((len(x),), t.item(), device=x.device)
@@ -1565,8 +1571,8 @@ def adapter_of_tensors(tensors: Mapping[str, Tensor], config: JsonObject | None,
         rank = rows if config is None else int(config["r"])
         if parameter is None or pair.keys() != {"A", "B"} or rows != pair["B"].shape[1] or not rows or rows % rank:
             raise UserError(
-                f"{option}: the adapter of {module} in {file} must match {source}: one matrix A and one matrix B, with the "
-                "rank and for a layer that are stated there. But it does not match. Use the files of one training run."
+                f"{option}: the adapter of {module} in {file} must have one matrix A and one matrix B, with the rank and "
+                f"the target parameters that {source} states, but it does not. Use the files of one training run."
             )
         if not stacked(parameter) and rows != rank:
             raise UserError(
@@ -1616,9 +1622,10 @@ def _read_config(file: Path, option: str) -> JsonObject | None:
 
 
 def _parameter_of(module: str, modules: Container[str], parameters: list[str]) -> str | None:
-    """Return the name of the model's parameter that the tensors of `module`, a module name in peft's file, adapt.
+    """Return the name of the model's parameter that is changed by the matrices A and B of a module in peft's file.
 
-    None if `parameters` (`target_parameters` in peft's adapter_config.json) do not match `modules`, all modules in the file.
+    `module`: name of the module. `modules`: names of all modules in the file. `parameters`: `target_parameters` in peft's
+    adapter_config.json. Returns None if the parameters do not match the modules.
     """
     layer = module.removesuffix(".base_layer")
     adapted = [(f"{layer}.{target.rpartition('.')[2]}", target) for target in parameters]
@@ -1652,7 +1659,7 @@ class LoraFiles:
         unet_lora_adapter_metadata: Mapping[str, Any] | None = None,
         text_encoder_lora_adapter_metadata: None = None,
     ) -> None:
-        """Write the tensors of LoRA adapters to a file that `load_lora_weights` reads, as diffusers' pipelines do.
+        """Write the tensors of LoRA adapters to a file, as diffusers' pipelines do. `load_lora_weights` reads this file.
 
         Args:
             save_directory: the folder; it is created if it does not exist.
@@ -1662,8 +1669,8 @@ class LoraFiles:
             weight_name: name of the file; None: pytorch_lora_weights.safetensors.
             save_function: called with (tensors, path) instead of writing safetensors.
             safe_serialization: always True, since only safetensors files are read.
-            unet_lora_adapter_metadata: peft's `LoraConfig.to_dict()`. None: alpha is read as the rank, and adapters of
-                experts are not recognised.
+            unet_lora_adapter_metadata: peft's `LoraConfig.to_dict()`, to be stored in the file. Without it, code that
+                loads the file assumes that alpha equals the rank, and does not recognise adapters of experts.
             text_encoder_lora_adapter_metadata: not supported.
 
         Raises:
@@ -1676,8 +1683,8 @@ class LoraFiles:
         }
         if name := next((name for name, given in unsupported.items() if given), None):
             raise UserError(
-                f"{name} is not supported: only the U-Net has adapters, and only safetensors files are read. Leave out "
-                f"{name}."
+                f"{name} is not supported: only adapters of the U-Net can be saved, and only with safe_serialization=True, "
+                f"because load_lora_weights() reads only safetensors files. Leave out {name}."
             )
         if not unet_lora_layers:
             raise UserError(
@@ -1696,7 +1703,7 @@ class LoraFiles:
 def read_adapters(path: Path, weight_name: str | None) -> Adapter:
     """Read LoRA adapters from a safetensors file, or from a folder of peft or diffusers.
 
-    The installed package also reads the adapters in a run directory.
+    If this code runs in the installed package, and not as the copy in an exported model, `path` may also be a run directory.
 
     Args:
         path: the file or folder.
@@ -1729,8 +1736,8 @@ class LoraState:
         enabled: whether the active adapters are added to the weights.
         own: for each parameter that active adapters change, by name, its weights without these adapters, on the CPU.
         fused: for each parameter that `fuse_lora` changed, by name, its weights before the first `fuse_lora`.
-        fused_adapters: for each adapter that `fuse_lora` made part of the weights, by name, the adapter and its factor in
-            `active`, which `unfuse_lora` restores.
+        fused_adapters: the adapters that `fuse_lora` made part of the weights, by name, each with the factor that it had in
+            `active`. `unfuse_lora` makes them active again with this factor.
     """
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
@@ -1945,9 +1952,10 @@ class LoraLoader(LoraFiles):
 
     @torch.no_grad()
     def _merge(self, active: dict[str, float], enabled: bool = True) -> None:
-        """Set the U-Net's weights to those without active adapters plus, if enabled, the adapters `active` ({name: factor}).
+        """Make `active` ({name: factor}) the active adapters, in place of those that were active before.
 
-        Raises UserError if the weights have been moved by sequential offload.
+        The previously active adapters are removed from the U-Net's weights and, if `enabled`, the new ones are added. Raises
+        UserError if the weights have been moved by sequential offload.
         """
         parameters, state = dict(uncompiled(self.unet).named_parameters()), self._lora
         added = active if enabled else {}
@@ -2033,7 +2041,7 @@ Output = ImagePipelineOutput | tuple[Any]  # the images; a tuple with `return_di
 
 
 class RaphaelPipeline(LoraLoader, Denoiser):
-    """A diffusers pipeline that draws images from captions: with the same `seed`, those that `raphael_dist.sample` draws."""
+    """A diffusers pipeline that draws images from captions. Equal seeds give the same images as `raphael_dist.sample`."""
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
     _optional_components = ["vae", "text_encoder", "tokenizer"]  # noqa: RUF012 (diffusers requires this name and type)
@@ -2196,7 +2204,9 @@ class RaphaelPipeline(LoraLoader, Denoiser):
         call = CallArguments(**defaults | {name: value for name, value in arguments.items() if value is not None})
         call.check(self.vae_scale_factor, self.scheduler.config.num_train_timesteps)
         if self.vae is None and call.output_type != "latent" and self.unet.config.out_channels != 3:
-            raise UserError(f"output_type={call.output_type!r} requires a vae, but the pipeline has none. Use 'latent'.")
+            raise UserError(
+                f"output_type={call.output_type!r} requires a vae, but the pipeline has none. Use output_type='latent'."
+            )
         self._guidance_scale, self._guidance_rescale = float(call.guidance_scale), call.guidance_rescale
         self._interrupt = False
         noise, inputs = self._noise(call), self._read_images(call)
@@ -2246,6 +2256,7 @@ class RaphaelPipeline(LoraLoader, Denoiser):
 
         Returns:
             Embeddings [B, Y, D] and mask, bool [B, Y], of prompts; then those of negative prompts, None without guidance.
+            B is the number of prompts times `num_images_per_prompt`.
 
         Raises:
             UserError: embeddings do not fit the model, or a prompt is passed but the pipeline has no text encoder.
@@ -2314,7 +2325,8 @@ class RaphaelPipeline(LoraLoader, Denoiser):
     def _decode(self, latents: Tensor, small: Tensor | None, output_type: str) -> Any:
         """Decode latents to PIL images, or to values in 0..1: arrays [B, H, W, 3] ("np") or tensors [B, 3, H, W] ("pt").
 
-        `small`: small images of super-resolution, [B, 3, Hs, Ws] in -1..1, which the results must match; or None.
+        `small`: input images of super-resolution, [B, 3, Hs, Ws] in -1..1. The results are corrected so that downscaled
+        results approach these images. None: no correction.
         """
         images = latents.float().clamp(-1, 1)
         if self.vae is not None:
@@ -2421,7 +2433,7 @@ class RaphaelImg2ImgPipeline(RaphaelPipeline):
 
         Args:
             prompt: one caption or several.
-            image: a PIL image, an array [H, W, 3] or a tensor [3, H, W] of floats in 0..1, or a list with one of them for
+            image: a PIL image, floats in 0..1 as an array [H, W, 3] or a tensor [3, H, W], or a list with one of these for
                 each prompt. It is resized and cropped to height x width.
             strength: share of the denoising steps, 0 to 1, that are applied to the image. 0 returns the image, 1 starts from
                 almost pure noise.
@@ -2436,8 +2448,8 @@ class RaphaelImg2ImgPipeline(RaphaelPipeline):
 class RaphaelInpaintPipeline(RaphaelPipeline):
     """A pipeline for inpainting: replaces a part of an image.
 
-    After each step, the latents outside the mask are replaced by the noised latents of the image. The U-Net has no input
-    channels for the mask, because such channels are not trained; so it does not know where the mask is.
+    After each step, the latents outside the mask are replaced by the noised latents of the image. The U-Net is
+    trained without an input channel for the mask, so the U-Net does not know where the mask is.
     """
 
     @shows_options
@@ -2449,10 +2461,10 @@ class RaphaelInpaintPipeline(RaphaelPipeline):
 
         Args:
             prompt: one caption or several.
-            image: a PIL image, an array [H, W, 3] or a tensor [3, H, W] of floats in 0..1, or a list with one of them for
+            image: a PIL image, floats in 0..1 as an array [H, W, 3] or a tensor [3, H, W], or a list with one of these for
                 each prompt. It is resized and cropped to height x width.
-            mask_image: a mask, of the types of `image` or without channels ([H, W]), and of the size of the image: white (1)
-                where the image is drawn, black (0) or transparent where it is kept.
+            mask_image: a mask of the size of the image, in one of the forms of `image`. Arrays and tensors may also be
+                [H, W]. White (1): the image is drawn here. Black (0) or transparent: the image is kept.
             strength: share of the denoising steps, 0 to 1, that are applied to the image. 1: the masked part starts from
                 pure noise.
             options: other arguments of RaphaelPipeline.
@@ -2509,8 +2521,8 @@ class RaphaelControlNetPipeline(RaphaelPipeline):
 
         Args:
             prompt: one caption or several.
-            image: edge map with white lines on black: a PIL image, an array [H, W, 3] or a tensor [3, H, W] of floats in
-                0..1, or a list with one of them for each prompt. It is resized and cropped to height x width.
+            image: edge map with white lines on black: a PIL image, floats in 0..1 as an array [H, W, 3] or a tensor
+                [3, H, W], or a list with one of these for each prompt. It is resized and cropped to height x width.
             controlnet_conditioning_scale: factor of the ControlNet's outputs; 0: no effect.
             options: other arguments of RaphaelPipeline.
         """
@@ -2536,7 +2548,7 @@ class RaphaelUpscalePipeline(RaphaelPipeline):
 
         Args:
             prompt: one caption or several.
-            image: a PIL image, an array [H, W, 3] or a tensor [3, H, W] of floats in 0..1, or a list with one of them for
+            image: a PIL image, floats in 0..1 as an array [H, W, 3] or a tensor [3, H, W], or a list with one of these for
                 each prompt. Height and width of the image must be 1 / `upscale.factor` of `height` and `width`.
             options: other arguments of RaphaelPipeline.
         """

@@ -49,7 +49,7 @@ def gate_logits(gates: Sequence[Gate], x: Tensor) -> Tensor:
     """Return the logits of the gates of L transformer blocks for the same input x [..., D], float32 [L, ..., K].
 
     A gate has one logit for each of K experts. Two matrix products compute the logits of all gates. Running the gates one by
-    one would need 3 L kernel launches, and 6 L in the backward pass.
+    one would need 3 kernel launches per gate (two layers and GELU), and 6 per gate in the backward pass.
     """
     first, last = ([cast(nn.Linear, gate.net[i]) for gate in gates] for i in (0, 2))
     fused = nn.functional.linear(x, torch.cat([g.weight for g in first]), torch.cat([g.bias for g in first]))
@@ -124,10 +124,10 @@ def band_of_timestep_B(timestep_B: Tensor, num_experts: int, num_timesteps: int)
 
 
 def _mean_weight_BY(taking_part_BY: Tensor) -> Tensor:
-    """Return weights with which a sum over a sample's text tokens is the mean over those that take part, float32 [B, Y].
+    """Return weights with which a sum over a sample's text tokens is the mean over the counted ones, float32 [B, Y].
 
-    The weight is 1 / (number of tokens that take part) for these tokens, and 0 for the others. `taking_part_BY`: bool, True
-    for tokens that take part.
+    The weight is 1 / (number of counted tokens) for counted tokens, else 0. `taking_part_BY`: bool, True for the tokens to
+    count, False for others such as padding.
     """
     share_BY = taking_part_BY.float()
     return share_BY / share_BY.sum(dim=-1, keepdim=True).clamp(min=1)
@@ -136,7 +136,7 @@ def _mean_weight_BY(taking_part_BY: Tensor) -> Tensor:
 def space_weights_BYK(chosen_BY: Tensor, factor_BY: Tensor, num_experts: int, taking_part_BY: Tensor | None) -> Tensor:
     """Return the weight of each text token for each expert: 1/n_y at the token's expert, else 0 (Sec. 3.1).
 
-    n_y is the number of text tokens of the sample that take part.
+    n_y is the number of the sample's text tokens, without those that `taking_part_BY` leaves out.
 
     Args:
         chosen_BY: expert of each text token, int64. All tensors can have the same further axes in front, such as one for the
@@ -313,8 +313,8 @@ class Experts(nn.Module):
 
         Experts without rows are run on an empty tensor, so that every parameter gets a gradient on every rank. (Otherwise
         ZeRO would add gradients of different experts to each other.) On a GPU a grouped matrix product reads the counts on
-        the device. On a CPU, for float32, and for widths that are not multiples of 8, a loop over experts runs instead. The
-        loop reads the counts on the host, so the host waits if the tensors are on a GPU.
+        the device. A loop over experts runs instead on a CPU, and on a GPU if the dtype is float32 or a width is no multiple
+        of 8. The loop reads the counts on the host, so the host waits if the tensors are on a GPU.
 
         Args:
             x_RD: the rows of all experts, sorted by expert.
@@ -511,7 +511,9 @@ class TimeMoE(Experts):
     """The Time-MoE layer: each sample goes through one expert, which its timestep selects (Sec. 7.3)."""
 
     def forward(self, h_BND: Tensor, expert_B: Tensor, samples_K: Tensor, factor_B: Tensor) -> Tensor:
-        """Run each sample through its expert; return its image tokens afterwards, [B, N, D].
+        """Run each sample through its expert; return the expert's output times `factor_B`, [B, N, D].
+
+        The input is not added to the output: `TransformerBlock` adds the residual.
 
         Args:
             h_BND: N image tokens of width D for each of B samples.
@@ -530,8 +532,9 @@ class SpaceMoE(Experts):
 
     A text token's region is the set of image tokens that attend to it most (`routing.region_mask_BNY`). The paper's formula
     is `out = 1/n_y sum_i e_{route(y_i)}(h o Mhat_i)`, with image tokens h, n_y text tokens y_i, experts e_k, and the region
-    of y_i as a mask Mhat_i of 0 and 1 (Sec. 3.1). With w_k[j] the weight of expert k at image token j and c_k its total
-    weight, this equals `out[j] = sum_k w_k[j] (e_k(h[j]) - e_k(0)) + sum_k c_k e_k(0)` (docs/architecture.md).
+    of y_i as a mask Mhat_i of 0 and 1 (Sec. 3.1). Let c_k be the share of the text tokens that are routed to expert k, and
+    w_k[j] the share of the text tokens that are routed to expert k and whose region contains image token j. Then this equals
+    `out[j] = sum_k w_k[j] (e_k(h[j]) - e_k(0)) + sum_k c_k e_k(0)` (docs/architecture.md).
 
     A shared expert (not in the paper; arXiv 2512.01252) processes every image token; its output is added. With expert
     parallelism every rank has a whole copy of it. The constructor's argument `shared` is its hidden width; 0: none.
@@ -904,7 +907,8 @@ class ResidualBlock(ResnetBlock2D):
     keeps the memory format of the feature map (see `feature_map_format`).
 
     Args:
-        inner, outer: channels of the input and of the output.
+        inner: channels of the input.
+        outer: channels of the output.
         embed: width of the timestep embedding.
         groups: groups of each GroupNorm.
     """
@@ -1025,7 +1029,7 @@ def count_samples(onehot_LBK: Tensor) -> Sequence[Tensor]:
 
 
 class RaphaelUNet(nn.Module):
-    """The denoising network D(x_t, t, y) of RAPHAEL. Without experts it is the U-Net of Stable Diffusion 2."""
+    """RAPHAEL's denoising network of noised latents, timestep and caption; without experts Stable Diffusion 2's U-Net."""
 
     def __init__(self, config: Any, with_edges: bool = True) -> None:
         """Build the U-Net.
@@ -1169,7 +1173,7 @@ class RaphaelUNet(nn.Module):
         return x
 
     def encode(self, state: ForwardState, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Run the encoder and the middle block on `x`, the first feature map (`stem`). `state` is that of `begin`.
+        """Run the encoder and the middle block on `x`, the result of `stem`. `state`: the first result of `begin`.
 
         Returns the output of the middle block, and the encoder's feature maps that the decoder reads, outermost first.
         """
@@ -1185,7 +1189,7 @@ class RaphaelUNet(nn.Module):
         return self._residual(self.mid_block, 1, x, state.embedding_BE), skips
 
     def decode(self, state: ForwardState, x: Tensor, skips: list[Tensor]) -> Tensor:
-        """Run the decoder on `x` and `skips` from `encode`; return the feature map before the last norm and convolution."""
+        """Run the decoder on the results of `encode`, and return the feature map before the last norm and convolution."""
         skips = list(skips)
         for level in cast(list[UNetLevel], self.up_blocks):
             for i in range(len(level.resnets)):
@@ -1213,7 +1217,7 @@ class RaphaelUNet(nn.Module):
     ) -> list[BlockRouting]:
         """Choose the experts of every block (Sec. 3.1 and 7.3) from timesteps and captions; return one routing per block.
 
-        `embedding_BE`: timestep embeddings. `text_mask_BY`: False at padding. `noise`: on the gates' logits, or None.
+        `embedding_BE`: timestep embeddings. `text_mask_BY`: False at padding. `noise`: added to the gates' logits, or None.
         """
         m = self.config
         none: Sequence[Any] = [None] * self.num_blocks
@@ -1247,7 +1251,7 @@ class RaphaelUNet(nn.Module):
         return choose(logits_LBK, noise.time_BLK.transpose(0, 1) if noise else None, m.gate_gradient)
 
     def _gate_logits(self, gates: nn.ModuleList, x: Tensor) -> Tensor:
-        """Return the logits of every block's gate, float32 [L, ..., K], for x [..., D]."""
+        """Return the logits of the gates of all L blocks for the same input x [..., D], float32 [L, ..., K]."""
         if self.gathers_weights:
             return torch.stack([gate(x) for gate in gates])
         return gate_logits(cast(Sequence[Gate], gates), x)
@@ -1370,14 +1374,14 @@ class _Wrapper(ModelMixin, ConfigMixin):
                 if its name starts with "CrossAttn".
             up_block_types: the same for each level of the decoder, innermost first. It is stored but not used: the decoder
                 has transformer blocks on the same levels as the encoder.
-            layers_per_block: residual blocks of each level of the encoder.
+            layers_per_block: number of residual blocks of each level of the encoder.
             cross_attention_dim: width of the text tokens.
             attention_head_dim: number (not width) of the attention heads of each level, as in Stable Diffusion 2's files.
-            norm_num_groups: groups of each GroupNorm.
+            norm_num_groups: number of groups of each GroupNorm.
             act_fn: activation of the residual blocks; always "silu".
             use_linear_projection: always True, as in Stable Diffusion 2.
-            num_space_experts: experts of each Space-MoE; 0: no Space-MoE.
-            num_time_experts: experts of each Time-MoE; 0: a dense feed-forward layer.
+            num_space_experts: number of experts of each Space-MoE; 0: no Space-MoE.
+            num_time_experts: number of experts of each Time-MoE; 0: a dense feed-forward layer.
             expert_width: hidden width of an expert on each level.
             shared_expert: hidden width of an additional expert of each Space-MoE, which processes all image tokens, as a
                 multiple of `expert_width`; 0: no such expert.
@@ -1385,14 +1389,14 @@ class _Wrapper(ModelMixin, ConfigMixin):
                 timesteps).
             time_activation: activation of the time experts, "gelu" or "geglu".
             gate_width: hidden width of the gates, the networks that select experts.
-            gate_gradient: selects the factor on the output of the selected expert: 1 for "straight_through" and "none"
-                (which differ only in training), the expert's probability for "scaled".
+            gate_gradient: how gates get their gradient in training. With "scaled" the output of the selected expert is
+                multiplied by the expert's probability. With "straight_through" and "none" it is not changed.
             mask_threshold: share (0..1). The expert of a text token processes the image tokens whose attention to the text
-                token is at least this share of the largest one.
+                token is at least this share of the largest attention to it.
             mask_padding: leave padding tokens out of the Space-MoE.
             image_positions: add a sinusoidal position encoding to the image tokens.
             edge_channels: width of the modules that predict edges, which are used in training only; 0: no such modules.
-            num_train_timesteps: length of the noise schedule, for `time_routing="boundaries"`.
+            num_train_timesteps: number of timesteps of the noise schedule; used for `time_routing="boundaries"` only.
             auto_map: entry of config.json by which diffusers' AutoModel finds this class.
         """
         super().__init__()  # type: ignore[no-untyped-call]
@@ -1422,7 +1426,7 @@ class _Wrapper(ModelMixin, ConfigMixin):
             options: further arguments of the method of diffusers.
 
         Raises:
-            ValueError: another `offload_type`.
+            ValueError: `offload_type` is not "leaf_level".
         """
         if offload_type != "leaf_level":
             raise ValueError(
