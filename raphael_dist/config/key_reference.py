@@ -2,6 +2,7 @@
 
 import json
 import re
+import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import UnionType
@@ -34,7 +35,8 @@ _TYPE_NAMES = {
 }  # fmt: skip
 _HEAD = """# Configuration
 
-Every setting with its meaning, default, type and range. This page is generated: `python -m raphael_dist config --markdown`.
+Every setting with its meaning, default, type and range. This page is generated:
+`python -m raphael_dist config --markdown`.
 
 A setting is taken from these places. A later one has priority:
 
@@ -44,14 +46,15 @@ A setting is taken from these places. A later one has priority:
 
 Commands:
 
-- `python -m raphael_dist config WORD` finds keys by a word: a part of their name or description, what another
-  trainer calls them, or a topic such as `memory` or `resume`.
-- `python -m raphael_dist config --json-schema` prints a schema by which editors complete and check YAML. With the
-  YAML language server the file begins with `# yaml-language-server: $schema=` and the path of the schema.
+- `python -m raphael_dist config WORD` finds keys by a word: a part of their name, a word of their
+  description, what another trainer calls them, or a topic such as `memory` or `resume`.
+- `python -m raphael_dist config --json-schema` prints a schema by which editors complete and check
+  YAML. With the YAML language server the file begins with `# yaml-language-server: $schema=` and
+  the path of the schema.
 
 ## Changes on resume
-A run that is resumed may be started with other values than before. The last column of each table states for each key whether
-its value may differ from the earlier one:
+A run that is resumed may be started with other values than before. The last column of each table
+states for each key whether its value may differ from the earlier one:
 
 | last column | meaning |
 |---|---|
@@ -62,11 +65,13 @@ the key, e.g. `run.allow_change=[optim.lr]`. |
 
 Some keys that may change have a further condition:
 
-- Shards and encoders may lie in other folders, but the names of the shards and all contents must be the same as before.
-  Otherwise `run.allow_change` must name `data.shards` (also for captions), `text.encoder` or `image.vae`.
-- The weights of a frozen base model (LoRA, ControlNet) must be the same, or `run.allow_change` must name `run.init_from`.
-- `train.max_steps` may change only with `run.allow_change` if the learning rate depends on it: with every
-  `optim.lr_schedule` but `constant` and `inverse_sqrt`.
+- Shards and encoders may lie in other folders, but the names of the shards and all contents must be
+  the same as before. Otherwise `run.allow_change` must name `data.shards` (also for captions),
+  `text.encoder` or `image.vae`.
+- The weights of a frozen base model (LoRA, ControlNet) must be the same, or `run.allow_change` must
+  name `run.init_from`.
+- `train.max_steps` may change only with `run.allow_change` if the learning rate depends on it: with
+  every `optim.lr_schedule` but `constant` and `inverse_sqrt`.
 """
 # How the tables write `Key.on_resume`.
 _ON_RESUME = {"free": "may change", "fixed": "only with `run.allow_change`", "never": "must not change"}
@@ -118,7 +123,7 @@ def find_keys(word: str) -> tuple[list[Key], list[str]]:
     """Search the keys of the configuration for a word.
 
     `word` is compared with topics (memory, resume), names of settings in other trainers, and names and descriptions of
-    keys. A part of a word is enough.
+    keys. A part of a name is enough, and the beginning of a word of a description.
 
     Returns:
         The keys, the best match first; and the file names of the pages in docs/ about the matching topics.
@@ -129,8 +134,8 @@ def find_keys(word: str) -> tuple[list[Key], list[str]]:
     if word:
         names += [key for name, key in NAMES_ELSEWHERE.items() if word in _spaced(name)]
     keys = {key.name: key for key in all_keys()}
-    matching = [key.name for key in keys.values() if word in _spaced(key.line())]
-    names += sorted(matching, key=lambda name: word not in _spaced(name))  # names before descriptions
+    names += [name for name in keys if word in _spaced(name)]
+    names += [key.name for key in keys.values() if re.search(rf"(?<!\w){re.escape(word)}", _spaced(key.line()))]
     return [keys[name] for name in dict.fromkeys(names)], sorted({page for _, page in topics})
 
 
@@ -144,7 +149,7 @@ def markdown() -> str:
     for section, kind in sections_of(Config).items():
         lines += [
             f"## {section}",
-            (kind.__doc__ or "").splitlines()[0],
+            *textwrap.wrap((kind.__doc__ or "").splitlines()[0], 100, break_long_words=False),
             "",
             "| key | meaning | default | type | range | [on resume](#changes-on-resume) |",
             "|---|---|---|---|---|---|",
