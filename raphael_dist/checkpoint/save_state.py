@@ -14,7 +14,7 @@ class WrittenFile(NamedTuple):
 
     Attributes:
         name: file name.
-        seconds: how long it took to write the file and read it back.
+        seconds: duration of writing the file and reading it back.
         entry: size and SHA-256 of the file.
         ranges: for each key `<kind>/<parameter>`, which elements of the flattened parameter the file contains: (index of
             the first element, number of elements).

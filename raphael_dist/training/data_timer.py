@@ -17,7 +17,7 @@ REMEDIES = {
 class DataTimer:
     """Adds up the seconds that this rank waits for data, separately for reading, decoding, encoding and copying.
 
-    The wait for a batch is divided among reading, decoding and encoding, in proportion to the time that each took for this
+    The wait for a batch is divided among reading, decoding and encoding, in proportion to the time that each needed for this
     batch. The time to copy the batch to the device is counted as "copying".
 
     Attributes:
@@ -46,7 +46,7 @@ class DataTimer:
     def fetched(self, seconds: Mapping[str, float]) -> None:
         """Record that the batch has arrived. Call it inside the body of `waiting`, before the batch is copied to the device.
 
-        `seconds`: the seconds that building the batch took, by kind of work ("reading", "decoding", "encoding").
+        `seconds`: the seconds that building the batch needed, by kind of work ("reading", "decoding", "encoding").
         """
         self._fetched = time.monotonic()
         waited, total = self._fetched - self._began, sum(seconds.get(kind, 0.0) for kind in KINDS)

@@ -207,7 +207,7 @@ class Telemetry:
         return self._stragglers.slowest_ratio()
 
     def log_save(self, saved: Save) -> None:
-        """On rank 0, log that a checkpoint is complete, with its size and the time that saving took.
+        """On rank 0, log that a checkpoint is complete, with its size and the duration of saving.
 
         `saved`: facts about this save, such as step, bytes and seconds.
         """
