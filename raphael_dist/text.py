@@ -127,6 +127,11 @@ def escape_control(text: str, keep: str = "") -> str:
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
+def counted(number: int, noun: str) -> str:
+    """Return the number with the noun, in the plural unless the number is 1: "1 rank", "2 ranks"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def shorten(text: str) -> str:
     """Return `text` unchanged if it has at most 200 characters, otherwise its first 150 characters and its total length."""
     return text if len(text) <= 200 else f"{text[:150]}... ({len(text)} characters)"

@@ -50,7 +50,7 @@ from raphael_dist.parallel import placement
 from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.runtime.launcher_env import rank_of, world_size_of
 from raphael_dist.runtime.stop_request import StopRequest, parse_time
-from raphael_dist.text import hide_secrets_in_text, prepare_streams, print_line, redact
+from raphael_dist.text import counted, hide_secrets_in_text, prepare_streams, print_line, redact
 from raphael_dist.training.console import ignore_output_errors
 from raphael_dist.training.lr_schedule import draw_schedule
 
@@ -239,8 +239,9 @@ def describe(config: Config, plan: BatchPlan, merged: dict[str, object]) -> str:
         to_yaml(config).rstrip(),
         "",
         f"# {draw_schedule(config)}",
-        f"# {plan.world_size} ranks x {plan.micro_batch_size} images x {plan.accumulation} micro-steps for exactly "
-        f"{plan.global_batch_size} images per step; {plan.waste:.1%} of the slots are empty",
+        f"# {counted(plan.world_size, 'rank')} x {counted(plan.micro_batch_size, 'image')} x "
+        f"{counted(plan.accumulation, 'micro-step')} for exactly {counted(plan.global_batch_size, 'image')} per step; "
+        f"{plan.waste:.1%} of the slots are empty",
         *(f"# warning: {line}" for line in [*config.find_warnings(), *plan.advice()]),
         *_describe_experts(config, plan.world_size),
         *(f"# {line}" for line in placement.describe(placement.choose_placement(config, plan))),

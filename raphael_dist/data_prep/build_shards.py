@@ -39,6 +39,7 @@ from raphael_dist.data_prep.inputs import Part, RawSample
 from raphael_dist.errors import UserError
 from raphael_dist.storage.files import atomic_path
 from raphael_dist.storage.tensorfile import save_tensors
+from raphael_dist.text import counted
 
 EDGE_AREA = 512 * 512  # pixels of the image for edge maps; training uses averages over areas
 _SHOWN = 3
@@ -257,7 +258,8 @@ def summary(reports: Sequence[Report]) -> str:
     `reports`: for each shard, its report. Only the most frequent reasons are listed.
     """
     bad = [sample for report in reports for sample in report.bad]
-    text = f"{sum(report.written for report in reports)} samples in {sum(report.written > 0 for report in reports)} shards"
+    samples = sum(report.written for report in reports)
+    text = f"{counted(samples, 'sample')} in {counted(sum(report.written > 0 for report in reports), 'shard')}"
     if bad:
         reasons = most_common_reasons(bad)[:_SHOWN]
         text += f", {len(bad)} left out: " + "; ".join(f"{count} x {reason}" for reason, count, _ in reasons)

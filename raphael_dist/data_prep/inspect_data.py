@@ -16,7 +16,7 @@ from raphael_dist.data.shards.skipped import most_common_reasons
 from raphael_dist.data.shards.tar_scan import EXTS
 from raphael_dist.data.shards.view import View, filter_columns
 from raphael_dist.errors import UserError
-from raphael_dist.text import json_type
+from raphael_dist.text import counted, json_type
 
 _SHOWN = 3
 _STEP = 4  # grey levels (of 255) that count as a difference; smaller ones are JPEG noise
@@ -148,7 +148,7 @@ def report_lines(findings: Findings, dataset: ImageDataset, view: View) -> Itera
         view: Which samples pass data.filters, and how many have which bucket (image size).
     """
     index, n = dataset.index, findings.num_inspected
-    yield f"{index.num_samples} samples in {len(index.shards)} shards; {n} of them were decoded"
+    yield f"{counted(index.num_samples, 'sample')} in {counted(len(index.shards), 'shard')}; {n} of them were decoded"
     yield "members: " + ", ".join(f"{ext} {count / n:.0%}" for ext, count in findings.members.most_common())
     for name, kinds in sorted(findings.fields.items()):
         yield f"  json {name}: {' or '.join(kinds)}, in {sum(kinds.values()) / n:.0%}"

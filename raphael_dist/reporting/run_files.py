@@ -24,7 +24,7 @@ from raphael_dist.training.metrics_files import LARGEST, Series, read_series
 
 T = TypeVar("T")
 _LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d+ ([A-Z]+) [\w.]+: (.*)")
-_START = re.compile(r"(from scratch|new, from|resumed at step (\d+)).*?\b([1-9]\d{0,8}) ranks on (\w+), ZeRO-([0-3])")
+_START = re.compile(r"(from scratch|new, from|resumed at step (\d+)).*?\b([1-9]\d{0,8}) ranks? on (\w+), ZeRO-([0-3])")
 MARKS = ("config.yaml", "metrics.jsonl", "train.log")  # a folder with one of them is a run directory
 MAX_LINE = 1000  # characters of a log line
 MAX_KEYS, MAX_DEPTH = 1000, 20  # of a configuration, which has about 150 keys

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 from raphael_dist.config.schema import Config
+from raphael_dist.text import counted
 from raphael_dist.training.metrics_files import read_metrics
 from raphael_dist.training.run_state import Run
 
@@ -17,8 +18,8 @@ def start_line(run: Run) -> str:
     shards_experts = c.parallel.uses_expert_parallelism or c.parallel.elastic
     expert_parallelism = f"space_ep={c.parallel.space_ep} time_ep={c.parallel.time_ep}, " if shards_experts else ""
     return (
-        f"{state}: {c.run.dir}, {run.data.describe()}, {world_size} ranks on {engine.device.type}, ZeRO-{engine.stage}, "
-        f"{expert_parallelism}global batch {c.train.global_batch_size}, micro-batch {c.train.micro_batch_size}, "
+        f"{state}: {c.run.dir}, {run.data.describe()}, {counted(world_size, 'rank')} on {engine.device.type}, "
+        f"ZeRO-{engine.stage}, {expert_parallelism}global batch {c.train.global_batch_size}, micro-batch {c.train.micro_batch_size}, "
         f"micro-steps per step: {run.plan.accumulation}"
     )
 

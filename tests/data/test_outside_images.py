@@ -363,7 +363,7 @@ def test_all_files_of_a_real_folder_are_used_or_counted(tmp_path: Path, capsys: 
     (folder / "broken.jpg").symlink_to(tmp_path / "nowhere.jpg")
     assert prepare(folder, "--out", tmp_path / "out", "--edges", "none") == 0
     output = capsys.readouterr().out
-    assert "3 samples in 1 shards" in output
+    assert "3 samples in 1 shard" in output
     hidden = "'.ipynb_checkpoints/my picture 000.png'"
     for line in (f"4 x hidden file or folder of the system, the first {hidden}", "1 x broken link", "1 x linked folder"):
         assert f"skipped: {line}" in output

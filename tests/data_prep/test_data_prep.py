@@ -233,7 +233,7 @@ def test_captions_of_other_types_are_reported_with_type(tmp_path: Path, capsys: 
     bad = dict(json.loads((out / "train-00000.json").read_text())["bad"])
     kinds = {1: "an object", 2: "a number", 3: "a number", 4: "true or false", 8: "a list"}
     assert bad == {f"{n}.png": f"caption is {kind}, not a string" for n, kind in kinds.items()} | {"6.png": "no caption"}
-    assert "3 samples in 1 shards, 6 left out" in capsys.readouterr().out
+    assert "3 samples in 1 shard, 6 left out" in capsys.readouterr().out
 
 
 def test_first_line_without_caption_is_left_out_alone(tmp_path: Path) -> None:
@@ -285,7 +285,7 @@ def test_csv_row_without_caption_is_left_out_and_counted(tmp_path: Path, capsys:
     (folder / "metadata.csv").write_text(f"file_name,text\n{names(2)[0]}\n{names(2)[1]},a dog\n")
     assert prepare(folder, "--out", tmp_path / "out", "--edges", "none") == 0
     assert captions_in(tmp_path / "out") == [["a dog"]]
-    assert "1 samples in 1 shards, 1 left out: 1 x no caption" in capsys.readouterr().out
+    assert "1 sample in 1 shard, 1 left out: 1 x no caption" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("table", ["metadata.csv", "metadata.jsonl"])
@@ -300,7 +300,7 @@ def test_windows_paths_in_table_name_the_same_images(tmp_path: Path, capsys: pyt
     (folder / table).write_text("\n".join(lines))
     assert prepare(folder, "--out", tmp_path / "out", "--edges", "none") == 0
     output = capsys.readouterr().out
-    assert "4 samples in 1 shards" in output
+    assert "4 samples in 1 shard" in output
     assert "skipped" not in output
     assert captions_in(tmp_path / "out") == [["a"], ["b"], ["c"], ["d"]]
 
@@ -329,7 +329,7 @@ def test_every_file_with_a_caption_is_used_or_counted(tmp_path: Path, capsys: py
     assert prepare(folder, "--out", tmp_path / "out", "--edges", "none") == 0
     assert [caption for [caption] in captions_in(tmp_path / "out")] == ["b.jfif", "c.JPE", draw(0)[1]]
     output = re.sub(r"\s+", " ", capsys.readouterr().out)
-    assert "3 samples in 1 shards" in output
+    assert "3 samples in 1 shard" in output
     assert re.search(r"skipped: 4 x image in another format .* the first 'd.heif'", output)
     assert re.search(r"skipped: 5 x file with a caption or an image's suffix, .* the first 'i.JPG.download'", output)
 
@@ -350,7 +350,7 @@ def test_inspect_data_reports_contents_and_draws_sheet(tmp_path: Path, capsys: p
     assert inspect_data.main([str(tmp_path / "out"), "--out", str(sheet), "--images", "9", *sizes]) == 0
     output = capsys.readouterr().out
     expected_texts = [
-        "9 samples in 1 shards",
+        "9 samples in 1 shard",
         "png 56%, jpg 44%",
         "json captions: a list, in 100%",
         "cannot be decoded: 0 of 9",

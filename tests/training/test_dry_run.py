@@ -115,7 +115,7 @@ def test_dry_run_prints_the_plan_and_all_problems_and_exits_with_2(
     monkeypatch.setattr(dry_run, "free_bytes", lambda folder: 1 << 50)
     assert train.main(["--config", "raphael-3b", "--dry-run", *own]) == 2
     out, err = capsys.readouterr()
-    assert "# 1 ranks x 2 images x 1000 micro-steps" in out, "the plan is printed in addition to the problems"
+    assert "# 1 rank x 2 images x 1000 micro-steps" in out, "the plan is printed in addition to the problems"
     fields = ["text.encoder", "image.vae", "data.shards"]
     assert re.findall(r"^error: ([\w.]+)", err, re.MULTILINE) == fields
     assert train.main(["--config", "raphael-3b", "--plan", *own]) == 0
