@@ -19,8 +19,8 @@ def start_line(run: Run) -> str:
     expert_parallelism = f"space_ep={c.parallel.space_ep} time_ep={c.parallel.time_ep}, " if shards_experts else ""
     return (
         f"{state}: {c.run.dir}, {run.data.describe()}, {counted(world_size, 'rank')} on {engine.device.type}, "
-        f"ZeRO-{engine.stage}, {expert_parallelism}global batch {c.train.global_batch_size}, micro-batch {c.train.micro_batch_size}, "
-        f"micro-steps per step: {run.plan.accumulation}"
+        f"ZeRO-{engine.stage}, {expert_parallelism}global batch {c.train.global_batch_size}, "
+        f"micro-batch {c.train.micro_batch_size}, micro-steps per step: {run.plan.accumulation}"
     )
 
 
