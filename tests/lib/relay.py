@@ -18,7 +18,10 @@ from collections import deque
 from contextlib import suppress
 from fcntl import ioctl
 
-_TUNSETIFF, _TAP_WITHOUT_HEADER, _CLONE_NEWNET = 0x400454CA, 0x1002, 0x40000000
+_TUNSETIFF, _TUNSETOFFLOAD, _CLONE_NEWNET = 0x400454CA, 0x400454D0, 0x40000000
+# A header before each frame lets the kernel pass many TCP packets as one frame (TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6). Without
+# it a relay carries 250 Mbit/s.
+_TAP, _LARGE_FRAMES = 0x5002, 0b111
 
 
 def enter(space: str) -> None:
@@ -37,7 +40,8 @@ def open_tap(space: str, name: str) -> int:
     """
     enter(space)
     tap = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
-    ioctl(tap, _TUNSETIFF, struct.pack("16sH14x", name.encode(), _TAP_WITHOUT_HEADER))
+    ioctl(tap, _TUNSETIFF, struct.pack("16sH14x", name.encode(), _TAP))
+    ioctl(tap, _TUNSETOFFLOAD, _LARGE_FRAMES)
     return tap
 
 
@@ -69,7 +73,7 @@ def frames(tap: int) -> list[bytes]:
     held = []
     with suppress(OSError):  # none is left, or the device is down
         for _ in itertools.repeat(None, 64):
-            held.append(os.read(tap, 65_536))
+            held.append(os.read(tap, 70_000))
     return held
 
 
