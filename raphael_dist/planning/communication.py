@@ -6,9 +6,11 @@ members with a network card of their own, so all cards carry the bytes. The time
 bandwidth of the slower of the two links (within and between nodes), plus one latency (hop) per member, which is longer
 between nodes. The result is a lower bound: it assumes that no rank is late and that the network is not shared.
 
-On gloo, with several ranks per node, reduce-scatters and all-gathers have two stages (`one_pass`).
+On gloo, with several ranks per node, reduce-scatters and all-gathers have two stages (`one_pass`). Between nodes it sends a
+limited number of bytes per round trip (GLOO_WINDOW, GLOO_SEGMENTS).
 
-These predictions are not fitted to measurements. docs/scale.md lists the predictions and what the cost model leaves out.
+Except for GLOO_WINDOW, these predictions are not fitted to measurements. docs/scale.md lists the predictions and what the
+cost model leaves out.
 """
 
 import math
@@ -29,6 +31,9 @@ DEEPSPEED_BUCKET = 500_000_000  # elements; default of DeepSpeed's reduce_bucket
 PREFETCH_BUCKET = 50_000_000  # elements; default of DeepSpeed's stage3_prefetch_bucket_size
 MAX_REUSE_DISTANCE = 1_000_000_000  # elements; default of DeepSpeed's stage3_max_reuse_distance
 PERSISTENT = 100_000  # elements; stage3_param_persistence_threshold of ds_configs/zero3.json
+# Bytes that gloo sends to another rank per round trip of the network.
+GLOO_WINDOW = 2.8e6  # of one TCP connection, measured (docs/network.md): 2/3 of Linux' largest send buffer, 4 MiB
+GLOO_SEGMENTS = 2 << 20  # of an all-reduce, which has two segments of 1 MiB in transit (gloo/allreduce.cc)
 
 
 @dataclass(frozen=True)
@@ -109,8 +114,11 @@ def ring(
     sent = size * (ranks - 1) / ranks / 1e9
     network_gb = sent / lanes if nodes > 1 else 0.0
     transfer = max(sent / cluster.node_gb_s if lanes > 1 else 0.0, network_gb / cluster.net_gb_s)
-    hops = (ranks - nodes) * cluster.node_hop_us + (nodes - 1) * cluster.net_hop_us
-    return Communication(name, transfer + calls * hops * 1e-6, network_gb, hidden_by)
+    net_hop_us = cluster.net_hop_us * (2 if cluster.gloo else 1)  # on gloo the receiver requests each message
+    latency_us = calls * ((ranks - nodes) * cluster.node_hop_us + (nodes - 1) * net_hop_us)
+    if cluster.gloo:
+        latency_us = max(latency_us, network_gb * 1e9 / GLOO_SEGMENTS * net_hop_us)
+    return Communication(name, transfer + latency_us * 1e-6, network_gb, hidden_by)
 
 
 def one_pass(
@@ -118,18 +126,21 @@ def one_pass(
 ) -> Communication:
     """Predict the time of a reduce-scatter or an all-gather. Arguments and result are those of `ring`.
 
-    On gloo, with several nodes and equally many (at least two) ranks on each, the collective has two stages: one inside each
-    node and one between the ranks of equal index on all nodes (`parallel/gloo_collectives.py`). In all other cases, and with
-    NCCL, the result is that of `ring`.
+    On gloo, with several nodes and equally many ranks on each, the collective has one stage inside each node and one between
+    the ranks of equal index on all nodes (`parallel/gloo_collectives.py`). A stage is one message to each rank. It takes one
+    round trip, since the receiver requests it. In all other cases, and with NCCL, the result is that of `ring`.
     """
     lanes = _ranks_in_node(ranks, cluster, stride)
     nodes = ranks // lanes
-    if not cluster.gloo or lanes == 1 or nodes == 1 or ranks % lanes:
+    if not cluster.gloo or nodes == 1 or ranks % lanes:
         return ring(name, hidden_by, size, ranks, cluster, stride, calls)
     inside_gb = size * (lanes - 1) / lanes / 1e9
     network_gb = size * (nodes - 1) / nodes / lanes / 1e9
-    seconds = inside_gb / cluster.node_gb_s + network_gb / cluster.net_gb_s
-    return Communication(name, seconds + calls * (cluster.node_hop_us + cluster.net_hop_us) * 1e-6, network_gb, hidden_by)
+    round_trip = 2e-6 * cluster.net_hop_us
+    windows = network_gb * 1e9 / (nodes - 1) / GLOO_WINDOW  # of the connection to each other node
+    seconds = inside_gb / cluster.node_gb_s + max(network_gb / cluster.net_gb_s, windows * round_trip)
+    latency = round_trip + (lanes > 1) * cluster.node_hop_us * 1e-6
+    return Communication(name, seconds + calls * latency, network_gb, hidden_by)
 
 
 def _ranks_in_node(ranks: int, cluster: Cluster, stride: int) -> int:
@@ -181,6 +192,8 @@ def communications(
         ValueError: `scheme` does not support sharded experts.
     """
     parts = _single_reduction(config, plan, cluster, parameters, scheme, persistent, buckets)
+    if cluster.gloo:  # NCCL takes microseconds
+        parts.append(ring("sum gradient norms", "nothing", 0.0, cluster.ranks, cluster, calls=2))
     # Communication with "nothing" belongs to the update, or already has the tokens of all micro-steps.
     repeated = [part for part in parts if part.hidden_by != "nothing"]
     return parts + (reductions - 1) * repeated
@@ -234,6 +247,7 @@ def _synchronisation(
     size, buckets = float(width * parameters), math.ceil(parameters / DEEPSPEED_BUCKET)
     if scheme in ("replicated", "all_reduce", "reduce_scatter"):
         if scheme == "reduce_scatter":
+            scatters = 1 if cluster.gloo else scatters  # messages of all buckets are in transit at the same time
             reduce = one_pass("reduce gradients", "backward", size, ranks, cluster, stride, scatters)
         else:
             reduce = ring("reduce gradients", "backward", 2 * size, ranks, cluster, stride, 2 * buckets)
