@@ -19,7 +19,18 @@ home=${RAPHAEL_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
 source "$home/slurm/common.sh"
 
 no_control_characters PROOF_DIR "${PROOF_DIR:=proof}"
-run_ranks 0 "$python" -m raphael_dist prove --out "$PROOF_DIR" "$@"
+export RAPHAEL_EXIT_FILE=$PROOF_DIR/.exit-code-$SLURM_JOB_ID # rank 0 writes it at its end
+set -m # srun gets a process group, to be killed as a whole: it waits without end for the ranks of a node that it cannot reach
+run_ranks 0 "$python" -m raphael_dist prove --out "$PROOF_DIR" "$@" &
+ended=0
+while kill -0 $! 2>/dev/null; do
+    sleep 0.5
+    [[ ! -s $RAPHAEL_EXIT_FILE ]] || ((++ended < 60)) || kill -KILL -- -$!
+done
+wait $!
 code=$?
+[[ ! -s $RAPHAEL_EXIT_FILE ]] || read -r code <"$RAPHAEL_EXIT_FILE"
+((code == 0 || code == 3)) || code=2 # srun's own code, if rank 0 was killed or did not start
+rm -f "$RAPHAEL_EXIT_FILE"
 [[ ${DRY_RUN:-0} == 1 ]] || say "exit code $code: read $PROOF_DIR/report.html"
 exit "$code"

@@ -31,7 +31,7 @@ from raphael_dist.cluster.prove_results import Outcome
 from raphael_dist.cluster.prove_worker import KILLED, Message, work
 from raphael_dist.config import assets
 from raphael_dist.config.schema import Config
-from raphael_dist.errors import EXIT_USER_ERROR
+from raphael_dist.errors import EXIT_USER_ERROR, write_exit_code
 from raphael_dist.runtime import rendezvous
 from raphael_dist.runtime.ranks import Ranks, complete_environment, discover, free_port, host_name
 from raphael_dist.storage.versions import versions
@@ -140,7 +140,10 @@ def prove(config: Config, out: Path) -> int:
     run.all_checks()
     codes = agents.exchange(run.report.exit_code if ranks.is_main else None, GRACE_S)
     agents.leave()
-    return codes[0] if codes[0] is not None else EXIT_USER_ERROR
+    code: int = codes[0] if codes[0] is not None else EXIT_USER_ERROR
+    if ranks.is_main:
+        write_exit_code(code)  # a Slurm job reads it
+    return code
 
 
 @dataclass
@@ -178,10 +181,14 @@ class _Run:
         world = CHECKS[names[0]].ranks(self.agents.ranks.world_size)
         port = free_port() if self.agents.ranks.is_main else 0
         ports = self.agents.exchange(port, JOIN_S)
+        if None in ports:  # workers would wait for the rank that does not answer until the time limit
+            answered = zip(ports, range(len(ports)), self.hosts, strict=True)
+            self._record(names[0], [None if port is None else Outcome(rank, host) for port, rank, host in answered])
+            return None
         with ExitStack() as at_end:
             worker = None
             if self.agents.ranks.rank < world:
-                worker = Worker(self, names, world, ports[0] or 0)
+                worker = Worker(self, names, world, ports[0])
                 at_end.callback(worker.end)
             return self._follow_checks(names, world, worker)
 
@@ -192,7 +199,8 @@ class _Run:
                 worker.follow(name, outcome, first=number == 1)
             if name == PREFLIGHT:
                 outcome.result = _own_probe(self.out, self.agents.ranks.rank)
-            answers = self.agents.exchange(vars(outcome), CHECKS[name].limit_s + START_S + GRACE_S)
+            left_s = CHECKS[name].limit_s + START_S - outcome.seconds  # of the other ranks, which began at the same time
+            answers = self.agents.exchange(vars(outcome), max(0.0, left_s) + GRACE_S)
             every = [None if answer is None else Outcome(**answer) for answer in answers[:world]]
             status = self._record(name, every)
             if not all(answers) or (name == PREFLIGHT and not status.joined):

@@ -132,7 +132,7 @@ def judge_environment(probes: list[JsonObject], hosts: list[str]) -> CheckReport
         return CheckReport(status=RED, code=EXIT_USER_ERROR, problems=["no rank left a report"], joined=False)
     verdict = judge(probes, len(hosts), list(dict.fromkeys(hosts)))
     problems = [f"{node}: {text}" for node, texts in verdict.faults.items() for text in texts]
-    joined = len(probes) == len(hosts) and all(probe["joined"] for probe in probes)
+    joined = len(probes) == len(hosts) and all("all_reduce" in probe for probe in probes)
     status = RED if problems else AMBER if verdict.warnings else GREEN
     code = EXIT_USER_ERROR if problems else 0
     return CheckReport(status=status, code=code, lines=verdict.lines, problems=problems + verdict.warnings, joined=joined)
@@ -152,7 +152,7 @@ def judge_check(outcomes: list[Outcome | None], hosts: list[str], environment: b
     answered = [outcome for outcome in outcomes if outcome is not None]
     if expects_kill and not silent and all(o.last == "killed" and "ended with" in o.why for o in answered):
         return CheckReport(status=GREEN, lines=[f"{len(answered)} ranks were killed while a checkpoint was being written"])
-    unfinished = silent + _unfinished([outcome for outcome in answered if outcome.result is None])
+    unfinished = silent or _unfinished([outcome for outcome in answered if outcome.result is None])
     if unfinished:
         return CheckReport(status=RED, code=EXIT_USER_ERROR, problems=unfinished)
     results = [outcome.result for outcome in answered if outcome.result is not None]
