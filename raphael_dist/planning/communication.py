@@ -34,6 +34,9 @@ PERSISTENT = 100_000  # elements; stage3_param_persistence_threshold of ds_confi
 # Bytes that gloo sends to another rank per round trip of the network.
 GLOO_WINDOW = 2.8e6  # of one TCP connection, measured (docs/network.md): 2/3 of Linux' largest send buffer, 4 MiB
 GLOO_SEGMENTS = 2 << 20  # of an all-reduce, which has two segments of 1 MiB in transit (gloo/allreduce.cc)
+# Round trips of a layer with sharded experts on gloo, (forward, backward). Space-MoE also exchanges the experts' outputs for
+# a token of zeros and, forward, how many rows follow.
+GLOO_ROUND_TRIPS = {"space": (4, 3), "time": (2, 2)}
 
 
 @dataclass(frozen=True)
@@ -224,6 +227,10 @@ def _single_reduction(
         # If groups do not fit into nodes, the slowest of them crosses two nodes.
         in_node = cluster.per_node % ep == 0
         seconds = rows_gb / (cluster.node_gb_s if in_node else cluster.net_gb_s)
+        if cluster.gloo and not in_node:
+            forwards = 1 if config.model.checkpoint_activations == "none" else 2
+            trips = sum(c.blocks * (forwards * GLOO_ROUND_TRIPS[c.kind][0] + GLOO_ROUND_TRIPS[c.kind][1]) for c in costs)
+            seconds += plan.accumulation * trips * 2e-6 * cluster.net_hop_us
         name = f"rows to and from experts over {ep} ranks"
         parts.append(Communication(name, seconds, 0.0 if in_node else rows_gb, "nothing"))
     return parts

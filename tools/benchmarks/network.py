@@ -33,6 +33,7 @@ from raphael_dist.engine.deepspeed_comm import CountedBackend, deepspeed_comm, i
 from raphael_dist.engine.engine import Engine
 from raphael_dist.engine.gradient_buckets import bucket_count
 from raphael_dist.model.diffusion import NoiseSchedule
+from raphael_dist.model.latents import latent_factor
 from raphael_dist.model.losses import compute_losses
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.parallel.async_collectives import Traffic
@@ -73,12 +74,14 @@ class Case:
     def config(self, name: str) -> Config:
         """Return the configuration `name` (preset or file) with the settings of this measurement."""
         world = self.nodes * self.per_node
+        pixels = SIDE * latent_factor(load_config(name).image.vae)
         overrides = [
             f"train.micro_batch_size={self.samples}",
             f"train.global_batch_size={self.samples * world * self.accumulation}",
             f"parallel.space_ep={self.space_ep}",
             f"parallel.time_ep={self.time_ep}",
             f"parallel.placement=[{self.placement}]",
+            f"image.buckets=[[{pixels},{pixels}]]",
         ]
         return load_config(name, overrides)
 
