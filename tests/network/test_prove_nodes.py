@@ -82,7 +82,7 @@ def test_node_with_a_slow_link_is_named(cluster: Cluster, tmp_path: Path) -> Non
 def test_node_whose_routes_break_between_checks_is_named(cluster: Cluster, tmp_path: Path) -> None:
     """Slurm reaches the node, so that only `prove` can notice, and srun must not wait for its rank for ever."""
     assert cluster.network is not None
-    job = Proof(cluster, tmp_path, 2, "environment links", limit_s=60)
+    job = Proof(cluster, tmp_path, 2, "environment links", limit_s=30)
     wait_for(lambda: "Environment: " in job.log, 180, "result of the first check")
     cluster.network.drop_routes(1, [0, 2])
     try:
