@@ -311,7 +311,7 @@ def test_plan_says_that_nothing_ran_on_several_gpus():
 
 @pytest.mark.slow
 def test_kernels_halve_the_bytes_of_a_micro_step():
-    """The numbers of docs/performance.md, of two images without recomputation."""
+    """The numbers of docs/kernels.md, of two images without recomputation."""
     pytest.importorskip("triton", reason="needs the package triton")
     kernels = "group_norm,layer_norm,cross_attention,space_moe,time_moe"
     plain, fused = (trace(load_config("raphael-3b", [f"train.kernels=[{names}]"]), 2, "none") for names in ("", kernels))

@@ -1,6 +1,6 @@
 """Guarantees and faults have tests that exist, and the documents refer only to guarantees that exist.
 
-Guarantees are the rows of docs/guarantees.md, faults those of the table in docs/reliability.md that names tests.
+Guarantees are the rows of docs/guarantees.md, faults those of docs/faults.md.
 """
 
 import ast
@@ -13,7 +13,7 @@ from tests.lib.documents import DOCUMENTS, table_rows, tables_of, text_of
 from tests.lib.launch import ROOT
 
 PAGE = "docs/guarantees.md"
-FAULTS_PAGE = "docs/reliability.md"
+FAULTS_PAGE = "docs/faults.md"
 FIRST_CELL = re.compile(r'<a id="([a-z0-9-]+)"></a>`\1`')
 LINK = re.compile(r"\]\([^)\s]*guarantees\.md#([^)\s]+)\)")
 TEST_FILES = sorted((ROOT / "tests").rglob("test_*.py"))
