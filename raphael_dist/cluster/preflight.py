@@ -141,7 +141,12 @@ class Probe:
         }
 
     def _data(self) -> dict[str, float]:
-        """Read the first PROBE_BYTES (8 MiB) of a shard, a different one on each rank; return {"mb_per_s": MB/s}."""
+        """Read the first PROBE_BYTES (8 MiB) of a shard, a different one on each rank; return {"mb_per_s": MB/s}.
+
+        Without shards it returns {}: training then lists them together with everything else that is missing.
+        """
+        if not (self.config.data.shards or self.config.data.sources):
+            return {}
         names = find_shards(self.config, training=True)
         name, store = names[self.ranks.rank % len(names)], store_of(self.config.data)
         began = time.perf_counter()

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from raphael_dist.cluster.preflight import network, rounds
+from raphael_dist.cluster.preflight import Probe, network, rounds
 from raphael_dist.cluster.preflight_report import judge, read_reports
+from raphael_dist.config.schema import load_config
 from raphael_dist.errors import UserError
 from raphael_dist.runtime.ranks import Ranks, discover
 from tests.data.test_encoders import save_clip
@@ -315,6 +316,13 @@ def test_preflight_names_only_the_faulty_node(changed: dict, node: str, text: st
     assert list(verdict.faults) == [node]
     assert text in verdict.faults[node][0]
     assert not verdict.everywhere
+
+
+def test_preflight_leaves_a_missing_data_set_to_the_training(tmp_path: Path) -> None:
+    """`sbatch slurm/train_raphael.sh` without arguments: the training lists all that is missing at once."""
+    assert Probe(load_config("raphael-3b"), Ranks(0, 1, 0, 1), tmp_path)._data() == {}
+    with pytest.raises(UserError, match="missing"):
+        Probe(load_config("raphael-3b", [f"data.shards={tmp_path}/a.tar"]), Ranks(0, 1, 0, 1), tmp_path)._data()
 
 
 def test_preflight_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
