@@ -34,7 +34,7 @@ def reduce_step_stats(run: Run, loss_sum: Tensor) -> Tensor:
     return all_reduce_on_device(values, run.engine.device)
 
 
-def agree(run: Run, stats: Tensor) -> tuple[float, float]:
+def read_step_stats(run: Run, stats: Tensor) -> tuple[float, float]:
     """Return the mean loss and the global gradient norm of a step, equal on all ranks. Collective.
 
     All ranks also agree on stopping early, and complete a checkpoint once all of them have written it. Raises UserError on
@@ -70,7 +70,7 @@ def start_update(run: Run, loss_sum: Tensor, losses: StepLosses) -> None:
     Arguments are those that `trainer.accumulate` returns.
     """
     stats = reduce_step_stats(run, loss_sum)
-    # `agree` and `recovery.judge_step` come to the same result. A sum of infinities or NaN is not below infinity.
+    # `read_step_stats` and `recovery.judge_step` come to the same result. A sum of infinities or NaN is not below infinity.
     good = (stats[:2].abs().sum() < math.inf) & (stats[4] == 0)
     progress = run.progress
     progress.step += 1
@@ -89,7 +89,7 @@ def finish_step(run: Run) -> bool:
     started, run.started = run.started, None
     if started is None:
         return True
-    loss, norm = agree(run, started.stats.read())
+    loss, norm = read_step_stats(run, started.stats.read())
     skip_reason = recovery.judge_step(run, loss, norm, run.progress.step)
     if skip_reason is not None:
         run.engine.grad_norm = math.inf

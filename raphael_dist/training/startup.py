@@ -114,7 +114,7 @@ def _load_initial_weights(run: Run) -> None:
         run.ema.restart()
 
 
-def rehearse(run: Run) -> None:
+def warm_up(run: Run) -> None:
     """Run one micro-batch before the first step, so that a run that does not fit into memory fails at once. Collective."""
     run.watchdog.heartbeat("the test of a micro-batch", SLOW)
     with long_work("reading the first samples"):

@@ -85,7 +85,7 @@ def warmup_step(engine: Engine, batch: Batch, schedule: NoiseSchedule) -> float:
         UserError: a micro-batch does not fit into memory.
     """
     try:
-        return _rehearse(engine, batch.to(engine.device), schedule)
+        return _warm_up(engine, batch.to(engine.device), schedule)
     except torch.OutOfMemoryError:
         micro = engine.config.train.micro_batch_size
         raise UserError(
@@ -95,7 +95,7 @@ def warmup_step(engine: Engine, batch: Batch, schedule: NoiseSchedule) -> float:
         ) from None
 
 
-def _rehearse(engine: Engine, batch: Batch, schedule: NoiseSchedule) -> float:
+def _warm_up(engine: Engine, batch: Batch, schedule: NoiseSchedule) -> float:
     flops = forward_flops(engine.module, batch, schedule, engine.config, engine.dtype)
     if engine.fragments.moment_addresses() == []:
         engine.fragments.create_moments(0)  # as the first step would

@@ -27,7 +27,7 @@ from raphael_dist.runtime.watchdog import SLOW, Watchdog
 from raphael_dist.sampling.grid import caption_grid, save_image
 from raphael_dist.storage.files import replace_bytes
 from raphael_dist.training import recovery, run_dir, startup, summary
-from raphael_dist.training.deferred_update import agree, finish_deferred, reduce_step_stats
+from raphael_dist.training.deferred_update import finish_deferred, read_step_stats, reduce_step_stats
 from raphael_dist.training.lr_schedule import gate_noise_deviation, learning_rate
 from raphael_dist.training.run_state import Run, RunProgress, StepLosses, StopState
 from raphael_dist.training.step_guard import Guard
@@ -82,7 +82,7 @@ def build(
             stop=StopState(stop),
         )
         startup.resume(run)
-        startup.rehearse(run)
+        startup.warm_up(run)
         on_error.pop_all()
         return run
 
@@ -103,7 +103,7 @@ def train_step(run: Run, batches: Iterator[Batch]) -> bool:
     loss_sum, losses = accumulate(run, batches)
     if run.engine.defers_update:
         return finish_deferred(run, loss_sum, losses)
-    loss, norm = agree(run, reduce_step_stats(run, loss_sum).cpu())  # the only wait for the device in a step
+    loss, norm = read_step_stats(run, reduce_step_stats(run, loss_sum).cpu())  # the only wait for the device in a step
     skip_reason = recovery.judge_step(run, loss, norm, run.progress.step + 1)
     run.telemetry.end_step(run.progress.step + 1, updated=skip_reason is None)
     if skip_reason is not None and skip_reason.rollback and recovery.rollback(run):
@@ -149,7 +149,7 @@ def next_batch(run: Run, batches: Iterator[Batch], micro_step: int) -> Batch:
     """Return the next micro-batch on the device. `micro_step`: its number in the optimizer step, from 0.
 
     If this rank's data fails (UserError), this function returns dummy batches from then on, so that no other rank waits.
-    `agree` then ends the run on all ranks, before the weights change.
+    `read_step_stats` then ends the run on all ranks, before the weights change.
     """
     if run.stop.data_failure is None:
         try:
