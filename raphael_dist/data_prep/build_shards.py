@@ -88,12 +88,12 @@ class Preparer:
         """Return the stored report about the shard of `part`; None if this shard is not completely written yet.
 
         `part`: the input of one shard. Raises UserError if the shard was written with other settings or from other input.
-        The input is not compared if an earlier version of this package wrote the report, without a hash of the input.
         """
         try:
             about = json.loads((self.out / f"{part.name}.json").read_text())
             skipped = SkipCounts(about.get("skipped")).counts
             report = Report(about["written"], [(key, reason) for key, reason in about["bad"]], skipped)
+            fingerprint = about["input"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
         if about.get("settings") != self._settings:
@@ -101,7 +101,7 @@ class Preparer:
                 f"--out={self.out} must not contain shards that were made with other settings, but {part.name}.tar has "
                 "different edge maps, encoders or settings. Choose another folder, or empty this one."
             )
-        if "input" in about and about["input"] != part.fingerprint():
+        if fingerprint != part.fingerprint():
             raise UserError(
                 f"--out={self.out} must not mix shards of different inputs, but {part.name}.tar was made from other images "
                 "or captions, or with another --held-out, --per-shard or --caption. Choose another folder, or remove this "

@@ -119,12 +119,9 @@ def seal(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_seal(tensors: dict[str, Tensor]) -> None:
-    """Remove the tensor `crc` from `tensors`; raise ValueError if the other tensors do not have this CRC-32 (see `seal`).
-
-    If there is no tensor `crc`, nothing is checked: earlier versions stored none.
-    """
+    """Remove the tensor `crc` from `tensors`; raise ValueError if the other tensors do not have this CRC-32 (see `seal`)."""
     crc = tensors.pop("crc", None)
-    if crc is not None and int(crc) != _crc(tensors):
+    if crc is None or int(crc) != _crc(tensors):
         raise ValueError("the tensors do not match their checksum")
 
 
