@@ -60,7 +60,9 @@ def slurm(argv: Sequence[str]) -> int:
     as the environment variable RAPHAEL_HOME.
     """
     parser = common.Parser(
-        prog="raphael-slurm", description=COMMANDS["slurm"][1], example='sbatch "$(raphael-slurm)/train_raphael.sh"'
+        prog="raphael-slurm",
+        description=COMMANDS["slurm"][1],
+        example='sbatch "$(raphael-slurm)/train_raphael.sh" --config emoji-tiny',
     )
     parser.add_argument(
         "--home", action="store_true", help="print instead the value that RAPHAEL_HOME must have for these scripts"

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         description=__doc__,
         raw=True,
-        example="python -m raphael_dist prepare my_images --out shards",
+        example="python -m raphael_dist prepare data/emoji-demo/val-0000.tar --out shards",
         usage="%(prog)s SOURCE --out DIR [options]",
     )
     parser.add_argument(

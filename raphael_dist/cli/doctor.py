@@ -19,7 +19,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the arguments of the command `doctor`. On a mistake, argparse ends the process with exit code 2."""
     parser = Parser(
         prog="raphael_dist doctor",
-        example="python -m raphael_dist doctor runs/demo",
+        example="python -m raphael_dist doctor runs/demo  # after `make demo`",
         description="List the problems of a run, in progress or ended, and what to do. Exit code 1: there are problems, 0: "
         "there are none.",
     )

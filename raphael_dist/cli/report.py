@@ -15,7 +15,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the arguments of the command `report`. On a mistake, argparse ends the process with exit code 2."""
     parser = Parser(
         prog="raphael_dist report",
-        example="python -m raphael_dist report runs/demo --out report.html",
+        example="python -m raphael_dist report runs/demo --out report.html  # after `make demo`",
         description="Write a report of one or more runs as one HTML file, which needs no server and no network: curves, "
         "speed, samples, routes, experts, memory, faults, configuration.",
     )
