@@ -20,7 +20,7 @@ if __name__ == "__main__":
 
 from raphael_dist.cli.common import Parser, add_sampling, check_range, check_seed
 from raphael_dist.errors import UserError, run_command
-from raphael_dist.text import print_line
+from raphael_dist.text import counted, print_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
         requests, settings = raise_on_all_ranks(lambda: _make_requests(args, trained))
         shown = _draw(args, trained, requests, settings, ranks)
         if ranks.is_main:
-            print_line(f"{args.out}: {len(shown)} of {len(requests)} images from {trained.origin}")
+            print_line(f"{args.out}: {len(shown)} of {counted(len(requests), 'image')} from {trained.origin}")
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -127,9 +127,13 @@ def escape_control(text: str, keep: str = "") -> str:
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
-def counted(number: int, noun: str) -> str:
-    """Return the number with the noun, in the plural unless the number is 1: "1 rank", "2 ranks"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def counted(number: float, noun: str, form: str = "") -> str:
+    """Return the number with the noun, in the plural unless the number is 1: "1 rank", "2 ranks".
+
+    `form`: the format of the number, for example "," for "2,000 ranks".
+    """
+    shown = f"{number:{form}}"
+    return f"{shown} {noun}" if shown == "1" else f"{shown} {noun}s"
 
 
 def shorten(text: str) -> str:

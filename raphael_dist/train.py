@@ -66,8 +66,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     The result also has `chosen`: whether --config was given. Without it, `config` is DEFAULT_CONFIG.
     """
     parser = common.Parser(
-        prog="raphael_dist/train.py",
-        example="deepspeed raphael_dist/train.py --config emoji-tiny train.max_steps=50",
+        prog="raphael_dist train",
+        example=f"{SMALL_RUN} train.max_steps=50",
         description=f"Train a model. The same command resumes the run. Without --config it trains {DEFAULT_CONFIG}.",
         epilog="section.key=value overrides --config, which overrides the defaults. `python -m raphael_dist config WORD` "
         "finds keys.",
@@ -221,7 +221,7 @@ def _check_default(config: Config) -> None:
         for line in lines if rank_of() == "0" else ():
             print_line(f"missing: {line}", file=sys.stderr)
         raise UserError(
-            f"--config={DEFAULT_CONFIG} (the default) requires more than this machine has: see the {len(lines)} lines "
+            f"--config={DEFAULT_CONFIG} (the default) requires more than this machine has: see the lines "
             "'missing: ...'. Provide what these lines name, choose another --config, or try a small model on this machine: "
             f"{SMALL_RUN}"
         )
@@ -257,7 +257,7 @@ def _describe_experts(config: Config, world_size: int) -> list[str]:
         if ep > 1:
             lines.append(
                 f"# {kind} experts: {experts} sharded over {ep} consecutive ranks, {experts // ep} on each; "
-                f"every expert is on {world_size // ep} ranks"
+                f"every expert is on {counted(world_size // ep, 'rank')}"
             )
     return lines
 

@@ -312,7 +312,7 @@ run mkdir -p "$run_dir/checkpoints" || die "RUN_DIR=$run_dir must be writable, b
 export RAPHAEL_EXIT_FILE=$run_dir/.exit-code-$SLURM_JOB_ID
 remove_exit_file() { run rm -f "$RAPHAEL_EXIT_FILE" "$RAPHAEL_EXIT_FILE.why"; }
 remove_exit_file
-say "job $SLURM_JOB_ID, restart $SLURM_RESTART_COUNT: $((num_nodes - spares)) nodes x $tasks ranks, $launcher, $run_dir"
+say "job $SLURM_JOB_ID, restart $SLURM_RESTART_COUNT: nodes: $((num_nodes - spares)), ranks per node: $tasks, $launcher, $run_dir"
 [[ ${PREFLIGHT:-1} != 1 ]] || preflight
 remove_exit_file # of a rank of the preflight that failed, while the preflight passed
 use_nodes "$((num_nodes - spares))"

@@ -23,7 +23,7 @@ from raphael_dist.config.schema import load_config
 from raphael_dist.engine import ds_config
 from raphael_dist.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 from raphael_dist.storage.files import replace_bytes
-from raphael_dist.text import print_line
+from raphael_dist.text import counted, print_line
 
 EXIT_LEFT_OUT = 4
 
@@ -81,7 +81,7 @@ def verdict(args: argparse.Namespace) -> int:
         print_line(f"preflight failed: exclude {names} (sbatch --exclude), or ask for spares (SPARE_NODES=1)")
         return 1
     replace_bytes(args.judge / "good-nodes", ("\n".join(good) + "\n").encode())
-    print_line(f"left out: {', '.join(result.faults)}; {len(good)} nodes remain")
+    print_line(f"left out: {', '.join(result.faults)}; {counted(len(good), 'node')} left")
     return EXIT_LEFT_OUT
 
 

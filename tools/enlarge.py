@@ -26,6 +26,7 @@ from raphael_dist.model.diffusion import make_scheduler
 from raphael_dist.model.super_resolution import back_project, downscale
 from raphael_dist.sampling.load_model import load_trained
 from raphael_dist.sampling.sampler import Request, Sampler, to_pixels, to_tensor
+from raphael_dist.text import counted
 
 MODEL, BICUBIC, AUTOENCODER, TRUE = "this model", "bicubic", "autoencoder", "true"
 CORRECTED, DRAWN = f"{BICUBIC}, corrected", f"{MODEL}, as drawn"
@@ -138,7 +139,7 @@ def draw_rows(enlargements: Sequence[Enlargement], scale: int = 2) -> Image.Imag
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line `argv`; a mistake in it ends the process with exit code 2."""
     parser = Parser(
-        example="python tools/enlarge.py --checkpoint runs/emoji-upscale --out rows.png",
+        example="python tools/enlarge.py --checkpoint runs/emoji-upscale --out rows.png  # after training that preset",
         description="Enlarge held-out images with a super-resolution model, and compare the result with bicubic "
         "interpolation.",
     )
@@ -175,7 +176,7 @@ def run(args: argparse.Namespace) -> None:
             guidance=config.sample.guidance,
         )
     )
-    print(f"{len(enlargements)} images, {trained.origin}")
+    print(f"{counted(len(enlargements), 'image')}, {trained.origin}")
     for method, (absolute, psnr) in measure_errors(enlargements).items():
         print(f"{method:<20} mean absolute error {absolute:6.3f}  PSNR {psnr:6.2f} dB")
     if args.out:

@@ -22,7 +22,7 @@ from raphael_dist.data.fetch.shard_cache import ShardStore, store_of
 from raphael_dist.data.shards import build_index
 from raphael_dist.data.shards.shard_names import expand_shards, name_option
 from raphael_dist.errors import UserError, run_command
-from raphael_dist.text import hide_secrets, print_line
+from raphael_dist.text import counted, hide_secrets, print_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,7 +56,7 @@ def index(args: argparse.Namespace) -> None:
     with name_option("SHARDS"):
         names = expand_shards(args.shards, store.retry)
     missing = [name for name, _ in build_index.unindexed(names[part::parts], store)]
-    print(f"part {part} of {parts}: {len(missing)} of {len(names[part::parts])} shards to read", flush=True)
+    print(f"part {part} of {parts}: {len(missing)} of {counted(len(names[part::parts]), 'shard')} to read", flush=True)
     # Not forked: forked processes would inherit the locks of fsspec, but not the threads that release them.
     with multiprocessing.get_context("spawn").Pool(args.processes) if args.processes > 1 else ThreadPool(1) as pool:
         unread = []
@@ -69,11 +69,12 @@ def index(args: argparse.Namespace) -> None:
             f"{unread[0].rstrip('.')}. Start the command again when they can be read."
         )
     if missing := [name for name, _ in build_index.unindexed(names, store)]:
-        print(f"{len(missing)} shards have no index record yet: they are in other parts, or cannot be read", flush=True)
+        print(f"{counted(len(missing), 'shard')} without an index record, in other parts or unreadable", flush=True)
         if parts > 1:
             return
     table = build_index.join_records(names, store, args.columns)
-    print(f"{table.num_samples:,} samples in {len(names):,} shards, {table.num_bad:,} bad samples, in {table.folder}")
+    samples, shards = counted(table.num_samples, "sample", ","), counted(len(names), "shard", ",")
+    print(f"{samples} in {shards}, {table.num_bad:,} bad, in {table.folder}")
     for number, why in table.damaged.items():
         print_line(f"damaged: {table.about['names'][number]} {why}")
 
@@ -86,7 +87,7 @@ def _scan(task: tuple[ShardStore, str]) -> tuple[str, bool]:
     except UserError as error:
         return str(error), False
     damage = f"; {record.damage}" if record.damage else ""
-    return f"{hide_secrets(name)}: {record.num_samples} samples, {len(record.bad)} bad{damage}", True
+    return f"{hide_secrets(name)}: {counted(record.num_samples, 'sample')}, {len(record.bad)} bad{damage}", True
 
 
 def part_of(environ: Mapping[str, str]) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import checkout  # noqa: F401 (before the package)
 from raphael_dist.cli.common import Parser
 from raphael_dist.errors import UserError, run_command
+from raphael_dist.text import counted
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -72,7 +73,7 @@ def torture(args: argparse.Namespace) -> bool:
             held = bool(trials.run(60 * args.minutes))
         except campaign.ServerDiedError as error:
             raise UserError(
-                f"{error}, so that trials cannot continue. {len(trials.results)} results are in {args.out}. "
+                f"{error}, so that trials cannot continue. {args.out} has {counted(len(trials.results), 'result')}. "
                 "Start again with another --seed; new results are added."
             ) from None
     print((args.out / "table.md").read_text())

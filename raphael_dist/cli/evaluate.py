@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from raphael_dist.cli.common import Parser, add_sampling, check_range, check_seed, command
 from raphael_dist.errors import UserError
-from raphael_dist.text import escape_control
+from raphael_dist.text import counted, escape_control
 
 if TYPE_CHECKING:
     from raphael_dist.evaluation.study import Study
@@ -190,7 +190,7 @@ def _run(args: argparse.Namespace, trained: "TrainedModel", ranks: "Ranks") -> N
     results = run_study(trained, study, settings, guidances, reference, ranks)
     if ranks.is_main:
         if several:
-            draw_curve(results, args.out / "curve.png", f"{trained.origin}, {len(study.requests)} captions")
+            draw_curve(results, args.out / "curve.png", f"{trained.origin}, {counted(len(study.requests), 'caption')}")
         print(escape_control((args.out / "results.csv").read_text(encoding="utf-8").strip(), keep="\n"))
         print(f"settings of these results: {args.out / 'protocol.json'}")
 

@@ -31,7 +31,7 @@ from raphael_dist.runtime import rendezvous
 from raphael_dist.runtime.ranks import Ranks, gather_objects, host_name, initialise, num_threads, own_group
 from raphael_dist.storage.files import free_bytes, replace_bytes, write_bytes
 from raphael_dist.storage.versions import versions
-from raphael_dist.text import JsonObject
+from raphael_dist.text import JsonObject, counted
 
 # Time limits as (seconds, additional seconds per rank): LIMIT_S of all checks together, JOIN_S of each collective.
 LIMIT_S = (55.0, 0.1)
@@ -129,9 +129,9 @@ class Probe:
         if cuda and self.ranks.local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"local rank {self.ranks.local_rank} requires a GPU of its own, but this host has "
-                f"{torch.cuda.device_count()} GPUs. Start at most one rank per GPU."
+                f"{counted(torch.cuda.device_count(), 'GPU')}. Start at most one rank per GPU."
             )
-        name = torch.cuda.get_device_name(self.device) if cuda else f"cpu ({num_threads(self.ranks)} threads)"
+        name = torch.cuda.get_device_name(self.device) if cuda else f"cpu ({counted(num_threads(self.ranks), 'thread')})"
         library = {"cuda": torch.version.cuda, "nccl": ".".join(map(str, torch.cuda.nccl.version()))} if cuda else {}
         return {
             "name": name,

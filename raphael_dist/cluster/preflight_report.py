@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 
 from raphael_dist.errors import UserError
-from raphael_dist.text import JsonObject
+from raphael_dist.text import JsonObject, counted
 
 MAX_SKEW_S = 5.0
 GPU_IN_USE_GIB = 4.0  # more than the contexts of one node's own ranks take
@@ -121,7 +121,8 @@ def _judge_local_checks(verdict: Verdict, reports: list[Report]) -> None:
             node = min(speeds, key=lambda n: speeds[n])
             free = min((r[name].get("free_gib", float("inf")) for r in reports if r.get(name)), default=float("inf"))
             space = f", {free:.0f} GiB free" if name == "checkpoints" else ""
-            verdict.lines.append(f"{name:<12} {verb} on {len(speeds)} nodes, slowest {node} {speeds[node]:.0f} MB/s{space}")
+            nodes = counted(len(speeds), "node")
+            verdict.lines.append(f"{name:<12} {verb} on {nodes}, slowest {node} {speeds[node]:.0f} MB/s{space}")
 
 
 def _judge_versions(verdict: Verdict, reports: list[Report]) -> None:
@@ -168,12 +169,12 @@ def _judge_joint_checks(verdict: Verdict, reports: list[Report]) -> None:
     for name, title in (("all_reduce", "all-reduce"), ("all_to_all", "all-to-all")):
         speeds = [r[name] for r in reports if r.get(name) is not None]
         if speeds:
-            verdict.lines.append(f"{title:<12} over {len(reports)} ranks: {min(speeds):.2f} GB/s per rank")
+            verdict.lines.append(f"{title:<12} over {counted(len(reports), 'rank')}: {min(speeds):.2f} GB/s per rank")
     _judge_pairs(verdict, reports)
     differences = [r["experts"]["difference"] for r in reports if r.get("experts")]
     if differences:
-        size = next(r["experts"]["ranks"] for r in reports if r.get("experts"))
-        verdict.lines.append(f"experts      sharded over {size} ranks, within {max(differences):.0e} of one process")
+        ranks = counted(next(r["experts"]["ranks"] for r in reports if r.get("experts")), "rank")
+        verdict.lines.append(f"experts      sharded over {ranks}, within {max(differences):.0e} of one process")
 
 
 def _judge_pairs(verdict: Verdict, reports: list[Report]) -> None:

@@ -31,6 +31,7 @@ from raphael_dist.planning.expert_parallel_trace import shard_for_trace
 from raphael_dist.planning.search import MICRO_BATCHES, Choice, Search
 from raphael_dist.planning.trace import trace
 from raphael_dist.runtime.ranks import all_reduce_sum, gather_objects, host_name, own_group
+from raphael_dist.text import counted
 from raphael_dist.training.throughput import warmup_step
 
 SMALL_BYTES, SMALL_REPEATS, LARGE_REPEATS = 4096, 20, 3
@@ -178,7 +179,7 @@ def waits(proof: Proof) -> Result:
     counts: list[int] = []
     config = case_config(Case("bfloat16", 2, 1), proof.ranks.world_size)
     take_steps(proof, config, {"zero_optimization": {"stage": 2}}, counts)
-    text = f"the host waits for the GPU {counts[-1]} times in a step"
+    text = f"the host waits for the GPU {counted(counts[-1], 'time')} in a step"
     return Result([text], [Problem(f"{text}, instead of once", amber=True)] if counts[-1] > 1 else [])
 
 
@@ -191,8 +192,9 @@ def _simulated_waits(proof: Proof) -> Result:
     match = re.search(r"host synchronisations per step: (\d+)", done.stdout)
     if match is None:
         return Result([], [Problem(f"tools/bench.py syncs failed: {done.stderr.strip()[-200:]}", amber=True)])
-    text = f"the host waits for the GPU {match[1]} times in a step of the preset emoji, counted on a simulated GPU"
-    problems = [Problem(f"{text}, instead of once")] if int(match[1]) > 1 else []
+    waits = int(match[1])
+    text = f"the host waits for the GPU {counted(waits, 'time')} in a step of the preset emoji, counted on a simulated GPU"
+    problems = [Problem(f"{text}, instead of once")] if waits > 1 else []
     return Result([text], problems, {}, ["waits of the host for a real GPU"])
 
 
@@ -220,8 +222,8 @@ def plan(proof: Proof) -> Result:
         return Result(not_proven=[f"speed compared with the plan: the planner refuses train.micro_batch_size={micro}"])
     ratio = outcome.step.seconds / measured.seconds
     lines = [
-        f"a step of {config.train.global_batch_size} images: {measured.seconds * 1e3:.1f} ms, planned "
-        f"{outcome.step.seconds * 1e3:.1f} ms ({ratio - 1:+.0%}; {search.cluster.name})"
+        f"a step of {counted(config.train.global_batch_size, 'image')}: {measured.seconds * 1e3:.1f} ms, "
+        f"planned {outcome.step.seconds * 1e3:.1f} ms ({ratio - 1:+.0%}; {search.cluster.name})"
     ]
     problems, missing = _states_problems(measured.engine, outcome.memory.states.master), []
     if proof.device.type == "cpu":

@@ -15,7 +15,7 @@ from raphael_dist.cluster.preflight_report import judge
 from raphael_dist.cluster.prove_results import Outcome
 from raphael_dist.errors import EXIT_USER_ERROR
 from raphael_dist.storage.files import replace_bytes
-from raphael_dist.text import JsonObject
+from raphael_dist.text import JsonObject, counted
 
 FORMAT = 1
 EXIT_WRONG_NUMBERS = 3
@@ -151,7 +151,8 @@ def judge_check(outcomes: list[Outcome | None], hosts: list[str], environment: b
     silent = [f"rank {rank} on {hosts[rank]} does not answer: its node hangs or is gone" for rank in lost]
     answered = [outcome for outcome in outcomes if outcome is not None]
     if expects_kill and not silent and all(o.last == "killed" and "ended with" in o.why for o in answered):
-        return CheckReport(status=GREEN, lines=[f"{len(answered)} ranks were killed while a checkpoint was being written"])
+        ranks = counted(len(answered), "rank")
+        return CheckReport(status=GREEN, lines=[f"killed while a checkpoint was being written: {ranks}"])
     unfinished = silent or _unfinished([outcome for outcome in answered if outcome.result is None])
     if unfinished:
         return CheckReport(status=RED, code=EXIT_USER_ERROR, problems=unfinished)
@@ -209,7 +210,7 @@ def _named(pairs: list[tuple[Outcome, JsonObject]]) -> list[str]:
     lines = [f"{', '.join(names[:4])}{' and others' * (len(names) > 4)}: {text}" for text, names in ranks.items()]
     effects = {o.rank for o, _ in pairs} - {o.rank for o, _ in own}
     if own and effects:
-        lines.append(f"problems of {len(effects)} other ranks, which can follow from this one, are not listed")
+        lines.append(f"problems of {counted(len(effects), 'other rank')}, which can follow from this one, are not listed")
     return lines
 
 

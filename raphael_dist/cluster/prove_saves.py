@@ -15,6 +15,7 @@ from raphael_dist.cluster.prove_model import ADAM_EPS, Case, case_config, expert
 from raphael_dist.cluster.prove_numbers import TOLERANCE, Steps, Trained, weights_difference
 from raphael_dist.cluster.prove_results import Problem, Proof, Result
 from raphael_dist.config.schema import Config
+from raphael_dist.text import counted
 
 SAVED_STEP, RESUMED_STEPS = 2, 2
 DATA = {"data.shards": "synthetic"}
@@ -88,8 +89,8 @@ def resume(proof: Proof) -> Result:
         )
     before = proof.launched
     lines = [
-        f"saved by {before} ranks (ZeRO-2, ep {expert_sizes(before)[-1]}), killed during the next save, resumed at step "
-        f"{progress.step} on {world} ranks (ZeRO-1, ep 1)",
+        f"saved by {counted(before, 'rank')} (ZeRO-2, ep {expert_sizes(before)[-1]}), killed during the next save, resumed "
+        f"at step {progress.step} on {counted(world, 'rank')} (ZeRO-1, ep 1)",
         f"weights {RESUMED_STEPS} steps later: within {difference:.0e} of one process",
     ]
     return Result(lines, [problem] if problem else [])

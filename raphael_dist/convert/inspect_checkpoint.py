@@ -19,7 +19,7 @@ from raphael_dist.convert.layouts import detect, open_checkpoint
 from raphael_dist.convert.source_checkpoint import Checkpoint
 from raphael_dist.errors import UserError
 from raphael_dist.storage.files import integrity_error
-from raphael_dist.text import escape_control
+from raphael_dist.text import counted, escape_control
 
 _SAMPLE = 1 << 16  # elements of each tensor by which two experts with equal norms are compared
 
@@ -119,14 +119,15 @@ def show(checkpoint: Checkpoint) -> bool:
     # Without a terminal the width is unlimited, so that no name is cut off.
     console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 10_000)
     total = sum(prod(shape) for shape in checkpoint.shapes.values())
-    progress = f"step {checkpoint.progress.step}, {checkpoint.progress.samples_seen:,} samples seen"
+    progress = f"step {checkpoint.progress.step}, {counted(checkpoint.progress.samples_seen, 'sample', ',')} seen"
     console.print(escape_control(f"{checkpoint.path}: layout {checkpoint.layout}, {progress}"))
     if checkpoint.topology:
         console.print(escape_control(f"written by {checkpoint.topology}"))
     m = checkpoint.config.model
-    console.print(f"channels {list(m.channels)}, {m.space_experts} space experts, {m.time_experts} time experts")
+    experts = f"{counted(m.space_experts, 'space expert')}, {counted(m.time_experts, 'time expert')}"
+    console.print(f"channels {list(m.channels)}, {experts}")
     for kind in checkpoint.kinds():
-        console.print(f"  {kind}: {len(checkpoint.shapes):,} tensors, {total:,} parameters")
+        console.print(f"  {kind}: {counted(len(checkpoint.shapes), 'tensor', ',')}, {total:,} parameters")
     for note in checkpoint.notes:
         console.print(escape_control(note), style="bold red")
     sound = _show_experts(checkpoint, console)
@@ -134,7 +135,7 @@ def show(checkpoint: Checkpoint) -> bool:
     if not checkpoint.files:
         console.print("no manifest: sizes and checksums cannot be verified, but every tensor exists exactly once")
     elif problem is None:
-        console.print(f"verified: {len(checkpoint.files)} files match the manifest")
+        console.print(f"verified against the manifest: {counted(len(checkpoint.files), 'file')}")
     else:
         console.print(escape_control(f"damaged: {problem}"), style="bold red")
     return sound and problem is None

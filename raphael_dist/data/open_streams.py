@@ -25,6 +25,7 @@ from raphael_dist.errors import UserError
 from raphael_dist.runtime.long_work import run_on_all_ranks, run_on_rank0
 from raphael_dist.runtime.progress_bar import Reporter
 from raphael_dist.runtime.ranks import Ranks, gather_objects, raise_on_all_ranks
+from raphael_dist.text import counted
 
 _log = logging.getLogger(__name__)
 _MAX_STORED_TEXT = 64 << 10  # bytes of a caption's tokens up to which data.cached_text=auto stores them
@@ -153,7 +154,9 @@ def _fill(cache: FeatureCache, encoders: Encoders, config: Config, ranks: Ranks)
     in_background = config.data.cache_fill == "during"
     if missing and ranks.is_main:
         when = "during training" if in_background else "once"
-        _log.info("computing embeddings and latents of %d of %d shards, %s", len(missing), len(cache.index.shards), when)
+        _log.info(
+            "computing embeddings and latents of %d of %s, %s", len(missing), counted(len(cache.index.shards), "shard"), when
+        )
 
     def fill(report: Reporter) -> None:
         if not in_background:

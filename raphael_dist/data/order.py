@@ -23,6 +23,7 @@ from raphael_dist.data.shards.dataset_index import DatasetIndex
 from raphael_dist.data.shards.view import View, open_view
 from raphael_dist.errors import UserError
 from raphael_dist.rng import Purpose, generator
+from raphael_dist.text import counted
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,8 @@ class SampleOrder:
             raise UserError(
                 f"image.buckets must contain an image size with at least {run_length} samples, since samples of one size "
                 f"are read in groups of {run_length} (data.bucket_run, or train.micro_batch_size in validation), but the "
-                f"most frequent size has {totals_B.max()} of {num_samples} samples. Use fewer sizes or more data, or lower "
-                "data.bucket_run and train.micro_batch_size."
+                f"most frequent size has {totals_B.max()} of {counted(num_samples, 'sample')}. Use fewer sizes or more "
+                "data, or lower data.bucket_run and train.micro_batch_size."
             )
         self._epoch = lru_cache(maxsize=4)(self._make_epoch)
         self._members = lru_cache(maxsize=32)(self._make_members)

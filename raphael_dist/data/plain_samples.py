@@ -10,6 +10,7 @@ from raphael_dist.data.shards.dataset_index import BadSample, BadSampleError, Da
 from raphael_dist.data.shards.decode_sample import DecodedSample, ImageDataset
 from raphael_dist.data.shards.shard_names import expand_shards, name_option
 from raphael_dist.runtime.launcher_env import rank_of
+from raphael_dist.text import counted
 
 _log = logging.getLogger(__name__)
 
@@ -49,8 +50,8 @@ def _warn(option: str, index: DatasetIndex, unreadable: Sequence[BadSample]) -> 
     for shard, reason in itertools.islice(index.damaged.items(), 1):
         count = len(index.damaged)
         _log.warning(
-            "%s: %d of %d shards cannot be read to the end, so samples are missing; the first such shard is %s: %s",
-            option, count, len(index.shards), index.shards[shard].name, reason,
+            "%s: %d of %s cannot be read to the end, so samples are missing; the first such shard is %s: %s",
+            option, count, counted(len(index.shards), "shard"), index.shards[shard].name, reason,
         )  # fmt: skip
     if bad := index.num_bad + len(unreadable):
         first = next(itertools.chain(index.iter_bad(), unreadable))

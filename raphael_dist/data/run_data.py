@@ -15,6 +15,7 @@ from raphael_dist.data.open_streams import open_encoders, open_stream
 from raphael_dist.data.stream import TrainStream
 from raphael_dist.model.device import is_gpu
 from raphael_dist.runtime.ranks import Ranks
+from raphael_dist.text import counted
 
 
 @dataclass
@@ -70,7 +71,7 @@ class DataSource:
             (order.index.num_bad + len(self.training.bad_samples), "bad samples"),
         ]
         details = ", ".join(f"{count} {reason}" for count, reason in left_out if count)
-        return f"{trained} images" + (f" (left out: {details})" if details else "")
+        return counted(trained, "image") + (f" (left out: {details})" if details else "")
 
     def key(self, position: int) -> str:
         """Return the name of a training sample in its shard (tar file).

@@ -16,7 +16,7 @@ from raphael_dist.data_prep.inputs import Part, parts_of
 from raphael_dist.errors import UserError
 from raphael_dist.runtime.progress_bar import ProgressBar
 from raphael_dist.runtime.ranks import discover
-from raphael_dist.text import print_line
+from raphael_dist.text import counted, print_line
 
 EDGES = ("auto", "hed", "canny", "stored", "none")
 
@@ -151,12 +151,12 @@ class _Progress(ProgressBar):
     def count_sample(self) -> None:
         """Count one more input sample of the shard that is being written, and show the numbers."""
         self._samples += 1
-        self.report(f"{self._samples} samples", self._shards, self._total)
+        self.report(counted(self._samples, "sample"), self._shards, self._total)
 
     def count_shard(self) -> None:
         """Count one more finished shard, and show the numbers."""
         self._shards += 1
-        self.report(f"{self._samples} samples", self._shards, self._total)
+        self.report(counted(self._samples, "sample"), self._shards, self._total)
 
 
 def _print_summary(out: Path, parts: Sequence[Part], reports: Sequence[Report], held_out: float, part_of: str) -> None:
@@ -183,4 +183,4 @@ def fill_caches(config: Config, part: int, parts: int) -> None:
     for name, training in (("data.shards", True), ("data.val_shards", False)):
         if training or config.data.val_shards:
             num_computed, num_shards = fill_cache(config, encoders, part, parts, training=training)
-            print_line(f"{name}: {num_computed} of {num_shards} shards computed into {config.data.cache_dir}")
+            print_line(f"{name}: {num_computed} of {counted(num_shards, 'shard')} computed into {config.data.cache_dir}")

@@ -33,6 +33,7 @@ from raphael_dist.parallel import expert_dispatch
 from raphael_dist.parallel.async_collectives import Traffic
 from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.runtime.ranks import all_reduce_sum, raise_on_all_ranks
+from raphael_dist.text import counted
 
 if TYPE_CHECKING:
     from raphael_dist.engine.adamw import FusedUpdate
@@ -190,9 +191,9 @@ class Engine:
         self._touched.clear()
         if missing:
             raise RuntimeError(
-                f"train.check_gradients=true requires a gradient of every parameter, but {len(missing)} parameters have "
-                f"none on this rank; the first is {missing[0]}. Use these parameters in the forward pass, or set "
-                "train.check_gradients=false."
+                f"train.check_gradients=true requires a gradient of every parameter, but on this rank "
+                f"{counted(len(missing), 'parameter')} got none; the first is {missing[0]}. Use these parameters in the "
+                "forward pass, or set train.check_gradients=false."
             )
 
     @torch.no_grad()

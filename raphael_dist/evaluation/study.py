@@ -32,6 +32,7 @@ from raphael_dist.sampling.rank_group import gather_to_rank0
 from raphael_dist.sampling.sampler import Request
 from raphael_dist.storage.checksummed import read_array, write_array
 from raphael_dist.storage.files import atomic_path, replace_bytes
+from raphael_dist.text import counted
 
 # From indices of images to an array with a row for each: numbers such as features, or the text that OCR has read.
 Scorer = Callable[[Sequence[int]], np.ndarray]
@@ -258,8 +259,8 @@ def _save_rows(path: Path, count: int, row_of: dict[int, np.ndarray]) -> np.ndar
         raise UserError(f"{path} cannot be read ({error}). Remove the file; the next start computes it again.") from None
     if len(rows) != count:
         raise UserError(
-            f"{path} must have {count} rows, one for each image, but it has {len(rows)}. Remove the file; the next start "
-            "computes it again."
+            f"{path} must have {counted(count, 'row')}, one for each image, but it has {len(rows)}. Remove the file; the "
+            "next start computes it again."
         )
     return rows
 

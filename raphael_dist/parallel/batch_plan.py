@@ -21,6 +21,7 @@ from functools import cached_property, lru_cache
 
 from raphael_dist.config.schema import Config
 from raphael_dist.errors import UserError
+from raphael_dist.text import counted
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,8 @@ class BatchPlan:
         if micro != self.micro_batch_size:
             changes.append(f"train.micro_batch_size={micro} ({replace(self, micro_batch_size=micro).waste:.1%})")
         if world != self.world_size:
-            changes.append(f"{world} ranks ({replace(self, world_size=world).waste:.1%}), as many micro-steps as now")
+            waste = replace(self, world_size=world).waste
+            changes.append(f"{counted(world, 'rank')} ({waste:.1%}), as many micro-steps as now")
         if self.run % self._span:
             run = -(-self.run // self._span) * self._span
             changes.append(f"data.bucket_run={run} in a new run ({replace(self, run=run).waste:.1%})")

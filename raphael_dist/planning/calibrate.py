@@ -32,6 +32,7 @@ from raphael_dist.planning.operation_recorder import free_gradient
 from raphael_dist.planning.step_time import device_times
 from raphael_dist.planning.trace import trace
 from raphael_dist.runtime.host_memory import keep_freed_memory
+from raphael_dist.text import counted
 
 Tree = dict[str, Any]  # of a YAML file
 REPEATS, MIN_SECONDS = 5, 0.01  # the fastest of REPEATS runs of at least MIN_SECONDS counts
@@ -139,7 +140,7 @@ def description(rates: dict[str, ClassRate], factor: float, us: float, recompute
         us: microseconds that every operation takes in addition, however small it is.
         recomputed: how many times longer a forward operation takes when the backward pass runs it again.
     """
-    how = f"measured by --calibrate on {datetime.date.today()}, {torch.get_num_threads()} threads"
+    how = f"measured by --calibrate on {datetime.date.today()}, {counted(torch.get_num_threads(), 'thread')}"
 
     def number(value: float, source: str = how) -> Tree:
         return {"value": float(f"{value:.4g}"), "source": source}

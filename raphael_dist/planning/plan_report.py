@@ -8,6 +8,7 @@ import numpy as np
 from raphael_dist.planning.operation_recorder import KINDS, PHASES
 from raphael_dist.planning.run_plan import RunPlan
 from raphael_dist.planning.search import Choice, Outcome, reasons
+from raphael_dist.text import counted
 
 
 def describe(plan: RunPlan, config_name: str, shown: int = 5) -> str:
@@ -19,8 +20,8 @@ def describe(plan: RunPlan, config_name: str, shown: int = 5) -> str:
     cluster, world = plan.cluster, plan.search.world
     peak = cluster.peak_tflops[plan.config.train.dtype].value
     lines = [
-        f"{config_name} on {world} devices of {cluster.name}, {plan.config.train.dtype}, "
-        f"{plan.config.train.global_batch_size} images per step",
+        f"{config_name} on {counted(world, 'device')} of {cluster.name}, {plan.config.train.dtype}, "
+        f"{counted(plan.config.train.global_batch_size, 'image')} per step",
         f"parameters: {plan.parameters / 1e6:,.1f} M, of which {plan.active / 1e6:,.1f} M process an image token "
         "if one space expert per layer works on it (a token in the regions of several words can use several)",
         "",
@@ -89,7 +90,8 @@ def _blocks(plan: RunPlan) -> list[str]:
     choice = plan.best.choice
     trace = plan.search.get_profile().at(choice.micro_batch_size, choice.recompute)
     lines = [
-        f"a micro-step of {choice.micro_batch_size} images, by part of the model (forward, backward, recomputed):",
+        f"a micro-step of {counted(choice.micro_batch_size, 'image')}, "
+        "by part of the model (forward, backward, recomputed):",
         f"  {'':<17}{'TFLOP':>24}{'GB read and written':>27}{'launches':>21}",
     ]
     for i, kind in enumerate(KINDS):
@@ -108,7 +110,8 @@ def _blocks(plan: RunPlan) -> list[str]:
 def _step(plan: RunPlan, peak: float) -> list[str]:
     step = plan.best.step
     lines = [
-        f"a step of {step.images} images in {plan.best.plan.accumulation} micro-steps takes {step.seconds * 1e3:,.1f} ms: "
+        f"a step of {counted(step.images, 'image')} in {counted(plan.best.plan.accumulation, 'micro-step')} takes "
+        f"{step.seconds * 1e3:,.1f} ms: "
         f"{step.images_per_s:,.0f} images/s, {step.images_per_s / step.ranks:.1f} per device, MFU {step.mfu(peak):.1%}",
         f"  matrix products {step.products * 1e3:.1f} ms  memory traffic {step.traffic * 1e3:.1f} ms  "
         f"update {step.update * 1e3:.1f} ms  launches slower than the device {step.launches * 1e3:.1f} ms",

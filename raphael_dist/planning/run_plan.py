@@ -9,6 +9,7 @@ from raphael_dist.errors import UserError
 from raphael_dist.planning.checkpoint_interval import SavePlan, plan_saves
 from raphael_dist.planning.cluster_spec import ClusterSpec
 from raphael_dist.planning.search import Outcome, Search
+from raphael_dist.text import counted
 
 STATE_BYTES = 16  # per parameter in a checkpoint: fp32 weights, two moments, moving average
 
@@ -80,7 +81,7 @@ def make_plan(
     best = ranked[0]
     if not best.fits:
         raise UserError(
-            f"{search.world} devices of the cluster {cluster.name} have too little memory: the settings that need "
+            f"the cluster {cluster.name} has too little memory on {counted(search.world, 'device')}: the settings that need "
             f"least ({best.choice}) require {best.memory.total / 1e9:.1f} GB per rank, but a device has "
             f"{cluster.memory_gb.value:.0f} GB. Use more nodes, or devices with more memory."
         )

@@ -23,6 +23,7 @@ from raphael_dist.planning.cluster_spec import ClusterSpec
 from raphael_dist.planning.memory import MemoryFootprint, RankMemory, memory_footprint, rank_memory, topology
 from raphael_dist.planning.step_time import StepTime, step_time
 from raphael_dist.planning.trace import RECOMPUTE, Profile, Recompute, profile
+from raphael_dist.text import counted
 
 MICRO_BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 USABLE = 0.95  # share of a device's memory; the driver, NCCL and cuDNN need the rest
@@ -227,8 +228,9 @@ class Search:
         if not outcomes:
             only = "".join(f" --only {name}={','.join(map(str, values))}" for name, values in self.allowed.items())
             raise UserError(
-                f"train.global_batch_size={self.config.train.global_batch_size} cannot be divided over {self.world} ranks "
-                f"with any ZeRO stage, expert parallelism and micro-batch size{only and f' that the options allow:{only}'}. "
+                f"train.global_batch_size={self.config.train.global_batch_size} cannot be divided over "
+                f"{counted(self.world, 'rank')} with any ZeRO stage, expert parallelism and micro-batch "
+                f"size{only and f' that the options allow:{only}'}. "
                 f"Use fewer ranks, or a larger train.global_batch_size{only and ', or leave out --only'}."
             )
         fastest = max((o.step.images_per_s for o in outcomes if o.fits), default=0.0)

@@ -7,6 +7,7 @@ from itertools import pairwise
 from statistics import median
 
 from raphael_dist.reporting.run_files import LogLine, RunFiles
+from raphael_dist.text import counted
 
 # For each kind of event, a regular expression of its log line. If several match a line, the first counts.
 KINDS = {
@@ -167,4 +168,4 @@ def ending(run: RunFiles, history: History, now: datetime) -> str:
     if not run.log:
         return f"at step {run.step:,}; no log says whether it is complete"
     minutes = max(0.0, (now - run.log[-1].time).total_seconds() / 60)
-    return f"at step {run.step:,}, not complete; the last log line is {minutes:,.0f} minutes old"
+    return f"at step {run.step:,}, not complete; the last log line is {counted(minutes, 'minute', ',.0f')} old"

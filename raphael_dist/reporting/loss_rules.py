@@ -7,6 +7,7 @@ from statistics import fmean, median
 
 from raphael_dist.reporting.evidence import MIN_LINES, Finding, RunEvidence
 from raphael_dist.reporting.run_files import RunFiles, Series
+from raphael_dist.text import counted
 
 FALLEN = 0.95  # a loss has fallen if it is below this share of its first values
 RISEN = 0.2  # a loss has risen if its median exceeds that of the lowest eighth of the log lines by more than this share,
@@ -33,7 +34,8 @@ def loss_not_finite(evidence: RunEvidence) -> Finding | None:
     bad = [step for step, loss in evidence.run.series.get("train/loss", []) if not math.isfinite(loss)]
     if not bad:
         return None
-    return Finding(f"the loss was not finite at {len(bad)} logged steps, first at step {bad[0]}", "lower optim.lr")
+    text = f"the loss was not finite at {counted(len(bad), 'logged step')}, first at step {bad[0]}"
+    return Finding(text, "lower optim.lr")
 
 
 def loss_not_falling(evidence: RunEvidence) -> Finding | None:

@@ -15,7 +15,7 @@ from raphael_dist.reporting.plan_comparison import number as shown_number
 from raphael_dist.reporting.run_facts import Examined
 from raphael_dist.reporting.run_files import RunFiles
 from raphael_dist.reporting.series import BUCKETS, CHARTS, Curve, buckets_for, chart_data, timeline_data
-from raphael_dist.text import JsonObject, redact
+from raphael_dist.text import JsonObject, counted, redact
 
 MAX_BYTES = 5_000_000
 IMAGE_BYTES = 2_500_000  # for all sample grids of the page
@@ -56,8 +56,8 @@ def build_page(runs: Sequence[Examined]) -> str:
     left = _bytes_left(runs, parts, data)
     if left < 0:
         raise UserError(
-            f"RUN: a report must have at most {MAX_BYTES / 1e6:.0f} MB, but the curves and tables of {len(runs)} runs take "
-            f"{(MAX_BYTES - left) / 1e6:.1f} MB. Name fewer runs."
+            f"RUN: a report must have at most {MAX_BYTES / 1e6:.0f} MB, but the curves and tables of "
+            f"{counted(len(runs), 'run')} take {(MAX_BYTES - left) / 1e6:.1f} MB. Name fewer runs."
         )
     parts["routes"] = routes_section(runs, data, min(ROUTES_BYTES, left // 3))
     parts["samples"] = samples_section(runs, data, max(0, min(IMAGE_BYTES, _bytes_left(runs, parts, data))))
@@ -266,7 +266,8 @@ def _config(runs: Sequence[Examined], data: JsonObject) -> str:
     parts = []
     if len(runs) > 1:
         changed = [row for row in rows if row[0]]
-        parts.append(sentence(f"{len(changed)} options differ (marked)." if changed else "No option differs."))
+        text = f"{counted(len(changed), 'option')} with different values (marked)." if changed else "No option differs."
+        parts.append(sentence(text))
         parts.append(table(header, changed) if changed else "")
     return "".join(parts) + f"<details><summary>All {len(keys)} options</summary>{table(header, rows)}</details>"
 

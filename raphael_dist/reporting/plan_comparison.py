@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from raphael_dist.config.schema import Config
 from raphael_dist.errors import UserError
 from raphael_dist.reporting.run_files import RunFiles
+from raphael_dist.text import counted
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ def compare(run: RunFiles, config: Config, cluster_name: str) -> list[PlanRow]:
     outcome = Search(config, cluster, launch.world).evaluate(choice)
     if outcome is None:
         raise UserError(
-            f"tools/plan_run.py, which predicts speed and memory, does not support a run on {launch.world} ranks with these "
-            f"settings: {choice}"
+            f"tools/plan_run.py, which predicts speed and memory, does not support a run on "
+            f"{counted(launch.world, 'rank')} with these settings: {choice}"
         )
     step, peak = outcome.step, cluster.peak_tflops.get(config.train.dtype)
     planned = (

@@ -15,6 +15,7 @@ from raphael_dist.reporting.evidence import MIN_LINES, Finding, Rule, RunEvidenc
 from raphael_dist.reporting.expert_health import OVERLOADED, dead_blocks, experts_are_judged, overloaded_blocks
 from raphael_dist.reporting.loss_rules import loss_not_falling, loss_not_finite, loss_rising
 from raphael_dist.reporting.run_files import RunFiles
+from raphael_dist.text import counted
 from raphael_dist.training.data_timer import KINDS, REMEDIES
 from raphael_dist.training.stragglers import SLOW_RATIO
 
@@ -37,7 +38,9 @@ def dead_experts(evidence: RunEvidence) -> Finding | None:
     if not dead and not scalar:
         return None
     shown = "; ".join(f"{kind} experts in blocks {', '.join(map(str, blocks))}" for kind, blocks in dead.items())
-    count = f"{scalar:.0f} experts are dead" if scalar else "experts are dead"
+    count = "experts are dead"
+    if scalar:
+        count = f"{counted(scalar, 'expert', '.0f')} {'is' if round(scalar) == 1 else 'are'} dead"
     where = f": an expert gets under {DEAD_SHARE:.0%} of the mean load of its block ({shown})" if shown else ""
     return Finding(count + where, _BALANCE)
 
@@ -235,7 +238,7 @@ def stalled(evidence: RunEvidence) -> Finding | None:
     if silent is None:
         return None
     return Finding(
-        f"the run is not complete and has logged nothing for {silent / 60:,.0f} minutes",
+        f"the run is not complete and has logged nothing for {counted(silent / 60, 'minute', ',.0f')}",
         "if no process runs any more, start the same command again: it resumes",
     )
 

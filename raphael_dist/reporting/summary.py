@@ -11,7 +11,7 @@ from raphael_dist.reporting.loss_rules import FALLEN, find_rise
 from raphael_dist.reporting.rules import DATA_BOUND, longest_wait
 from raphael_dist.reporting.run_facts import Examined
 from raphael_dist.reporting.run_files import RunFiles
-from raphael_dist.text import JsonObject
+from raphael_dist.text import JsonObject, counted
 from raphael_dist.training.stragglers import SLOW_RATIO
 
 LEVEL = 0.05  # relative change of the loss between the last two eighths of a run below which it has levelled off
@@ -24,7 +24,7 @@ def convergence(run: RunFiles) -> str:
     """Return sentences that state whether a run's training loss has fallen and whether it has levelled off."""
     losses = run.values("train/loss")
     if len(losses) < MIN_LINES:
-        return f"Unknown: {len(losses)} log lines have a finite loss, at least {MIN_LINES} are needed."
+        return f"Unknown: {counted(len(losses), 'log line')} with a finite loss, at least {MIN_LINES} are needed."
     eighth = max(3, len(losses) // 8)
     before, end = losses[-2 * eighth : -eighth], losses[-eighth:]
     change, noise = fmean(end) - fmean(before), math.sqrt((variance(before) + variance(end)) / eighth)

@@ -20,6 +20,7 @@ from raphael_dist.model.device import from_host
 from raphael_dist.runtime import rendezvous
 from raphael_dist.runtime.host_memory import keep_freed_memory
 from raphael_dist.runtime.launcher_env import launcher_of
+from raphael_dist.text import counted
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -137,9 +138,10 @@ def _choose_device(ranks: Ranks) -> torch.device:
         keep_freed_memory()
         return torch.device("cpu")
     if ranks.local_rank >= torch.cuda.device_count():
+        ranks_here, gpus = counted(ranks.local_world_size, "rank"), counted(torch.cuda.device_count(), "GPU")
         raise UserError(
-            f"the launcher must start at most one rank per GPU, but it started {ranks.local_world_size} ranks on a host "
-            f"with {torch.cuda.device_count()} GPUs. Start fewer ranks on this host, or make more GPUs visible to them."
+            f"the launcher must start at most one rank per GPU, but it started {ranks_here} on a host with {gpus}. Start "
+            "fewer ranks on this host, or make more GPUs visible to them."
         )
     torch.cuda.set_device(ranks.local_rank)
     return torch.device("cuda", ranks.local_rank)

@@ -305,7 +305,7 @@ def describe_stragglers(heartbeats: list[Heartbeat], tick: float) -> str:
     behind = [h for h in heartbeats if h.count < highest and h not in dead]
     lines = [_describe_silent(h, newest) for h in dead]
     lines += [f"rank {h.rank} on {h.host} is behind, at {h.where}" for h in behind]
-    return rendezvous.join_first(lines, "; ") if lines else f"all {len(heartbeats)} ranks have reached the same point"
+    return rendezvous.join_first(lines, "; ") if lines else "all ranks have reached the same point"
 
 
 def _describe_silent(heartbeat: Heartbeat, newest: float) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import lru_cache
 
 from raphael_dist.config.schema import Config
+from raphael_dist.text import counted
 
 _INTEGERS = ("num_decay_steps", "num_stable_steps", "timescale")  # arguments of transformers' schedules
 
@@ -84,5 +85,5 @@ def draw_schedule(config: Config, columns: int = 40) -> str:
     rates = [learning_rate(config, 1 + (last - 1) * column // (columns - 1)) for column in range(columns)]
     top = max(rates)
     bars = "".join("▁▂▃▄▅▆▇█"[round(7 * rate / top)] for rate in rates)
-    warmup = f"warm-up of {optim.warmup_steps} steps to" if optim.warmup_steps else "from"
+    warmup = f"warm-up of {counted(optim.warmup_steps, 'step')} to" if optim.warmup_steps else "from"
     return f"learning rate: {bars} {warmup} {optim.lr:g}, then {optim.lr_schedule}; {rates[-1]:.3g} at step {last}"

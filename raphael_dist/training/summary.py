@@ -28,7 +28,7 @@ def stop_line(run: Run) -> str:
     """Return a line about a run that stopped early: at which step, and the reason if no checkpoint was saved."""
     saved = "" if run.progress.step > run.progress.first_step else ", with nothing new to save"
     if run.guard.in_a_row:
-        saved = f", not saved because the last {run.guard.in_a_row} steps were skipped"
+        saved = f", not saved because of {counted(run.guard.in_a_row, 'skipped step')} in a row"
     return f"stopped by a signal or the time limit at step {run.progress.step}{saved}; the same command continues"
 
 
@@ -46,7 +46,7 @@ def end_lines(config: Config, steps: int, images: int, seconds: float) -> list[s
     duration = f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} in this process"
     grids = sorted((config.run.dir / "samples").glob("step-*.png"))
     return [
-        f"complete: {steps:,} steps, {images:,} images, {duration}{_best(config.run.dir)}",
+        f"complete: {counted(steps, 'step', ',')}, {counted(images, 'image', ',')}, {duration}{_best(config.run.dir)}",
         *(f"  images      {quoted(path)}" for path in grids[-1:]),
         f"  checkpoint  {run_dir}/checkpoints/step-{steps:08d}",
         f"  curves      tensorboard --logdir {run_dir}/tensorboard",

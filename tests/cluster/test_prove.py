@@ -141,7 +141,7 @@ def test_speed_checks_measure_and_say_what_a_cpu_cannot_prove(forks: Forks, tmp_
     assert re.search(r"a step of 4 images: .* ms, planned .* ms", lines)
     sent, planned = re.search(r"bytes to other ranks' experts in a micro-step: ([\d,]+), planned ([\d,]+)", lines).groups()
     assert sent == planned != "0"
-    assert "waits for the GPU 1 times in a step of the preset emoji" in lines, problems(report)
+    assert "waits for the GPU 1 time in a step of the preset emoji" in lines, problems(report)
     reasons = [text for check in report["checks"] for text in check["not_proven"]]
     assert "train.cuda_graphs on and off requires a GPU" in reasons
 

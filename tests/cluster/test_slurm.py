@@ -187,7 +187,7 @@ def test_run_continues_on_fewer_nodes_with_the_same_global_batch(
         log = job.finish(seconds=500)
     finally:
         cluster.start_node("n4")
-    assert "3 nodes x 1 ranks" in log
+    assert "nodes: 3, ranks per node: 1" in log
     assert "resumed at step" in log
     whole, actual = losses(alone), losses(job.dir)
     assert [step for step, _ in actual] == [step for step, _ in whole]

@@ -369,7 +369,7 @@ def test_parts_prepare_every_shard_once(tmp_path: Path, capsys: pytest.CaptureFi
     base += ["--config", "emoji-tiny"]
     for part, built in ((1, 0), (0, 1), (0, 0)):  # one shard of each kind, which is part 0's
         assert prepare_data.main(["--part", str(part), "--parts", "2", *base]) == 0
-        assert f"data.shards: {built} of 1 shards" in capsys.readouterr().out
+        assert f"data.shards: {built} of 1 shard" in capsys.readouterr().out
     assert prepare_data.main(["--part", "2", "--parts", "2", *base]) == 2
     assert "--part=2 must be from 0 to 1" in capsys.readouterr().err
 

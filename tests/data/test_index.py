@@ -170,7 +170,7 @@ def test_filters_use_columns_of_json_and_parquet_and_count(tmp_path: Path) -> No
     assert passing(Filter(column="width", min=32), Filter(column="ratio", max=1.5)) == [1, 4]
     view = views(index, aesthetic, Filter(column="width", min=32))
     assert view.dropped == {"AESTHETIC_SCORE >= 4.7": (3, 1), "width >= 32": (0, 0)}
-    assert view.describe()[0] == "filter AESTHETIC_SCORE >= 4.7: 3 samples dropped (1 samples have no value)"
+    assert view.describe()[0] == "filter AESTHETIC_SCORE >= 4.7: 3 samples dropped (1 without a value)"
     assert "3 samples in buckets" in view.describe()[-1]
     with pytest.raises(UserError, match=r"'AESTHETIC_SCORE' must have a value .* '000000003' has none.*on_missing"):
         passing(Filter(column="AESTHETIC_SCORE", min=4.7))
@@ -305,8 +305,8 @@ def test_last_of_parallel_parts_joins_the_index(tmp_path: Path) -> None:
     paths = [laion_shard(tmp_path / f"{n:05d}.tar", 4 * n, 4, score=[1, 2, 3, 4]) for n in range(3)]
     (tmp_path / "00002.tar").write_bytes(paths[2].read_bytes()[:-6000])
     first = tool(tmp_path, "--columns", "score", OMPI_COMM_WORLD_RANK="1", OMPI_COMM_WORLD_SIZE="2")
-    assert "part 1 of 2: 1 of 1 shards to read" in first
-    assert "2 shards have no index record yet" in first
+    assert "part 1 of 2: 1 of 1 shard to read" in first
+    assert "2 shards without an index record" in first
     second = tool(tmp_path, "--columns", "score", "--part", "0", "--parts", "2", "--processes", "2")
     assert "damaged:" in second
     index = open_index([str(path) for path in paths], ShardStore(tmp_path / "cache" / "index"), ["score"])

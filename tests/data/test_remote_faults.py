@@ -81,7 +81,7 @@ def test_parquet_without_access_is_asked_for_again(local: list[Path], tmp_path: 
         assert build_index(names(address), store=store_in(tmp_path)).num_samples == 15
         assert not caplog.records, "no filter needs a column"
         build_index(names(address), store=store_in(tmp_path), columns=["pwatermark"])
-        assert "denies access to the parquet files of 1 shards" in caplog.text
+        assert "denies access to the parquet files of 1 shard" in caplog.text
         faults.of, faults.heads = {}, {}
         index = build_index(names(address), store=store_in(tmp_path), columns=["pwatermark"])
         assert index.arrays["column.pwatermark"][:5].tolist() == [0.5] * 5

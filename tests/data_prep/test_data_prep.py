@@ -372,7 +372,7 @@ def test_inspect_data_counts_filter_drops_and_names_columns(tmp_path: Path, caps
     output = capsys.readouterr().out
     [columns] = re.findall("columns for data.filters: (.*)", output)
     assert {"aesthetic", "NSFW", "original_width", "short_side", "ratio"} <= set(columns.split(", "))
-    assert "filter aesthetic >= 4.7: 3 samples dropped (1 samples have no value)" in output
+    assert "filter aesthetic >= 4.7: 3 samples dropped (1 without a value)" in output
     assert "filter width >= 32: 0 samples dropped" in output
     assert re.findall(r"\[24, \d+\] +(\d+) ", output) == ["0", "2", "1"], "of 1, 2 and 4, which are 32, 40 and 32 wide"
     assert inspect_data.main([str(shard), *sizes, "data.filters=[{column: aesthetic, min: 4.7}]"]) == 2

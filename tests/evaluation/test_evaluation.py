@@ -265,7 +265,7 @@ def test_damaged_shard_and_bad_samples_are_counted_in_a_warning(tmp_path: Path, 
     (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 3])
     caplog.clear()
     assert len(read_captions(f"shards={tmp_path}/cut.tar", None, 0, DEFAULT, tmp_path / "cache")) < 9
-    assert caplog.text.count("1 of 1 shards cannot be read to the end") == caplog.text.count("is cut.tar: is ") == 1
+    assert caplog.text.count("1 of 1 shard cannot be read to the end") == caplog.text.count("is cut.tar: is ") == 1
 
 
 @pytest.mark.parametrize(

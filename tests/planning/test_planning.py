@@ -190,7 +190,7 @@ def test_ranking_is_by_images_per_second_and_then_by_memory():
     assert ranked[0].step.images_per_s > 0.99 * fastest
     assert slower == sorted(slower, reverse=True)
     tight = search.cluster.model_copy(update={"memory_gb": search.cluster.memory_gb.model_copy(update={"value": 1e-6})})
-    with pytest.raises(UserError, match="have too little memory"):
+    with pytest.raises(UserError, match="has too little memory on"):
         make_plan(replace(search, cluster=tight))
 
 

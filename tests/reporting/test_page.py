@@ -127,7 +127,7 @@ def test_options_that_differ_are_marked(two_runs: list[Path], tmp_path: Path) ->
     page = page_of(tmp_path / "r.html", *two_runs)
     marked = re.findall(r'<tr class="bad"><td>([a-z_]+\.[a-z_]+)</td><td class=n>(.*?)</td><td class=n>(.*?)</td>', page)
     assert marked == [("optim.lr", "0.002", "0.004")] * 2  # among the options that differ, and among all
-    assert "1 options differ (marked)." in text_of(page)
+    assert "1 option with different values (marked)." in text_of(page)
     assert "No option differs." in text_of(page_of(tmp_path / "same.html", two_runs[0], two_runs[0]))
     assert "differ (marked)" not in page_of(tmp_path / "one.html", two_runs[0])
 

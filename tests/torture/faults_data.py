@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+from raphael_dist.text import counted
 from tests.data.test_encoders import save_clip
 from tests.data.test_shards import png, png_header, write_raw, write_shard
 from tests.lib.servers import Faults, http_files
@@ -335,7 +336,7 @@ def server_fails(trial: Trial) -> Outcome:
     taken = [json.loads(line) for line in trial.metrics_lines()]
     assert len(taken) >= STEPS
     assert "24 images" in trial.output, f"samples were lost:\n{trial.output}"
-    return survived(f"{how} for {len(faults.of)} shards")
+    return survived(f"{how} for {counted(len(faults.of), 'shard')}")
 
 
 class Touch:

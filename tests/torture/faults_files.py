@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from raphael_dist.checkpoint.manifest import MANIFEST, seal
+from raphael_dist.text import counted
 from tests.torture.kinds import fault
 from tests.torture.trial import EVERY, STEPS, WORLD, Outcome, Trial, checkpoints, refused, survived
 
@@ -288,4 +289,5 @@ def another_topology(trial: Trial) -> Outcome:
     for kind in was.kinds():
         for name in was.shapes:
             assert torch.equal(was.whole(kind, name), now.whole(kind, name)), f"{kind} of {name} differs"
-    return survived(f"{world} ranks, ZeRO-{stage}, experts over {ep[0]} and {ep[1]}: all values of step {at} are there")
+    ranks = counted(world, "rank")
+    return survived(f"{ranks}, ZeRO-{stage}, experts over {ep[0]} and {ep[1]}: all values of step {at} are there")

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 
 from raphael_dist.errors import EXIT_HUNG, EXIT_NOT_SAVED
+from raphael_dist.text import counted
 from tests.lib.launch import ROOT, rank_env
 from tests.lib.servers import Faults, http_files
 from tests.torture.faults_commands import command, judge, limited
@@ -60,7 +61,7 @@ def umask(trial: Trial) -> Outcome:
     wrong = [str(path) for path in files if path.stat().st_mode & 0o777 != 0o666 & ~mask]
     assert files
     assert not wrong, f"other permissions than those of umask {mask:03o}: {wrong}"
-    return survived(f"umask {mask:03o}: {len(files)} files")
+    return survived(f"umask {mask:03o}: {counted(len(files), 'file')}")
 
 
 @fault("no memory for a save", "surroundings", "data")

@@ -147,7 +147,7 @@ def test_end_of_a_run_prints_paths_and_next_commands(tmp_path: Path) -> None:
     assert lines[1] == f"  images      {tmp_path}/samples/step-00000004.png"
     assert any(f"--from auto {tmp_path} --to diffusers" in line for line in lines)
     nothing = config_in(tmp_path / "elsewhere")
-    assert end_lines(nothing, 1, 1, 1)[0] == "complete: 1 steps, 1 images, 0:00:01 in this process"
+    assert end_lines(nothing, 1, 1, 1)[0] == "complete: 1 step, 1 image, 0:00:01 in this process"
     run = nothing.run.model_copy(update={"init_from": Path("a/base")})
     trains_adapter_only = nothing.model_copy(update={"run": run, "lora": nothing.lora.model_copy(update={"rank": 4})})
     assert f"sample --checkpoint a/base --lora {run.dir} " in end_lines(trains_adapter_only, 1, 1, 1)[-2]

@@ -27,6 +27,7 @@ from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.engine import Engine
 from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.runtime.ranks import Ranks, all_reduce_sum, discover, initialise
+from raphael_dist.text import counted
 
 
 def bench_checkpoint(
@@ -110,8 +111,8 @@ def run(args: argparse.Namespace) -> None:
         if ranks.is_main:
             size = medians.pop("MiB")
             print(
-                f"{size:.0f} MiB on {ranks.world_size} ranks, median of {repeats}; only the trainer's save syncs its "
-                "files and reads them back"
+                f"{size:.0f} MiB on {counted(ranks.world_size, 'rank')}, median of {repeats}; only the trainer's save syncs "
+                "its files and reads them back"
             )
             print(table(medians, size, "DeepSpeed save_checkpoint", "DeepSpeed's"), flush=True)
             ep = config.parallel.space_ep, config.parallel.time_ep

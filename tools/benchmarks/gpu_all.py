@@ -25,6 +25,7 @@ from raphael_dist.config.types import Kernel
 from raphael_dist.errors import UserError
 from raphael_dist.storage.files import replace_bytes
 from raphael_dist.storage.versions import versions
+from raphael_dist.text import counted
 
 KERNELS: tuple[str, ...] = get_args(Kernel)
 ROUNDS = 2  # how often each measurement is taken
@@ -219,4 +220,6 @@ def run_all(args: argparse.Namespace) -> None:
         raise SystemExit(str(error)) from None
     left = measure_all(chosen, results, run_case, 60 * args.minutes)
     print(table(chosen, results))
-    print(f"\n{left} measurements are left. Run the same command again." if left else f"\nAll is measured: {args.out}")
+    print(
+        f"\n{counted(left, 'measurement')} left. Run the same command again." if left else f"\nAll is measured: {args.out}"
+    )

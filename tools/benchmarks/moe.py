@@ -25,6 +25,7 @@ from raphael_dist.model.moe import SpaceMoE, TimeMoE
 from raphael_dist.parallel.async_collectives import ExpertGroup, Traffic
 from raphael_dist.parallel.expert_dispatch import ParallelSpaceMoE, ParallelTimeMoE, count_samples
 from raphael_dist.runtime.ranks import Ranks, all_reduce_sum, discover, initialise
+from raphael_dist.text import counted
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ def run(args: argparse.Namespace) -> None:
     initialise(ranks)
     torch.set_num_threads(args.threads)
     load = "half of the load goes to one expert" if args.uneven else "even load"
-    how = f"{load}, {ranks.world_size} ranks, {args.threads} threads each, median of {args.repeats}"
+    how = f"{load}, {counted(ranks.world_size, 'rank')}, {counted(args.threads, 'thread')} each, median of {args.repeats}"
     for case in cases(args):
         for mask in args.masks:
             rows = bench_moe(case, mask, args.repeats, ranks, args.uneven)

@@ -28,6 +28,7 @@ from raphael_dist.planning.memory import memory_footprint, rank_memory, topology
 from raphael_dist.planning.search import Choice, Search
 from raphael_dist.planning.trace import Profile, profile
 from raphael_dist.runtime.host_memory import keep_freed_memory
+from raphael_dist.text import counted
 
 CONFIGURATIONS = {
     "emoji-tiny, 16 images": ["train.micro_batch_size=16"],
@@ -230,7 +231,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"\n{'one H200':<32}{'ms':>12}{'planned':>9}{'':>8}{'GB':>12}{'planned':>9}")
         for step in MEASURED:
             ms, gb = on_a_gpu(step)
-            name = f"{step.preset}, {step.micro} images" + ", graphs" * step.graphs
+            name = f"{step.preset}, {counted(step.micro, 'image')}" + ", graphs" * step.graphs
             memory = "" if step.gib is None else _beside(step.gib * 2**30 / 1e9, gb)
             print(f"{name:<32}{_beside(step.ms, ms)}{memory}", flush=True)
     if "published" in args.parts:

@@ -17,6 +17,7 @@ from torch import Tensor
 from raphael_dist.config.schema import load_config
 from raphael_dist.model.moe import SPACE_BACKENDS, SpaceMoE
 from raphael_dist.model.routing import space_weights_BYK
+from raphael_dist.text import counted
 
 BACKENDS = ("reference", *SPACE_BACKENDS)
 
@@ -184,7 +185,7 @@ def run(args: argparse.Namespace) -> None:
     """
     torch.set_num_threads(args.threads)
     for case in cases(args):
-        print(f"{case}, {args.dtype} on {args.device}, {args.threads} threads, median of {args.repeats}")
+        print(f"{case}, {args.dtype} on {args.device}, {counted(args.threads, 'thread')}, median of {args.repeats}")
         print("mask = share of image tokens in a text token's region; density = share of (image token, expert) pairs in use")
         print("  mask  density" + "".join(f"{b:>9} ms" for b in BACKENDS) + "".join(f"{b:>9} x" for b in SPACE_BACKENDS))
         for row in bench_space(case, args.masks, args.repeats, args.device, getattr(torch, args.dtype)):

@@ -20,6 +20,7 @@ from raphael_dist.model.latents import latent_factor
 from raphael_dist.model.losses import compute_losses
 from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.runtime.ranks import Ranks, discover, initialise
+from raphael_dist.text import counted
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -107,5 +108,5 @@ def run(args: argparse.Namespace) -> None:
     zero = {"zero_optimization": {**CONFIGURATIONS[args.zero], **({} if args.zero == "zero2" else BUCKETS)}}
     peak, rest = bench_states(config, zero, ranks, device)
     if ranks.is_main:
-        where = f"{config.train.dtype} {args.zero}, {ranks.world_size} ranks"
+        where = f"{config.train.dtype} {args.zero}, {counted(ranks.world_size, 'rank')}"
         print(f"{where}: {peak:.1f} bytes per parameter before the optimizer's update, {rest:.1f} after it")

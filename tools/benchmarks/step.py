@@ -39,6 +39,7 @@ from raphael_dist.model.losses import Losses, compute_losses
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.runtime.ranks import Ranks, discover, initialise
+from raphael_dist.text import counted
 from raphael_dist.training.metrics import Metrics
 from raphael_dist.training.throughput import FLOPS
 
@@ -312,7 +313,7 @@ def run(args: argparse.Namespace) -> None:
         config = _with(config, "train", global_batch_size=micro)
         rows = bench_step(config, args.rounds, not args.no_reference)
         print(
-            f"{name}'s widths, batches of {micro}, 16 x 16 latents, {args.threads} threads, {args.clock} time, "
+            f"{name}'s widths, batches of {micro}, 16 x 16 latents, {counted(args.threads, 'thread')}, {args.clock} time, "
             f"fastest of {args.rounds}"
         )
         print(_table(rows))

@@ -46,6 +46,7 @@ from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.runtime.ranks import Ranks
 from raphael_dist.runtime.stop_request import StopRequest
 from raphael_dist.runtime.watchdog import Watchdog
+from raphael_dist.text import counted
 from raphael_dist.training import trainer
 from raphael_dist.training.logged_metrics import Telemetry
 from raphael_dist.training.run_state import Run, RunProgress, StopState
@@ -191,8 +192,10 @@ def run(args: argparse.Namespace) -> None:
     config = load_config(args.config, [*args.overrides, f"train.global_batch_size={batch}"])
     notes = note_step(config, read_deepspeed_json(args.deepspeed_config, config.train.dtype), args.world)
     print(
-        f"{args.config}, {config.train.dtype}, {args.world} ranks, {args.deepspeed_config or 'the default DeepSpeed JSON'}, "
-        f"{notes.micro_steps} micro-steps of {config.train.micro_batch_size}; rank 0, in {time.monotonic() - began:.0f} s"
+        f"{args.config}, {config.train.dtype}, {counted(args.world, 'rank')}, "
+        f"{args.deepspeed_config or 'the default DeepSpeed JSON'}, "
+        f"{counted(notes.micro_steps, 'micro-step')} of {config.train.micro_batch_size}; rank 0, "
+        f"in {time.monotonic() - began:.0f} s"
     )
     print(report(notes, args.places))
 

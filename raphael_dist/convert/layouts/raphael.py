@@ -46,7 +46,9 @@ def _open_step(folder: Path) -> Checkpoint:
             f"of this folder, and add {option} {shlex.quote(str(folder))}; or export {what} with --to {export} "
             "(docs/adapters.md)."
         )
-    topology = f"{manifest.get('world_size', '?')} ranks, ep {config.parallel.space_ep},{config.parallel.time_ep}"
+    world_size = manifest.get("world_size", "?")
+    ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
+    topology = f"{ranks}, ep {config.parallel.space_ep},{config.parallel.time_ep}"
     files, progress = checksummed_files(folder, manifest), progress_of(manifest)
     checkpoint = Checkpoint(folder, config, reader.spans(), progress, manifest["dataset"], files, topology)
     if set(checkpoint.shapes) != set(reader.shapes):

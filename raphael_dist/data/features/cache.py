@@ -30,6 +30,7 @@ from raphael_dist.runtime.progress_bar import Reporter, no_report
 from raphael_dist.storage.checksummed import read_sealed, write_sealed
 from raphael_dist.storage.files import atomic_path
 from raphael_dist.storage.tensorfile import DTYPE_NAMES, save_tensors
+from raphael_dist.text import counted
 
 _log = logging.getLogger(__name__)
 _OPEN_FILES = 64
@@ -248,7 +249,7 @@ class _FillThread(threading.Thread):
         try:
             with self._cache.encoders.side_stream():
                 self._cache.build(self._shards, self._report)
-            _log.info("data.cache_dir: all %d shards of this rank are cached", len(self._shards))
+            _log.info("data.cache_dir: no shard of this rank is missing (%s)", counted(len(self._shards), "shard"))
         except InterruptedError:
             pass
         except UserError as error:

@@ -29,7 +29,7 @@ from raphael_dist.data.shards.write_index import table_in_memory, write_table
 from raphael_dist.errors import UserError
 from raphael_dist.runtime.progress_bar import Reporter, no_report
 from raphael_dist.storage.checksummed import folder_damage, read_sealed, write_sealed
-from raphael_dist.text import hide_secrets
+from raphael_dist.text import counted, hide_secrets
 
 _log = logging.getLogger(__name__)
 # A run indexes at most so many bytes of shards; tools/index_shards.py has no limit.
@@ -192,9 +192,9 @@ def _digest_of(records: Iterable[ShardRecord], names: Sequence[str], columns: Se
         )
     if columns and denied:
         _log.warning(
-            "data.filters: the server denies access to the parquet files of %d shards, so the columns in these files are "
+            "data.filters: the server denies access to the parquet files of %s, so the columns in these files are "
             "not known. (The server may also answer this if a shard has no parquet file.)",
-            denied,
+            counted(denied, "shard"),
         )
     return digest.hexdigest()[:32]
 

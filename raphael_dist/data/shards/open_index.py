@@ -19,7 +19,7 @@ from raphael_dist.parallel.batch_plan import bucket_run_length
 from raphael_dist.runtime.long_work import run_on_all_ranks, run_on_rank0
 from raphael_dist.runtime.progress_bar import Reporter
 from raphael_dist.runtime.ranks import Ranks
-from raphael_dist.text import hide_secrets
+from raphael_dist.text import counted, hide_secrets
 
 _log = logging.getLogger(__name__)
 Order = SampleOrder | MixedOrder
@@ -189,7 +189,8 @@ def describe(index: DatasetIndex, view: View, order: Order) -> list[str]:
     `index`: the samples of all shards. `view`: which of them pass the filters. `order`: the order in which they are read.
     """
     lines = [
-        f"{index.num_samples:,} samples in {len(index.shards):,} shards; {index.num_bad:,} unusable samples are left out"
+        f"{counted(index.num_samples, 'sample', ',')} in {counted(len(index.shards), 'shard', ',')}; "
+        f"left out: {counted(index.num_bad, 'unusable sample', ',')}"
     ]
     lines += [
         f"{index.shards[n].name} {damage}; its other samples are left out" for n, damage in list(index.damaged.items())[:3]
@@ -198,7 +199,7 @@ def describe(index: DatasetIndex, view: View, order: Order) -> list[str]:
     lines += view.describe()
     if order.dropped_per_epoch:
         lines.append(
-            f"{order.dropped_per_epoch:,} samples per epoch are left out, since they do not fill a run of "
+            f"left out: {counted(order.dropped_per_epoch, 'sample', ',')} per epoch, too few for a run of "
             f"{order.run_length} samples of one image size"
         )
     return lines
@@ -216,20 +217,21 @@ def check_damage(index: DatasetIndex, on_error: str, max_bad_fraction: float) ->
     if on_error == "stop" and index.num_bad:
         raise UserError(
             f"data.on_error=stop requires that every sample can be used, but {index.num_bad} of "
-            f"{index.num_samples + index.num_bad} samples cannot be used: the first one is {next(index.iter_bad())}. "
-            "Replace these samples, or set data.on_error=skip."
+            f"{counted(index.num_samples + index.num_bad, 'sample')} cannot be used: the first one is "
+            f"{next(index.iter_bad())}. Replace these samples, or set data.on_error=skip."
         )
     if not index.damaged:
         return
     number, damage = next(iter(index.damaged.items()))
+    shards = f"{len(index.damaged)} of {counted(len(index.shards), 'shard')}"
     first = f"the first one is {hide_secrets(index.shards[number].source)}: {damage}"
     if on_error == "stop":
         raise UserError(
-            f"data.on_error=stop requires that every shard can be read, but {len(index.damaged)} of {len(index.shards)} "
-            f"shards cannot be read: {first}. Write or copy these shards again, or remove them from data.shards."
+            f"data.on_error=stop requires that every shard can be read, but {shards} cannot be read: {first}. "
+            "Write or copy these shards again, or remove them from data.shards."
         )
     if len(index.damaged) > max(1.0, max_bad_fraction * len(index.shards)):
         raise UserError(
-            f"data.max_bad_fraction={max_bad_fraction} is exceeded: {len(index.damaged)} of {len(index.shards)} shards "
-            f"cannot be read: {first}. Write or copy these shards again, or raise data.max_bad_fraction."
+            f"data.max_bad_fraction={max_bad_fraction} is exceeded: {shards} cannot be read: {first}. Write or "
+            "copy these shards again, or raise data.max_bad_fraction."
         )

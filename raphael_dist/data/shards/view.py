@@ -21,6 +21,7 @@ from raphael_dist.data.shards.columns import word_code
 from raphael_dist.data.shards.dataset_index import DatasetIndex, cannot_write
 from raphael_dist.errors import UserError
 from raphael_dist.storage.checksummed import folder_damage, sealed_folder
+from raphael_dist.text import counted
 
 _log = logging.getLogger(__name__)
 DROPPED = -1
@@ -60,12 +61,13 @@ class View:
     def describe(self) -> list[str]:
         """Return lines for the log: for each filter, how many samples it drops; then the number of samples of each size."""
         lines = [
-            f"filter {words}: {dropped:,} samples dropped" + (f" ({missing:,} samples have no value)" if missing else "")
+            f"filter {words}: {counted(dropped, 'sample', ',')} dropped"
+            + (f" ({missing:,} without a value)" if missing else "")
             for words, (dropped, missing) in self.dropped.items()
         ]
         totals = self.counts.sum(axis=0).tolist()
         sizes = [f"{height}x{width}: {count:,}" for (height, width), count in zip(self.buckets, totals, strict=True)]
-        return [*lines, f"{sum(totals):,} samples in buckets (height x width) {', '.join(sizes)}"]
+        return [*lines, f"{counted(sum(totals), 'sample', ',')} in buckets (height x width) {', '.join(sizes)}"]
 
 
 def columns_of(filters: Sequence[Filter]) -> list[str]:

@@ -25,6 +25,7 @@ from raphael_dist.engine.fragments import MOMENTS
 from raphael_dist.errors import UserError
 from raphael_dist.storage.tensorfile import StoredTensor
 from raphael_dist.storage.torchfile import load_tree
+from raphael_dist.text import counted
 
 MODEL = "mp_rank_00_model_states.pt"
 MODEL_3 = "zero_pp_rank_0_mp_rank_00_model_states.pt"
@@ -183,7 +184,7 @@ class _Files:
                     self._read_zero12(file, rank, state)
         if stage in (1, 2):
             ep = f", ep {self._ep_size('space')},{self._ep_size('time')}"
-        self.topology = f"{self._world} ranks, ZeRO-{stage}{ep}"
+        self.topology = f"{counted(self._world, 'rank')}, ZeRO-{stage}{ep}"
 
     def _ep_size(self, kind: str) -> int:
         return next((ep_size for name, ep_size in self._ep_sizes.items() if f".{kind}_moe." in name), 1)
