@@ -33,10 +33,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check network, gradients, checkpoints and speed on this rank of a launcher; return the exit code.
+    """Check network, gradients, checkpoints and speed on this rank of a launcher.
 
-    The code is 0 if all checks passed, 2 if the environment does not allow training, 3 if a check computed wrong numbers.
-    Raises UserError for mistakes that the user can correct.
+    Args:
+        args: parsed arguments of the command `prove`.
+
+    Returns:
+        The exit code: 0 if all checks passed, 2 if the environment does not allow training, 3 if a check computed wrong
+            numbers.
+
+    Raises:
+        UserError: a mistake that the user can correct.
     """
     config = load_config(args.config or DEFAULT_CONFIG, args.overrides)
     if args.config is None:  # no data is needed, and checkpoints are those of the checks

@@ -290,9 +290,15 @@ def report_path(folder: Path, rank: int) -> Path:
 
 
 def gpu_use(device: torch.device) -> JsonObject:
-    """Return {"id": UUID of the GPU, "used_gib": GiB in use on it}; {} for a CPU.
+    """Return the GPU's identity and how much of its memory is in use.
 
     Call it before this process allocates GPU memory, so that the GiB are those of other processes.
+
+    Args:
+        device: device of this rank.
+
+    Returns:
+        {"id": UUID of the GPU, "used_gib": GiB in use on it}; {} for a CPU.
     """
     if device.type != "cuda":
         return {}

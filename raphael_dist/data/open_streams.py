@@ -54,7 +54,12 @@ def open_encoders(config: Config, device: torch.device) -> Encoders:
 def edge_encoder(config: Config, device: torch.device) -> EdgeEncoder | None:
     """Return the edge detector HED if the configuration requires it, else None.
 
-    Raises UserError if the weights of HED are missing.
+    Args:
+        config: the run's configuration.
+        device: where the network runs.
+
+    Raises:
+        UserError: the weights of HED are missing.
     """
     if config.edge.weight == 0 or config.data.features == "stored" or config.data.edge_maps not in ("auto", "hed"):
         return None

@@ -191,7 +191,7 @@ class Engine:
         self._touched.clear()
         if missing:
             raise RuntimeError(
-                f"train.check_gradients=true requires a gradient of every parameter, but on this rank "
+                "train.check_gradients=true requires a gradient of every parameter, but on this rank "
                 f"{counted(len(missing), 'parameter')} got none; the first is {missing[0]}. Use these parameters in the "
                 "forward pass, or set train.check_gradients=false."
             )

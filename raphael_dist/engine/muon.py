@@ -124,6 +124,11 @@ def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
 def matrix_shape(p: Tensor) -> tuple[int, ...]:
     """Return the shape in which Muon treats a parameter as a matrix, or as a stack of matrices.
 
-    A matrix [m, n] and K stacked experts [K, m, n] keep their shape; a convolution kernel becomes [out, in * h * w].
+    Args:
+        p: the parameter.
+
+    Returns:
+        [m, n] for a matrix and [K, m, n] for K stacked experts, which keep their shape; [out, in * h * w] for a convolution
+            kernel.
     """
     return tuple(p.shape) if p.ndim <= 3 else (p.shape[0], prod(p.shape[1:]))

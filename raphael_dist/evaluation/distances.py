@@ -11,11 +11,14 @@ from torch import Tensor
 
 
 def frechet_distance(a_ND: Tensor, b_MD: Tensor) -> float:
-    """Return the Frechet distance between two sets of features [N, D] and [M, D] (Heusel et al. 2017, Eq. 6).
+    """Return the Frechet distance between two sets of features (Heusel et al. 2017, Eq. 6).
 
     The distance is ||mu_a - mu_b||^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), with means mu and covariances S. It is computed in
-    float64. With Inception features it is called FID. Each set must have at least two images. If a set has fewer than D
-    images, the distance is biased upwards.
+    float64. With Inception features it is called FID.
+
+    Args:
+        a_ND: features of N images, at least two. If N or M is below D, the distance is biased upwards.
+        b_MD: features of M images, at least two.
     """
     a, b = a_ND.double(), b_MD.double()
     mean = a.mean(dim=0) - b.mean(dim=0)

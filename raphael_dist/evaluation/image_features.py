@@ -86,20 +86,31 @@ def make_inception_features(path: Path, device: torch.device) -> Features:
 
 
 def make_hed_features(device: torch.device) -> Features:
-    """Return a function that computes features of images with the edge detector HED: uint8 [B, 3, H, W] to float32 [B, 768].
+    """Return a function that computes features of images with the edge detector HED.
 
     The features are the outputs of HED's stages 3 and 4, averaged over the image and divided by 100, so that they are about
     1. HED is a VGG-16 fine-tuned for edges, and its weights need no download. Distances of these features cannot be compared
     with published values of FID, which use Inception features.
+
+    Args:
+        device: where the network runs.
+
+    Returns:
+        A function from images, uint8 [B, 3, H, W], to features, float32 [B, 768].
     """
     stages = make_hed_stages(device)
     return lambda images: torch.cat([stage.mean(dim=(2, 3)) for stage in stages(images)[2:]], dim=1).cpu() / 100
 
 
 def make_hed_stages(device: torch.device) -> Callable[[Tensor], list[Tensor]]:
-    """Return a function from images, uint8 [B, 3, H, W], to the outputs of the first four stages of the network HED.
+    """Return a function that computes the outputs of the first four stages of the network HED.
 
-    The function first resizes the images to 64 x 64 pixels.
+    Args:
+        device: where the network runs.
+
+    Returns:
+        A function from images, uint8 [B, 3, H, W], to the outputs of the stages. It resizes the images to 64 x 64 pixels
+            first.
     """
     network = load_hed().to(device)
 

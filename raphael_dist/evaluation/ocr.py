@@ -102,10 +102,16 @@ class LineReader:
 
 
 def line_input(pixels_HW3: np.ndarray) -> np.ndarray:
-    """Convert an image, uint8 [H, W, 3], to the input of PP-OCRv6: float32 [3, 48, W'] in -1..1, where W' is at least 320.
+    """Convert an image to the input of PP-OCRv6.
 
     The image is resized to the height of 48 pixels; a narrow one is padded with grey on the right. Channels are blue, green,
     red.
+
+    Args:
+        pixels_HW3: the image, uint8 [H, W, 3].
+
+    Returns:
+        float32 [3, 48, W'] in -1..1, where W' is at least 320.
     """
     height, least_width = LINE_HW
     width = max(1, round(height * pixels_HW3.shape[1] / pixels_HW3.shape[0]))
@@ -116,10 +122,13 @@ def line_input(pixels_HW3: np.ndarray) -> np.ndarray:
 
 
 def read_with_tesseract(pixels_HW3: np.ndarray) -> str:
-    """Return the text that tesseract reads in an image, uint8 [H, W, 3]; "" if it reads no letter or digit.
+    """Return the text that tesseract reads in an image; "" if it reads no letter or digit.
 
     Tesseract looks for a line of text and, if there is none, for a single character. It reads the image and its negative,
     since it expects dark text on light ground. The result with more letters and digits is returned.
+
+    Args:
+        pixels_HW3: the image, uint8 [H, W, 3].
     """
     image = Image.fromarray(pixels_HW3).convert("L")
     scale = max(1, TESSERACT_SIDE // max(image.size))

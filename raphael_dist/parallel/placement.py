@@ -67,7 +67,9 @@ def choose_placement(config: Config, plan: BatchPlan) -> list[LevelCost]:
 def blocks_per_level(config: Config) -> list[int]:
     """Return the number of transformer blocks on each U-Net level, outermost first; 0 on levels without attention.
 
-    The blocks of encoder and decoder are added up. The middle block belongs to the last level.
+    Args:
+        config: the model's configuration. The blocks of encoder and decoder are added up; the middle block belongs to the
+            last level.
     """
     m = config.model
     blocks = [(2 * m.layers_per_block + 1) * attends for attends in m.attention]

@@ -157,8 +157,13 @@ class Profile:
 def profile(config: Config) -> Profile:
     """Trace one micro-step (forward and backward) twice, with two and with four images.
 
-    From the two traces a `Profile` computes the costs of any micro-batch size. Both traces are without expert
-    parallelism and without recomputation.
+    Both traces are without expert parallelism and without recomputation.
+
+    Args:
+        config: the run's configuration.
+
+    Returns:
+        A `Profile`, which computes the costs of any micro-batch size from the two traces.
     """
     few, many = (trace(config, samples, "none") for samples in SAMPLES)
     assert few.launches == many.launches, "the number of images changed which operations run"

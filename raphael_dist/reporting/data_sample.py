@@ -48,8 +48,13 @@ def sample_data(config: Config) -> DataSample:
 
     The samples are divided among the sources of the data (data.sources, or data.shards as the only one) in proportion to
     their weights. The samples of a source's first two local shards count as one list. Samples at equal distances in this
-    list are checked, so the shard with more samples contributes more. Raises UserError if no source has local shards that
-    can be read.
+    list are checked, so the shard with more samples contributes more.
+
+    Args:
+        config: the run's configuration.
+
+    Raises:
+        UserError: no source has local shards that can be read.
     """
     sources = patterns_of(config, training=True)
     total = sum(weight for _, weight in sources)

@@ -272,9 +272,15 @@ def _by_step(folder: Path, suffix: str) -> dict[int, Path]:
 def read_routes(path: Path) -> JsonObject:
     """Read a file with routes: the experts that process each word and timestep of the first image of a sample grid.
 
-    The result has the keys "words", "timesteps", "space" (experts of words), "time" (experts of timesteps), "regions" etc.,
-    as `analysis.route_report.trace_values` describes.
+    Args:
+        path: the file.
 
-    Raises OSError if the file cannot be read, ValueError if it contains no routes.
+    Returns:
+        A dict with the keys "words", "timesteps", "space" (experts of words), "time" (experts of timesteps), "regions" etc.,
+            as `analysis.route_report.trace_values` describes.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it contains no routes.
     """
     return checked_routes(read_json(path))

@@ -51,6 +51,9 @@ def rank_of(env: Mapping[str, str] = os.environ) -> str:
     """Return the rank of this process, as the string in the launcher's environment variable; "0" without a launcher.
 
     The string may not be a number, because it is not checked here.
+
+    Args:
+        env: the environment variables (default: those of this process).
     """
     launcher = launcher_of(env)
     return env[launcher.rank] if launcher else "0"

@@ -56,7 +56,11 @@ class Ranks:
 def discover(env: Mapping[str, str] = os.environ) -> Ranks:
     """Return this process's `Ranks` from the environment variables of the launcher.
 
-    Raises UserError if some variables are missing or not numbers.
+    Args:
+        env: the environment variables (default: those of this process).
+
+    Raises:
+        UserError: some variables are missing or not numbers.
     """
     launcher = launcher_of(env)
     if launcher is None:

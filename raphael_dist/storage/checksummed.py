@@ -43,7 +43,12 @@ def write_sealed(path: Path, data: bytes) -> None:
 def read_sealed(path: Path) -> bytes:
     """Return the data of a file that `write_sealed` wrote, without the checksum.
 
-    Raises OSError if the file cannot be read, and ValueError if the data do not match the checksum.
+    Args:
+        path: the file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the data do not match the checksum.
     """
     with open(open_regular(path), "rb") as file:
         data = file.read()
@@ -56,7 +61,12 @@ def read_sealed(path: Path) -> bytes:
 def write_array(path: Path, values: np.ndarray) -> None:
     """Write an array in NumPy's .npy format, followed by the SHA-256 of these bytes, as one file. Read it by `read_array`.
 
-    Raises OSError if the file cannot be written.
+    Args:
+        path: the file.
+        values: the array.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     buffer = io.BytesIO()
     np.save(buffer, values, allow_pickle=False)
@@ -66,7 +76,12 @@ def write_array(path: Path, values: np.ndarray) -> None:
 def read_array(path: Path) -> np.ndarray:
     """Return the array in a file that `write_array` wrote.
 
-    Raises OSError if the file cannot be read, and ValueError if its bytes do not match the checksum.
+    Args:
+        path: the file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: its bytes do not match the checksum.
     """
     return np.load(io.BytesIO(read_sealed(path)), allow_pickle=False)
 
@@ -135,9 +150,14 @@ def is_verified(path: Path) -> bool:
 
 
 def verify_crc(path: Path) -> bool:
-    """Read a large file and return whether it matches its CRC-32. If it does, `is_verified` returns True for it from now on.
+    """Read a large file and compare it with its CRC-32.
 
-    The result is False if the file is damaged, or if the file or its CRC-32 is missing.
+    Args:
+        path: the file.
+
+    Returns:
+        Whether it matches. If so, `is_verified` returns True for it from now on. False if the file is damaged, or if
+            the file or its CRC-32 is missing.
     """
     try:
         key = (str(path), path.stat().st_ino)

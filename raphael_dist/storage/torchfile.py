@@ -85,9 +85,15 @@ def load_tree(path: Path, allowed: Sequence[Allowed] = ()) -> Any:
 
 
 def file_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Return where each tensor lies in a file of weights (.safetensors, or written by torch.save), by tensor name.
+    """Return where each tensor lies in a file of weights, by tensor name.
 
-    Only headers are read, not the data of tensors. Raises UserError if the file cannot be read.
+    Only headers are read, not the data of tensors.
+
+    Args:
+        path: the file: .safetensors, or written by torch.save.
+
+    Raises:
+        UserError: the file cannot be read.
     """
     if path.suffix == ".safetensors":
         return read_header(path)[0]

@@ -67,7 +67,10 @@ def finish_deferred(run: Run, loss_sum: Tensor, losses: StepLosses) -> bool:
 def start_update(run: Run, loss_sum: Tensor, losses: StepLosses) -> None:
     """Count the current step, and start its update, which the device skips if loss or gradients are bad. Collective.
 
-    Arguments are those that `trainer.accumulate` returns.
+    Args:
+        run: the state of the run.
+        loss_sum: as `trainer.accumulate` returns it.
+        losses: as `trainer.accumulate` returns it.
     """
     stats = reduce_step_stats(run, loss_sum)
     # `read_step_stats` and `recovery.judge_step` come to the same result. A sum of infinities or NaN is not below infinity.

@@ -46,9 +46,13 @@ def load_metrics(prefix: str, load_LK: Tensor, total_samples: float | None = Non
 
 
 def relative_load(load_LK: Tensor) -> Tensor:
-    """Return each expert's load (in any unit), divided by the mean load of its block; 1 means an even share.
+    """Return each expert's load, divided by the mean load of its block; 1 means an even share.
 
-    Argument and result are [L, K] for L transformer blocks with K experts each.
+    Args:
+        load_LK: load in any unit, [L, K] for L transformer blocks with K experts each.
+
+    Returns:
+        The relative loads, [L, K].
     """
     return load_LK / load_LK.mean(dim=1, keepdim=True).clamp(min=1e-12)
 

@@ -172,9 +172,15 @@ def _without_tensorboard_errors(hook: _Hook) -> _Hook:
 
 
 def read_metrics(path: Path) -> dict[str, Series]:
-    """Read a metrics.jsonl file; return the (step, value) pairs of each metric by its name, in order of steps.
+    """Read a metrics.jsonl file.
 
     Lines without a step and values that are not numbers are left out without a message. `read_series` reports them.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The (step, value) pairs of each metric by its name, in order of steps.
     """
     return read_series(path)[0]
 

@@ -111,7 +111,13 @@ def return_to_earlier_checkpoint(run: Run, line: str) -> bool:
 def rollback(run: Run) -> bool:
     """Restore the newest checkpoint, and continue with the samples that follow the current global batch. Collective.
 
-    It is called if a step has a loss spike. Returns True, or False without changing anything if there is no checkpoint.
+    It is called if a step has a loss spike.
+
+    Args:
+        run: the state of the run.
+
+    Returns:
+        True; False without changing anything if there is no checkpoint.
     """
     saved = run.store.rewind()
     if saved is None:

@@ -97,9 +97,15 @@ def check_owner(lock: IO[str] | None) -> None:
 
 
 def check_unowned(config: Config) -> None:
-    """Raise UserError if the newest readable checkpoint in run.dir is from a run with other settings.
+    """Check that the newest readable checkpoint in run.dir is from a run with these settings.
 
     A run directory without a readable checkpoint may be used, even if it has other files of an earlier run.
+
+    Args:
+        config: the run's configuration.
+
+    Raises:
+        UserError: the checkpoint is from a run with other settings.
     """
     for checkpoint in newest(config.run.dir / "checkpoints"):
         try:

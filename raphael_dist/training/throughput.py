@@ -169,7 +169,8 @@ def peak_tflops(device: torch.device, dtype: torch.dtype) -> float:
 def peak_gib(device: torch.device) -> float:
     """Return the largest memory use of this process so far, in GiB.
 
-    With a GPU, this is the memory of the tensors on the GPU. On a CPU, it is the resident memory of the process.
+    Args:
+        device: if a GPU, the memory of the tensors on it is returned; if a CPU, the resident memory of the process.
     """
     if is_gpu(device):
         return torch.cuda.max_memory_allocated(device) / 2**30

@@ -87,7 +87,13 @@ class Validator:
 def forward_group_size(config: Config, engine: Engine, world_size: int) -> int:
     """Return the size of the groups of consecutive ranks that must run a forward pass together, because it has collectives.
 
-    The size is 1 if every rank can run a forward pass alone.
+    Args:
+        config: the run's configuration.
+        engine: the engine of the model.
+        world_size: number of ranks.
+
+    Returns:
+        The size; 1 if every rank can run a forward pass alone.
     """
     return world_size if engine.stage == 3 else ranks_per_unit(config)
 

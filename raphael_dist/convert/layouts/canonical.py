@@ -169,7 +169,11 @@ def read_kinds(folder: Path, manifest: Manifest, shapes: dict[str, tuple[int, ..
 def gather(paths: Iterable[Path]) -> dict[str, StoredTensor]:
     """Return where the tensors of several weight files are, by name.
 
-    Raises UserError if a file cannot be read, or if two files have a tensor of the same name.
+    Args:
+        paths: the files.
+
+    Raises:
+        UserError: a file cannot be read, or two files have a tensor of the same name.
     """
     gathered: dict[str, StoredTensor] = {}
     for path in paths:
