@@ -64,6 +64,7 @@ def draw_curves(runs: Sequence[RunResult], out: Path) -> None:
             else:
                 curves = [_minus(dict(run.curves["val/loss"]), full[run.seed]) for run in own if run.seed in full]
             _band(axes, curves, to_hex(COLOURS((2 * number + number // 10) % 20)), name)
+    all_axes[0].set_yscale("log")
     all_axes[0].legend(fontsize=7, ncol=2)
     _save(figure, all_axes, out / "curves.png")
 

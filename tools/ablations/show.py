@@ -9,6 +9,8 @@ from ablations.table import describe
 def show(campaign: Campaign, figures: bool = True) -> str:
     """Write results.*, curves.csv and, with `figures`, the figures into the campaign's folder; return the table.
 
+    curves.png shows the variants that the command line chose, the other files those of all finished runs.
+
     Raises UserError if no run is finished.
     """
     runs, summaries = collect(campaign)
@@ -16,5 +18,6 @@ def show(campaign: Campaign, figures: bool = True) -> str:
     write(campaign, runs, summaries, text)
     if figures:
         draw(campaign.base, summaries, campaign.out)
-        draw_curves(runs, campaign.out)
+        chosen = {variant.name for variant in campaign.variants}
+        draw_curves([run for run in runs if run.variant in chosen], campaign.out)
     return text
