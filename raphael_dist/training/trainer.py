@@ -50,8 +50,7 @@ def build(
     cannot start, e.g. because of its settings or missing data.
     """
     with ExitStack() as on_error:
-        if watchdog is None:
-            watchdog = Watchdog(ranks, config.run.dir, config.run.hang_timeout_s, stop.launchers).start()
+        watchdog = watchdog or Watchdog(ranks, config.run.dir, config.run.hang_timeout_s, stop.launchers).start()
         on_error.callback(watchdog.stop)
         lock, plan, telemetry = startup.open_run_dir(config, ranks, device, watchdog)
         watchdog.heartbeat("opening the data", SLOW)
