@@ -202,7 +202,7 @@ def run(args: argparse.Namespace) -> None:
     """Classify words and print a table of accuracies. Raises UserError for mistakes that the user can correct."""
     import torch
 
-    from raphael_dist.analysis.routes import collect_word_paths
+    from raphael_dist.analysis.gate_routes import collect_word_paths
     from raphael_dist.data.plain_samples import read_samples
     from raphael_dist.sampling.load_model import load_trained
 

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from raphael_dist.analysis.coverage import Coverage
-from raphael_dist.analysis.experts import Finding
+from raphael_dist.analysis.expert_diagnostics import Finding
 from raphael_dist.analysis.trace_prompt import PromptTrace
 from raphael_dist.text import JsonObject
 

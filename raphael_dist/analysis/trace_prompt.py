@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from raphael_dist.analysis.gate_routes import Words, split_words
 from raphael_dist.analysis.recorder import Record, Recorder
-from raphael_dist.analysis.routes import Words, split_words
 from raphael_dist.model.diffusion import make_scheduler
 from raphael_dist.sampling.load_model import TrainedModel
 from raphael_dist.sampling.sampler import Request

@@ -166,8 +166,8 @@ def _run(args: argparse.Namespace, trained: "TrainedModel", ranks: "Ranks") -> N
     """Sample images of the captions at each guidance scale, and measure them."""
     from raphael_dist.evaluation.curve import draw_curve, require_matplotlib
     from raphael_dist.evaluation.draw import record_protocol
-    from raphael_dist.evaluation.inputs import read_reference
     from raphael_dist.evaluation.study import run_study
+    from raphael_dist.evaluation.study_data import read_reference
     from raphael_dist.runtime.long_work import long_work, run_on_all_ranks
     from raphael_dist.runtime.ranks import raise_on_all_ranks
 
@@ -197,10 +197,10 @@ def _run(args: argparse.Namespace, trained: "TrainedModel", ranks: "Ranks") -> N
 
 def _make_study(args: argparse.Namespace, trained: "TrainedModel", default: "Request", scheduler: str) -> "Study":
     from raphael_dist.evaluation.image_features import ClipScore, load_features
-    from raphael_dist.evaluation.inputs import read_captions, read_lettering
     from raphael_dist.evaluation.lettering import alphabet_of, normalise_text, requested_text
     from raphael_dist.evaluation.ocr import load_reader
     from raphael_dist.evaluation.study import Study
+    from raphael_dist.evaluation.study_data import read_captions, read_lettering
 
     text = args.study == "text"
     requests = read_captions(args.captions, None if text else args.count, args.seed, default, trained.config.data.cache_dir)

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     if args.config is None:  # no data is needed, and checkpoints are those of the checks
         data = config.data.model_copy(update={"shards": ()})
         config = config.model_copy(update={"data": data, "run": config.run.model_copy(update={"dir": args.out.absolute()})})
-    from raphael_dist.cluster.prove import prove
+    from raphael_dist.cluster.prove_agent import prove
 
     try:
         return prove(config, args.out.absolute())

@@ -99,8 +99,8 @@ def _check(args: argparse.Namespace, trained: "TrainedModel") -> None:
 
 def _draw_time_routes(out: Path, trained: "TrainedModel", report: "Report") -> None:
     """Draw which time expert each block uses at each timestep, as time.png in `out`; add this to `report`."""
+    from raphael_dist.analysis.gate_routes import time_routes
     from raphael_dist.analysis.route_figures import draw_bands
-    from raphael_dist.analysis.routes import time_routes
     from raphael_dist.sampling.grid import save_image
 
     num = trained.config.diffusion.num_timesteps
@@ -120,8 +120,8 @@ def _draw_prompt(args: argparse.Namespace, trained: "TrainedModel", number: int,
     from PIL import Image
 
     from raphael_dist.analysis.coverage import measure_coverage, route_agreement
+    from raphael_dist.analysis.gate_routes import noisy_word_routes
     from raphael_dist.analysis.route_figures import draw_overlays, draw_routes
-    from raphael_dist.analysis.routes import noisy_word_routes
     from raphael_dist.analysis.trace_prompt import trace_prompt
     from raphael_dist.sampling.grid import save_image
 
@@ -151,9 +151,9 @@ def _report_experts(args: argparse.Namespace, trained: "TrainedModel", report: "
     """
     import torch
 
-    from raphael_dist.analysis.experts import expert_loads, find_dead, find_duplicates
+    from raphael_dist.analysis.expert_diagnostics import expert_loads, find_dead, find_duplicates
+    from raphael_dist.analysis.gate_routes import collect_word_paths, time_routes
     from raphael_dist.analysis.route_figures import draw_heat_map
-    from raphael_dist.analysis.routes import collect_word_paths, time_routes
     from raphael_dist.sampling.grid import save_image
 
     m, findings = trained.config.model, []

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 
-from raphael_dist.analysis.experts import DEAD_SHARE
+from raphael_dist.analysis.expert_diagnostics import DEAD_SHARE
 from raphael_dist.reporting.run_files import RunFiles
 
 OVERLOADED = 0.9  # as a share of a block's load

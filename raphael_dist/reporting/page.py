@@ -5,7 +5,7 @@ from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
-from raphael_dist.analysis.experts import DEAD_SHARE
+from raphael_dist.analysis.expert_diagnostics import DEAD_SHARE
 from raphael_dist.errors import UserError
 from raphael_dist.reporting import summary
 from raphael_dist.reporting.expert_health import LAYER, OVERLOADED, dead_blocks, overloaded_blocks

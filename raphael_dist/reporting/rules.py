@@ -8,7 +8,7 @@ import math
 import re
 from statistics import fmean, median
 
-from raphael_dist.analysis.experts import DEAD_SHARE
+from raphael_dist.analysis.expert_diagnostics import DEAD_SHARE
 from raphael_dist.config.lr_schedules import ENDLESS
 from raphael_dist.reporting.events import UNCLEAN, silent_seconds
 from raphael_dist.reporting.evidence import MIN_LINES, Finding, Rule, RunEvidence

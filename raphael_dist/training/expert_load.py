@@ -9,7 +9,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from raphael_dist.analysis.experts import DEAD_SHARE
+from raphael_dist.analysis.expert_diagnostics import DEAD_SHARE
 
 REMEDY = "Set model.balance_weight=0.01, or raise it; docs/metrics.md defines moe/dead_experts."
 

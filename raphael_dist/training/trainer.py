@@ -26,7 +26,7 @@ from raphael_dist.runtime.stop_request import StopRequest
 from raphael_dist.runtime.watchdog import SLOW, Watchdog
 from raphael_dist.sampling.grid import caption_grid, save_image
 from raphael_dist.storage.files import replace_bytes
-from raphael_dist.training import recovery, run_dir, startup, summary
+from raphael_dist.training import console_summary, recovery, run_dir, startup
 from raphael_dist.training.deferred_update import finish_deferred, read_step_stats, reduce_step_stats
 from raphael_dist.training.lr_schedule import gate_noise_deviation, learning_rate
 from raphael_dist.training.run_state import Run, RunProgress, StepLosses, StopState
@@ -207,14 +207,16 @@ def train(run: Run) -> bool:
         closing(run.data),
         BatchPrefetcher(run.builder, _slots(run), depth, workers, run.ranks.local_world_size) as batches,
     ):
-        run.telemetry.line(summary.start_line(run))
+        run.telemetry.line(console_summary.start_line(run))
         while not run.progress.stage_over and not run.stop.agreed:
             if train_step(run, batches):
                 after_step(run)
         if run.stop.agreed and not run.progress.stage_over:
-            run.telemetry.line(summary.stop_line(run))
+            run.telemetry.line(console_summary.stop_line(run))
         elif run.progress.complete and run.ranks.is_main:
-            for line in summary.end_lines(run.config, run.progress.step, run.progress.samples_seen, run.telemetry.seconds):
+            for line in console_summary.end_lines(
+                run.config, run.progress.step, run.progress.samples_seen, run.telemetry.seconds
+            ):
                 run.telemetry.line(line)
         run.stop.request.ignore()
     return run.progress.complete

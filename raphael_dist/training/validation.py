@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
+from raphael_dist.analysis.gate_routes import split_words
 from raphael_dist.analysis.recorder import Recorder
 from raphael_dist.analysis.route_figures import draw_bands, draw_overlays, draw_routes
-from raphael_dist.analysis.routes import split_words
 from raphael_dist.analysis.trace_prompt import PromptTrace, make_trace
 from raphael_dist.config.schema import Config
 from raphael_dist.data.features.encoders import ImageEncoder, TextEncoder

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from classify_paths import MIN_CAPTIONS, classify, gather
 from raphael_dist.analysis.coverage import measure_coverage
-from raphael_dist.analysis.experts import expert_loads, find_dead, find_duplicates, ordered_blocks
+from raphael_dist.analysis.expert_diagnostics import expert_loads, find_dead, find_duplicates, ordered_blocks
+from raphael_dist.analysis.gate_routes import Words, collect_word_paths, split_words, time_routes, word_routes
 from raphael_dist.analysis.recorder import Record, Recorder
 from raphael_dist.analysis.route_figures import draw_bands, draw_heat_map, draw_overlays, draw_routes, expert_colour
 from raphael_dist.analysis.route_report import trace_values
-from raphael_dist.analysis.routes import Words, collect_word_paths, split_words, time_routes, word_routes
 from raphael_dist.analysis.trace_prompt import PromptTrace, make_trace
 from raphael_dist.cli import routes as command_line
 from raphael_dist.data.features.encoders import ImageEncoder, TextEncoder

@@ -22,7 +22,7 @@ from raphael_dist import train
 from raphael_dist.checkpoint.manifest import seal
 from raphael_dist.cli import doctor
 from raphael_dist.cli import report as cli_report
-from raphael_dist.cluster import prove
+from raphael_dist.cluster import prove_agent
 from raphael_dist.config.schema import load_config
 from raphael_dist.convert.conversion import convert
 from raphael_dist.convert.layouts.dense import read_object
@@ -37,7 +37,7 @@ from raphael_dist.sampling.prompts import read_requests
 from raphael_dist.sampling.sampler import Request
 from raphael_dist.storage.torchfile import load_tree
 from raphael_dist.text import LineFormat, decode_text, escape_control, parse_json, print_line, read_json, split_lines
-from raphael_dist.training.summary import end_lines
+from raphael_dist.training.console_summary import end_lines
 from tests.cluster.test_slurm_scripts import report
 from tests.data.test_shards import png
 from tests.lib.checkpoints import DENSE, handmade_canonical, random_state
@@ -161,9 +161,9 @@ def judge_planted(folder: Path) -> None:
 
 
 def prove_planted(folder: Path) -> None:
-    run = prove._Run(MagicMock(), MagicMock(), folder, [EVIL])
+    run = prove_agent._Run(MagicMock(), MagicMock(), folder, [EVIL])
     run.report.environment = {"ranks": [], "commit": ""}
-    run._record("sums", [prove.Outcome(0, EVIL, why="died")])
+    run._record("sums", [prove_agent.Outcome(0, EVIL, why="died")])
 
 
 @pytest.mark.parametrize("show", [inspect_planted, diagnose_planted, judge_planted, prove_planted])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from raphael_dist.analysis.routes import split_words
+from raphael_dist.analysis.gate_routes import split_words
 from raphael_dist.data.features.characters import BLOCK, WIDTH
 from raphael_dist.data.features.encoders import TextEncoder, TextFacts
 from raphael_dist.errors import UserError

@@ -213,7 +213,7 @@ def test_all_feature_sources_train_alike_on_text(name: str, layer: str, vaes: di
 
 def test_words_are_found_with_python_tokenizer(tmp_path: Path) -> None:
     """ByT5's tokenizer does not report the words of tokens, which the figures of a run need."""
-    from raphael_dist.analysis.routes import split_words
+    from raphael_dist.analysis.gate_routes import split_words
 
     tokenizer = TextEncoder.load(str(save_text(tmp_path, "ByT5")), 8, CPU, torch.float32).tokenizer
     words = split_words(tokenizer, "ab - cde fgh", 9)

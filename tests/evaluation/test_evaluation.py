@@ -20,10 +20,10 @@ from raphael_dist.cli import evaluate
 from raphael_dist.errors import UserError
 from raphael_dist.evaluation.distances import bootstrap, frechet_distance, kernel_distance, precision_recall, wilson
 from raphael_dist.evaluation.image_features import ClipScore
-from raphael_dist.evaluation.inputs import read_captions, read_reference
 from raphael_dist.evaluation.lettering import alphabet_of, edit_distance, requested_text, score_texts
 from raphael_dist.evaluation.ocr import load_reader
 from raphael_dist.evaluation.study import Result, write_results
+from raphael_dist.evaluation.study_data import read_captions, read_reference
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.sampling.sampler import Request
 from tests.data.test_shards import good, write_shard

@@ -6,7 +6,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from raphael_dist.analysis.routes import time_routes
+from raphael_dist.analysis.gate_routes import time_routes
 from raphael_dist.config.schema import Config
 from raphael_dist.convert.conversion import convert
 from raphael_dist.convert.layouts import names

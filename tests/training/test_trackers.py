@@ -14,8 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from raphael_dist.config.schema import Config
 from raphael_dist.errors import UserError
 from raphael_dist.training import wandb_mlflow
+from raphael_dist.training.console_summary import end_lines
 from raphael_dist.training.metrics_files import MetricsWriter
-from raphael_dist.training.summary import end_lines
 from raphael_dist.training.wandb_mlflow import Trackers, flat
 from tests.lib.synthetic import tiny_config
 

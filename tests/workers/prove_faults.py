@@ -25,7 +25,7 @@ import torch.distributed as dist
 from raphael_dist.checkpoint.reader import CheckpointReader
 from raphael_dist.checkpoint.tensors import stacked
 from raphael_dist.cli import prove as command
-from raphael_dist.cluster import preflight, prove, prove_hardware, prove_model, prove_numbers
+from raphael_dist.cluster import preflight, prove_agent, prove_hardware, prove_model, prove_numbers
 from raphael_dist.engine import ds_config
 from raphael_dist.engine.engine import Engine, square_sum
 
@@ -146,14 +146,14 @@ def hang() -> None:
 
 
 def hanging_agent() -> None:
-    original = prove.Worker.follow
+    original = prove_agent.Worker.follow
 
-    def follow(self: prove.Worker, name: str, outcome: prove.Outcome, first: bool) -> None:
+    def follow(self: prove_agent.Worker, name: str, outcome: prove_agent.Outcome, first: bool) -> None:
         if name == "links":
             time.sleep(1000)
         original(self, name, outcome, first)
 
-    prove.Worker.follow = follow  # type: ignore[method-assign]
+    prove_agent.Worker.follow = follow  # type: ignore[method-assign]
 
 
 # By name: the ranks that have the fault (None: all), and how it is planted.
@@ -179,11 +179,11 @@ def main(spec: dict[str, Any]) -> int:
     """Run `prove` with the fault and the checks of `spec`; return its exit code."""
     rank = int(os.environ["RANK"])
     os.environ.update(SLURMD_NODENAME=f"n{rank + 1}", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-    prove.START_METHOD, prove.GRACE_S = "fork", 10.0
+    prove_agent.START_METHOD, prove_agent.GRACE_S = "fork", 10.0
     limit = {"limit_s": spec["limit_s"]} if "limit_s" in spec else {"limit_s": 600.0}
-    prove.CHECKS = {name: replace(prove.CHECKS[name], **limit) for name in spec["checks"]}
+    prove_agent.CHECKS = {name: replace(prove_agent.CHECKS[name], **limit) for name in spec["checks"]}
     if "limit_s" in spec:
-        prove.START_S = 0.0
+        prove_agent.START_S = 0.0
     if "cases" in spec:
         prove_numbers.cases = lambda world: [prove_model.Case(*case) for case in spec["cases"]]
     prove_numbers.SUMMED_STAGES, prove_numbers.SUMMED_STEPS = (2,), 24

@@ -9,12 +9,12 @@ import sys
 from dataclasses import replace
 
 from raphael_dist.cli import prove as command
-from raphael_dist.cluster import prove, prove_numbers
+from raphael_dist.cluster import prove_agent, prove_numbers
 from raphael_dist.cluster.prove_model import Case
 
 LIMIT_S = float(os.environ["LIMIT_S"])
-prove.CHECKS = {name: replace(prove.CHECKS[name], limit_s=LIMIT_S) for name in os.environ["CHECKS"].split()}
-prove.JOIN_S, prove.START_S = 90.0, 60.0
+prove_agent.CHECKS = {name: replace(prove_agent.CHECKS[name], limit_s=LIMIT_S) for name in os.environ["CHECKS"].split()}
+prove_agent.JOIN_S, prove_agent.START_S = 90.0, 60.0
 prove_numbers.cases = lambda world: [Case("float32", 2, 1), Case("float32", 2, 2)]
 
 if __name__ == "__main__":
