@@ -17,7 +17,7 @@ from raphael_dist.errors import UserError, run_command
 from raphael_dist.text import escape_control, print_line
 
 if TYPE_CHECKING:
-    from raphael_dist.convert.conversion import Report
+    from raphael_dist.convert.conversion import ConversionReport
     from raphael_dist.convert.mpi_ranks import MpiRanks
     from raphael_dist.convert.write_plan import Options
 
@@ -192,7 +192,7 @@ def options_of(args: argparse.Namespace, supported: frozenset[str]) -> "Options"
     )
 
 
-def print_report(report: "Report", path: str, out: str) -> None:
+def print_report(report: "ConversionReport", path: str, out: str) -> None:
     """Print a table of the tensors and files that were written, and the notes of the conversion.
 
     `path`, `out`: source and target, for the title.

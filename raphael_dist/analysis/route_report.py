@@ -27,7 +27,7 @@ _LEGEND = (
 
 
 @dataclass
-class Report:
+class RouteReport:
     """Collects the results of the command `routes`, which shows the experts that words and timesteps are routed to.
 
     The method `text` returns the results as Markdown.

@@ -15,7 +15,7 @@ from raphael_dist.errors import UserError
 from raphael_dist.text import escape_control
 
 if TYPE_CHECKING:
-    from raphael_dist.analysis.route_report import Report
+    from raphael_dist.analysis.route_report import RouteReport
     from raphael_dist.sampling.load_model import TrainedModel
 
 CAPTIONS = 2000  # largest number of captions that are read
@@ -60,14 +60,14 @@ def run(args: argparse.Namespace) -> None:
     """
     import torch
 
-    from raphael_dist.analysis.route_report import Report
+    from raphael_dist.analysis.route_report import RouteReport
     from raphael_dist.sampling.load_model import load_trained
     from raphael_dist.storage.files import replace_bytes
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trained = load_trained(args.checkpoint, args.weights, device)
     _check(args, trained)
-    report = Report(trained.origin)
+    report = RouteReport(trained.origin)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         _draw_time_routes(args.out, trained, report)
@@ -97,7 +97,7 @@ def _check(args: argparse.Namespace, trained: "TrainedModel") -> None:
     check_seed(args.seed)
 
 
-def _draw_time_routes(out: Path, trained: "TrainedModel", report: "Report") -> None:
+def _draw_time_routes(out: Path, trained: "TrainedModel", report: "RouteReport") -> None:
     """Draw which time expert each block uses at each timestep, as time.png in `out`; add this to `report`."""
     from raphael_dist.analysis.gate_routes import time_routes
     from raphael_dist.analysis.route_figures import draw_bands
@@ -111,7 +111,7 @@ def _draw_time_routes(out: Path, trained: "TrainedModel", report: "Report") -> N
         report.add_time(route_LT)
 
 
-def _draw_prompt(args: argparse.Namespace, trained: "TrainedModel", number: int, prompt: str, report: "Report") -> None:
+def _draw_prompt(args: argparse.Namespace, trained: "TrainedModel", number: int, prompt: str, report: "RouteReport") -> None:
     """Sample the image of a prompt; draw the experts of its words, and the words' regions in the image.
 
     The figures are written into `args.out`, under names with `number`, the number of the prompt. The experts and the sizes
@@ -144,7 +144,7 @@ def _draw_prompt(args: argparse.Namespace, trained: "TrainedModel", number: int,
     report.add_prompt(prompt, seen, measure_coverage(seen.record, noisy_LY, mask_Y, m.space_experts), agree)
 
 
-def _report_experts(args: argparse.Namespace, trained: "TrainedModel", report: "Report") -> None:
+def _report_experts(args: argparse.Namespace, trained: "TrainedModel", report: "RouteReport") -> None:
     """Add dead and duplicate experts to `report`; draw how often the words of captions choose each space expert.
 
     The captions come from `args.captions`, or from the training data of the model.

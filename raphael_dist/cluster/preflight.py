@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from raphael_dist.cluster.collective_timing import Collective, timed
 from raphael_dist.cluster.expert_parity import expert_parity
-from raphael_dist.cluster.preflight_report import Report
+from raphael_dist.cluster.preflight_report import RankReport
 from raphael_dist.config.schema import Config
 from raphael_dist.data.fetch.shard_cache import ShardError, store_of
 from raphael_dist.data.shards.open_index import find_shards
@@ -58,7 +58,7 @@ class Probe:
         self.config, self.ranks, self.path = config, ranks, report_path(out, ranks.rank)
         self._with_data = with_data
         self.device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-        self.report: Report = {"rank": ranks.rank, "node": host_name(), "problems": [], "joined": False}
+        self.report: RankReport = {"rank": ranks.rank, "node": host_name(), "problems": [], "joined": False}
         self.phase = "start"
         self._began = time.monotonic()
 
@@ -124,7 +124,7 @@ class Probe:
         """Return a time limit in seconds that grows with the number of ranks. `of`: (constant seconds, seconds per rank)."""
         return of[0] + of[1] * self.ranks.world_size
 
-    def _identity(self) -> Report:
+    def _identity(self) -> RankReport:
         cuda = self.device.type == "cuda"
         if cuda and self.ranks.local_rank >= torch.cuda.device_count():
             raise UserError(

@@ -13,7 +13,7 @@ MAX_SKEW_S = 5.0
 GPU_IN_USE_GIB = 4.0  # more than the contexts of one node's own ranks take
 SLOW_PAIR = 0.3  # a pair of nodes is slow below this share of the bandwidth of fast pairs
 LOCAL_CHECKS = ("device", "data", "checkpoints")  # of a rank on its own, before it joins the others
-Report = JsonObject  # of a rank, as `preflight.Probe` writes it
+RankReport = JsonObject  # of a rank, as `preflight.Probe` writes it
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Verdict:
             self.faults[node].append(text)
 
 
-def read_reports(folder: Path) -> list[Report]:
+def read_reports(folder: Path) -> list[RankReport]:
     """Return the contents of the preflight's report files (rank-NNNNN.json) in a folder, by ascending rank.
 
     Raises:
@@ -53,7 +53,7 @@ def read_reports(folder: Path) -> list[Report]:
     return reports
 
 
-def judge(reports: list[Report], num_ranks: int, nodes: list[str]) -> Verdict:
+def judge(reports: list[RankReport], num_ranks: int, nodes: list[str]) -> Verdict:
     """Find the faulty nodes of a cluster from the report files that each rank's preflight (tests before a training) wrote.
 
     Args:
@@ -89,7 +89,7 @@ def judge(reports: list[Report], num_ranks: int, nodes: list[str]) -> Verdict:
     return verdict
 
 
-def _unreachable(reports: list[Report]) -> set[str]:
+def _unreachable(reports: list[RankReport]) -> set[str]:
     """Return the nodes of the ranks that rank 0 cannot reach, according to the preflight's `reports`.
 
     If there are several other nodes and rank 0 reaches none of them, the node of rank 0 is returned instead, because its
@@ -101,7 +101,7 @@ def _unreachable(reports: list[Report]) -> set[str]:
     return {str(home)} if 1 < len(lost) == len(set(nodes.values())) - 1 else lost
 
 
-def _row(r: Report) -> str:
+def _row(r: RankReport) -> str:
     device = r.get("device") or {}
     return f"rank {r['rank']:<5} {r['node']:<16} {device.get('name', '?'):<24} {device.get('network', '?')}"
 
@@ -110,7 +110,7 @@ def _text(problem: dict[str, str]) -> str:
     return problem["what"] + (f"; {problem['fix']}" if problem["fix"] else "")
 
 
-def _judge_local_checks(verdict: Verdict, reports: list[Report]) -> None:
+def _judge_local_checks(verdict: Verdict, reports: list[RankReport]) -> None:
     for r in reports:
         for problem in r["problems"]:
             if problem["phase"] in LOCAL_CHECKS:
@@ -125,7 +125,7 @@ def _judge_local_checks(verdict: Verdict, reports: list[Report]) -> None:
             verdict.lines.append(f"{name:<12} {verb} on {nodes}, slowest {node} {speeds[node]:.0f} MB/s{space}")
 
 
-def _judge_versions(verdict: Verdict, reports: list[Report]) -> None:
+def _judge_versions(verdict: Verdict, reports: list[RankReport]) -> None:
     by_node = {r["node"]: r["device"]["versions"] for r in reports if r.get("device")}
     if not by_node:
         return
@@ -139,9 +139,9 @@ def _judge_versions(verdict: Verdict, reports: list[Report]) -> None:
     verdict.lines.append(f"versions     {shown}")
 
 
-def _judge_gpus(verdict: Verdict, reports: list[Report]) -> None:
+def _judge_gpus(verdict: Verdict, reports: list[RankReport]) -> None:
     """Add a fault to `verdict` for each GPU that several ranks share, or on which other processes use much memory."""
-    users: dict[tuple[str, str], list[Report]] = {}
+    users: dict[tuple[str, str], list[RankReport]] = {}
     for r in reports:
         gpu = (r.get("device") or {}).get("gpu")
         if gpu:
@@ -156,7 +156,7 @@ def _judge_gpus(verdict: Verdict, reports: list[Report]) -> None:
             )
 
 
-def _judge_joint_checks(verdict: Verdict, reports: list[Report]) -> None:
+def _judge_joint_checks(verdict: Verdict, reports: list[RankReport]) -> None:
     skews = {r["node"]: r["clock"] for r in reports if r.get("clock") is not None}
     middle = median(skews.values()) if skews else 0.0
     for node, skew in skews.items():
@@ -177,7 +177,7 @@ def _judge_joint_checks(verdict: Verdict, reports: list[Report]) -> None:
         verdict.lines.append(f"experts      sharded over {ranks}, within {max(differences):.0e} of one process")
 
 
-def _judge_pairs(verdict: Verdict, reports: list[Report]) -> None:
+def _judge_pairs(verdict: Verdict, reports: list[RankReport]) -> None:
     pairs = _pair_speeds(reports)
     if not pairs:
         return
@@ -192,7 +192,7 @@ def _judge_pairs(verdict: Verdict, reports: list[Report]) -> None:
             verdict.warnings.append(f"{node} is slow to most other nodes; check its network")
 
 
-def _pair_speeds(reports: list[Report]) -> dict[tuple[str, str], float]:
+def _pair_speeds(reports: list[RankReport]) -> dict[tuple[str, str], float]:
     """Return the measured GB/s between two nodes, by (name, name) in alphabetical order, from the preflight's `reports`."""
     return {
         (min(r["node"], other), max(r["node"], other)): speed
@@ -201,7 +201,7 @@ def _pair_speeds(reports: list[Report]) -> dict[tuple[str, str], float]:
     }
 
 
-def _slow_nodes(reports: list[Report]) -> set[str]:
+def _slow_nodes(reports: list[RankReport]) -> set[str]:
     """Return the nodes whose links to most other nodes are slow, according to the preflight's `reports`.
 
     A link is slow if its bandwidth is below SLOW_PAIR (0.3) times the bandwidth that the fastest quarter of all links

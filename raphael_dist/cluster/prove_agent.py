@@ -26,7 +26,7 @@ import torch
 
 from raphael_dist.cluster import preflight, prove_report
 from raphael_dist.cluster.prove_checks import CHECKS, KILL, PREFLIGHT
-from raphael_dist.cluster.prove_report import CheckReport, Report
+from raphael_dist.cluster.prove_report import CheckReport, ProveReport
 from raphael_dist.cluster.prove_results import Outcome
 from raphael_dist.cluster.prove_worker import KILLED, Message, work
 from raphael_dist.config import assets
@@ -152,7 +152,7 @@ class _Run:
     config: Config
     out: Path
     hosts: list[str]
-    report: Report = field(default_factory=lambda: Report({}, []))
+    report: ProveReport = field(default_factory=lambda: ProveReport({}, []))
     pieces: int = 0
 
     def all_checks(self) -> None:

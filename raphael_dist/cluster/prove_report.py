@@ -60,7 +60,7 @@ class CheckReport:
 
 
 @dataclass
-class Report:
+class ProveReport:
     """The results of all checks of the command `prove` in one environment.
 
     Attributes:
@@ -102,7 +102,7 @@ def key_of(environment: JsonObject) -> str:
     return hashlib.sha256(json.dumps(environment, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def open_report(folder: Path, environment: JsonObject, titles: dict[str, str]) -> Report:
+def open_report(folder: Path, environment: JsonObject, titles: dict[str, str]) -> ProveReport:
     """Return the report stored in a folder if it was made in the same environment, else a new report without results.
 
     Args:
@@ -110,7 +110,7 @@ def open_report(folder: Path, environment: JsonObject, titles: dict[str, str]) -
         environment: hosts, versions and configuration of this run.
         titles: titles of all checks, by name.
     """
-    report = Report(environment, [CheckReport(name, title) for name, title in titles.items()])
+    report = ProveReport(environment, [CheckReport(name, title) for name, title in titles.items()])
     try:
         tree = json.loads((folder / "report.json").read_text())
         if tree["format"] == FORMAT and tree["key"] == key_of(environment):

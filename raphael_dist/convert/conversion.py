@@ -53,7 +53,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Report:
+class ConversionReport:
     """What the conversion of a checkpoint did, for the user.
 
     Attributes:
@@ -82,7 +82,7 @@ def convert(
     ranks: MpiRanks | None = None,
     lora: Path | None = None,
     lora_scale: float = 1.0,
-) -> Report:
+) -> ConversionReport:
     """Convert a checkpoint from one layout (format on disk) to another. Collective: all processes in `ranks` call it.
 
     Args:
@@ -119,7 +119,7 @@ def convert(
     if omitted:
         text = f"{', '.join(omitted)}: not written, since the layout holds only one kind of weights (here {plan.kinds[0]})"
         notes.insert(len(opened.notes), text)
-    return Report(opened.layout, to_layout, _rows(plan), notes, verified, time.monotonic() - began)
+    return ConversionReport(opened.layout, to_layout, _rows(plan), notes, verified, time.monotonic() - began)
 
 
 def write_target(

@@ -46,7 +46,7 @@ _SHOWN = 3
 
 
 @dataclass(frozen=True)
-class Report:
+class ShardReport:
     """The result of writing one shard (tar file of samples).
 
     Attributes:
@@ -84,7 +84,7 @@ class Preparer:
             about += [config.data.flip, config.data.cached_text, config.data.caption_from, config.data.caption_weights]
         self._settings = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
-    def finished_report(self, part: Part) -> Report | None:
+    def finished_report(self, part: Part) -> ShardReport | None:
         """Return the stored report about the shard of `part`; None if this shard is not completely written yet.
 
         `part`: the input of one shard. Raises UserError if the shard was written with other settings or from other input.
@@ -92,7 +92,7 @@ class Preparer:
         try:
             about = json.loads((self.out / f"{part.name}.json").read_text())
             skipped = SkipCounts(about.get("skipped")).counts
-            report = Report(about["written"], [(key, reason) for key, reason in about["bad"]], skipped)
+            report = ShardReport(about["written"], [(key, reason) for key, reason in about["bad"]], skipped)
             fingerprint = about["input"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -109,7 +109,7 @@ class Preparer:
             )
         return report if report.written == 0 or (self.out / f"{part.name}.tar").is_file() else None
 
-    def make(self, part: Part, report_progress: Callable[[], None] = lambda: None) -> Report:
+    def make(self, part: Part, report_progress: Callable[[], None] = lambda: None) -> ShardReport:
         """Read the input samples that `part` describes, write them as one shard with a report file, and return the report.
 
         `report_progress`: called once for each input sample. Raises UserError if a file cannot be written, or there is not
@@ -130,7 +130,7 @@ class Preparer:
                 else:
                     path.unlink(missing_ok=True)
             left_out = [(part.file_of.get(sample.key, sample.key), sample.reason) for sample in bad]
-            report = Report(written, left_out, part.skipped.counts)
+            report = ShardReport(written, left_out, part.skipped.counts)
             with atomic_path(self.out / f"{part.name}.json") as temporary:
                 temporary.write_text(json.dumps({"settings": self._settings, "input": fingerprint, **asdict(report)}))
         except MemoryError as error:
@@ -252,7 +252,7 @@ def _write_tar(path: Path, samples: Iterator[RawSample]) -> int:
     return written
 
 
-def summary(reports: Sequence[Report]) -> str:
+def summary(reports: Sequence[ShardReport]) -> str:
     """Return a line of text about the written shards: how many samples they have, and why others were left out.
 
     `reports`: for each shard, its report. Only the most frequent reasons are listed.

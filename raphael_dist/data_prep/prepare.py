@@ -11,7 +11,7 @@ from raphael_dist.data.features.batch_encoder import Encoders
 from raphael_dist.data.features.hed import EdgeEncoder, hed_weights_path
 from raphael_dist.data.open_streams import edge_encoder, fill_cache, load_encoders
 from raphael_dist.data.shards.skipped import SkipCounts
-from raphael_dist.data_prep.build_shards import Preparer, Report, summary
+from raphael_dist.data_prep.build_shards import Preparer, ShardReport, summary
 from raphael_dist.data_prep.inputs import Part, parts_of
 from raphael_dist.errors import UserError
 from raphael_dist.runtime.progress_bar import ProgressBar
@@ -65,7 +65,7 @@ def choose_edges(edges: str, config: Config, device: torch.device) -> tuple[str,
 def prepare(
     sources: Sequence[str], out: Path, config: Config, *, edges: str, features: bool, caption: str | None, per_shard: int,
     held_out: float, part: int, parts: int,
-) -> list[Report]:  # fmt: skip
+) -> list[ShardReport]:  # fmt: skip
     """Write prepared shards (tar files of samples) from images or other shards; return a report for each of them.
 
     This process writes its part of the shards, and prints a summary. Shards that are already complete are left as they are.
@@ -123,8 +123,8 @@ def _load_encoders(config: Config, device: torch.device, edges: EdgeEncoder | No
 
 
 def _make_shards(
-    preparer: Preparer, parts: Sequence[Part], finished: Sequence[Report | None], show_progress: bool
-) -> list[Report]:
+    preparer: Preparer, parts: Sequence[Part], finished: Sequence[ShardReport | None], show_progress: bool
+) -> list[ShardReport]:
     """Write the shards (tar files) of this process, except those that are already complete; return a report for each shard.
 
     Args:
@@ -159,7 +159,7 @@ class _Progress(ProgressBar):
         self.report(counted(self._samples, "sample"), self._shards, self._total)
 
 
-def _print_summary(out: Path, parts: Sequence[Part], reports: Sequence[Report], held_out: float, part_of: str) -> None:
+def _print_summary(out: Path, parts: Sequence[Part], reports: Sequence[ShardReport], held_out: float, part_of: str) -> None:
     num_held_out = sum(report.written for part, report in zip(parts, reports, strict=True) if part.held_out)
     validation = f", {num_held_out} of them for validation" if held_out else ""
     print_line(f"{out}: {summary(reports)}{validation}{part_of}")

@@ -97,7 +97,7 @@ def log_line(minute: float, level: str, text: str) -> str:
 
 
 def routes() -> dict[str, Any]:
-    """Return the space experts of two words in four blocks, in the format of `analysis.report.trace_values`."""
+    """Return the space experts of two words in four blocks, in the format of `analysis.route_report.trace_values`."""
     file = io.BytesIO()
     Image.new("RGB", (16, 16), "red").save(file, "JPEG")
     return {
