@@ -871,9 +871,13 @@ def read_text(path: Path, regular: bool = True) -> str:
 
 
 def decode_text(data: bytes) -> str:
-    """Decode UTF-8 bytes and return the string. Raises ValueError for another encoding.
+    """Decode UTF-8 bytes and return the string.
 
-    A byte order mark is removed, line ends are kept.
+    Args:
+        data: the bytes. A byte order mark is removed, line ends are kept.
+
+    Raises:
+        ValueError: the bytes have another encoding.
     """
     encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), None)
     try:
