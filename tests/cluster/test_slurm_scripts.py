@@ -202,7 +202,7 @@ def test_time_limit_requeues_although_a_rank_ignores_sigterm(tmp_path: Path) -> 
     once = (
         f'if mkdir "{tmp_path}/$(basename $0).called" 2>/dev/null; then kill -KILL $$; fi'  # a busy controller, or a signal
     )
-    python = "trap '' TERM; kill -TERM $PPID; sleep 0.2; kill -TERM $PPID; for i in {1..30}; do sleep 1; done; exit 3"
+    python = "trap '' TERM; kill -TERM $PPID; sleep 0.2; kill -TERM $PPID; for i in {1..12}; do sleep 1; done; exit 3"
     done = job(tmp_path, python, squeue=f"{once}; kill -TERM $$; echo TimeLimit", scontrol=once)
     assert done.returncode == 0, done.stdout
     assert "the time limit came before the run could save. The job is requeued (restart 1" in done.stdout

@@ -124,8 +124,9 @@ OTHERS = [
 ]
 
 
-# By default several micro-steps on two ranks: what goes wrong with one goes wrong with them.
-SLOW = {case for case in CASES if case.world_size == 1 or case.micro_steps == 1} | set(OTHERS)
+# By default several micro-steps on two ranks in bfloat16: what goes wrong with one micro-step goes wrong with them, and
+# tests/engine/test_zero_parity.py compares float32.
+SLOW = {case for case in CASES if case.world_size == 1 or case.micro_steps == 1 or case.dtype == "float32"} | set(OTHERS)
 
 
 @pytest.fixture(scope="module")
