@@ -7,18 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.lib import netns, slurm_cluster
 from tests.lib.launch import ROOT
 from tests.lib.netns import Link, Network
 from tests.lib.slurm_cluster import Cluster, wait_for
+from tests.network import SLURM_MARKS
 
-MISSING = netns.missing() or slurm_cluster.missing()
-pytestmark = [
-    pytest.mark.network,
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(bool(MISSING), reason=f"no Slurm of several nodes: {MISSING}"),
-]
+pytestmark = SLURM_MARKS
 
 
 @pytest.fixture(scope="module")

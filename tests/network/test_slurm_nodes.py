@@ -14,15 +14,10 @@ from tests.lib import netns, slurm_cluster
 from tests.lib.launch import ROOT, run_ranks
 from tests.lib.netns import Link, Network
 from tests.lib.slurm_cluster import Cluster, wait_for
+from tests.network import SLURM_MARKS
 from tests.training.test_training import SMALL
 
-MISSING = netns.missing() or slurm_cluster.missing()
-pytestmark = [
-    pytest.mark.network,
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(bool(MISSING), reason=f"no Slurm of several nodes: {MISSING}"),
-]
+pytestmark = SLURM_MARKS
 STEPS = ("train.max_steps=25", *LONG_RUN[1:-1], "run.hang_timeout_s=20")
 
 

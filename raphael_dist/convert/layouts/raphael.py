@@ -18,6 +18,7 @@ from raphael_dist.convert.write_plan import ZEROS, ConversionPlan, Entry, Option
 from raphael_dist.convert.zero_partition import Topology, parallel_config, spans, topology_of
 from raphael_dist.engine.fragments import MOMENTS
 from raphael_dist.errors import UserError
+from raphael_dist.text import counted
 
 
 def open_run(path: Path, config: Config | None = None) -> Checkpoint:
@@ -46,8 +47,8 @@ def _open_step(folder: Path) -> Checkpoint:
             f"of this folder, and add {option} {shlex.quote(str(folder))}; or export {what} with --to {export} "
             "(docs/adapters.md)."
         )
-    world_size = manifest.get("world_size", "?")
-    ranks = "1 rank" if world_size == 1 else f"{world_size} ranks"
+    world_size = manifest.get("world_size")
+    ranks = "? ranks" if world_size is None else counted(world_size, "rank")
     topology = f"{ranks}, ep {config.parallel.space_ep},{config.parallel.time_ep}"
     files, progress = checksummed_files(folder, manifest), progress_of(manifest)
     checkpoint = Checkpoint(folder, config, reader.spans(), progress, manifest["dataset"], files, topology)
