@@ -4,6 +4,7 @@ The engine is a plain model and SGD in this process; telemetry, rules and recove
 """
 
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -223,6 +224,7 @@ def test_each_step_is_logged_once_after_a_rollback(tmp_path: Path) -> None:
     writer.return_to(0)
     written(1, 6, 1.0, writer)
     writer.close()
+    time.sleep(1.1)  # TensorBoard reads the files in order of their names: the second, the process, a number without zeros
     writer = MetricsWriter(tmp_path)
     writer.return_to(2)  # resumed from step 2
     written(3, 5, 2.0, writer)
