@@ -32,6 +32,9 @@ _HOSTS = Path("/etc/netns")  # a folder for each node, with the file that replac
 _NAME = re.compile(r"raphael-(\d+)-\d+-\w+")
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 _IP = shutil.which("ip", path=_PATH) or "ip"
+# A host may use BBR, with which a connection stays slow for seconds after others have stopped to share a link without latency.
+# Linux's default, cubic, cannot be chosen in a namespace.
+_CONGESTION = "reno"
 _networks = itertools.count()
 
 
@@ -134,6 +137,7 @@ class Network:
             frames = "1" if not link.whole else "8" if link.rate else "65535"
             ip("-n", space, "link", "set", "eth0", "mtu", f"{link.mtu}", "gso_max_segs", frames, "up")
             ip("-n", space, "link", "set", "lo", "up")
+            ip("netns", "exec", space, "sh", "-c", f"echo {_CONGESTION} > /proc/sys/net/ipv4/tcp_congestion_control")
             self.set_rate(i, link.rate)
         for i in range(len(self.links)):  # the bridge forwards from a port when its device has a carrier
             self._wait_for_carrier(i)

@@ -37,7 +37,7 @@ from raphael_dist.data.mixture import MixedOrder
 from raphael_dist.data.order import SampleOrder
 from raphael_dist.data.run_data import open_source
 from raphael_dist.parallel.batch_plan import BatchPlan
-from raphael_dist.runtime.ranks import Ranks, all_reduce_sum, discover, initialise
+from raphael_dist.runtime.ranks import Ranks, discover, initialise
 from raphael_dist.storage.files import replace_bytes
 
 SIDE, MICRO_BATCH, WINDOW = 96, 8, 4  # pixels of an image (30 kB); images of a rank in a step; shards of a window
@@ -159,12 +159,14 @@ def measure(todo: list[tuple[Case, list[str], list[str]]], folder: str) -> None:
     """
     ranks = discover()
     device = initialise(ranks)
+    # A file, because a message over a link would wait behind the shards that the link carries.
+    store = dist.FileStore(f"{folder}/store", ranks.world_size)
     steps: dict[float, float] = {}
     for case, shards, local in todo:
         open_source(case.config(shards, folder, "fetched"), ranks, device).close()
         if case.step_s not in steps:
-            config = case.config(local, folder, "fetched")
-            steps[case.step_s], _ = train_epoch(replace(case, kind="local"), config, ranks, device)
+            config, keys = case.config(local, folder, "fetched"), dist.PrefixStore(f"local {case.step_s}", store)
+            steps[case.step_s], _ = train_epoch(replace(case, kind="local"), config, ranks, device, keys)
     dist.barrier()
     Path(folder, "ready").touch()
     while not Path(folder, "limited").exists():
@@ -172,7 +174,8 @@ def measure(todo: list[tuple[Case, list[str], list[str]]], folder: str) -> None:
     rows = []
     for number, (case, shards, _) in enumerate(todo):
         cache, speed = f"{ranks.rank // case.per_node}-{number}", steps[case.step_s]
-        measured, windows = train_epoch(case, case.config(shards, folder, cache), ranks, device)
+        keys = dist.PrefixStore(str(number), store)
+        measured, windows = train_epoch(case, case.config(shards, folder, cache), ranks, device, keys)
         images = sum(images for images, _ in windows) // case.batch * case.batch
         rows.append((speed, measured, images / ideal_seconds(case, windows, speed)))
         shutil.rmtree(Path(folder, cache), ignore_errors=True)
@@ -182,8 +185,12 @@ def measure(todo: list[tuple[Case, list[str], list[str]]], folder: str) -> None:
     dist.destroy_process_group()
 
 
-def train_epoch(case: Case, config: Config, ranks: Ranks, device: torch.device) -> tuple[float, list[tuple[int, int]]]:
+def train_epoch(
+    case: Case, config: Config, ranks: Ranks, device: torch.device, store: dist.Store
+) -> tuple[float, list[tuple[int, int]]]:
     """Read the data of the first epoch, with steps that only sleep; with local shards only a few steps. Collective.
+
+    `store`: an empty store, in which a step waits for the batches of all ranks.
 
     Returns:
         (images per second, (images, bytes) of each window).
@@ -199,7 +206,8 @@ def train_epoch(case: Case, config: Config, ranks: Ranks, device: torch.device) 
             if case.kind == "local" and step == 1:  # the first one of the process imports decoders
                 began = time.monotonic()
             next(batches)
-            all_reduce_sum([1.0], device)
+            store.set(f"{step} {ranks.rank}", "")
+            store.wait([f"{step} {rank}" for rank in range(ranks.world_size)])
             time.sleep(case.step_s)
         seconds = time.monotonic() - began
     return (steps - (case.kind == "local")) * case.batch / seconds, list(windows_of(order))
