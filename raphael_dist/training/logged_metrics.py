@@ -234,6 +234,11 @@ class Telemetry:
         for sink in self._sinks:
             sink.write(step, samples_seen, values)
 
+    def flush(self) -> None:
+        """On rank 0, wait until metrics.jsonl has all values written so far."""
+        if self._writer is not None:
+            self._writer.flush()
+
     def advance(self, step: int) -> None:
         """Show on the progress bar that optimizer step `step` of the run is complete."""
         self._console.advance(step)

@@ -7,6 +7,7 @@ import re
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,7 +43,7 @@ class MetricsWriter:
 
     Scalars of single blocks (moe/space/L00/...) go to TensorBoard only if `every_scalar`, an argument of the constructor, is
     true, since heat maps show them already. If a file cannot be written, e.g. on a full disk, one warning is logged, the
-    values are lost, and the run continues.
+    values are lost, and the run continues. A thread writes, so that no step waits for a slow file system.
     """
 
     def __init__(self, run_dir: Path, every_scalar: bool = False) -> None:
@@ -57,12 +58,17 @@ class MetricsWriter:
         with self._tolerating(_BOARD):
             self._board = SummaryWriter(str(run_dir / "tensorboard"))
             self._board.add_custom_scalars(LAYOUT)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="metrics")
+        self._last: Future[None] | None = None
 
     def describe(self, yaml: str, values: Mapping[str, bool | int | float | str]) -> None:
         """Write a run's configuration to TensorBoard, as YAML text and as hyperparameters for comparing runs.
 
         `values`: the settings by key `section.key`.
         """
+        self._submit(self._describe, yaml, values)
+
+    def _describe(self, yaml: str, values: Mapping[str, bool | int | float | str]) -> None:
         from torch.utils.tensorboard.summary import hparams
 
         if self._board is not None:
@@ -77,6 +83,9 @@ class MetricsWriter:
 
         `samples_seen`: number of training samples that the run has used up to this step. `values`: the metrics by name.
         """
+        self._submit(self._write, step, samples_seen, values)
+
+    def _write(self, step: int, samples_seen: int, values: dict[str, float]) -> None:
         line = json.dumps({"step": step, "samples_seen": samples_seen, **values}) + "\n"
         with self._tolerating(str(self._path)):
             self._append(line)
@@ -88,6 +97,9 @@ class MetricsWriter:
 
     def return_to(self, step: int) -> None:
         """Remove all values of steps after `step` from the files, because the run will log those steps again."""
+        self._submit(self._return_to, step)
+
+    def _return_to(self, step: int) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         with self._tolerating(str(self._path)):
@@ -99,15 +111,34 @@ class MetricsWriter:
 
     def image(self, tag: str, step: int, image: Image.Image) -> None:
         """Write an image of optimizer step `step` to TensorBoard, where it is shown under the name `tag`."""
+        self._submit(self._image, tag, step, image)
+
+    def _image(self, tag: str, step: int, image: Image.Image) -> None:
         if self._board is not None:
             with self._tolerating(_BOARD):
                 self._board.add_image(tag, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
+    def flush(self) -> None:
+        """Wait until metrics.jsonl has all values of earlier calls."""
+        if self._last is not None:
+            self._last.result()
+
     def close(self) -> None:
-        """Write what TensorBoard has buffered, and close its file."""
+        """Write everything, and close TensorBoard's file."""
+        self._submit(self._close)
+        self.flush()
+        self._thread.shutdown()
+
+    def _close(self) -> None:
         if self._board is not None:
             with self._tolerating(_BOARD):
                 self._board.close()
+
+    def _submit(self, job: Callable[..., None], *args: object) -> None:
+        """Let the thread call `job(*args)` after all earlier jobs. Raises the error of an earlier job, if it has failed."""
+        if self._last is not None and self._last.done():
+            self._last.result()
+        self._last = self._thread.submit(_run_after, self._last, job, *args)
 
     def _append(self, line: str) -> None:
         with open(self._path, "ab", buffering=0, opener=no_links) as file:
@@ -129,6 +160,12 @@ class MetricsWriter:
                     "%s cannot be written (%s): training continues, but metrics are lost", what, error.strerror or error
                 )
             self._warned = True
+
+
+def _run_after(earlier: Future[None] | None, job: Callable[..., None], *args: object) -> None:
+    if earlier is not None:
+        earlier.result()  # complete: raises its error
+    job(*args)
 
 
 def _drop_after(path: Path, step: int) -> None:

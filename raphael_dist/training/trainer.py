@@ -214,6 +214,7 @@ def train(run: Run) -> bool:
         if run.stop.agreed and not run.progress.stage_over:
             run.telemetry.line(console_summary.stop_line(run))
         elif run.progress.complete and run.ranks.is_main:
+            run.telemetry.flush()
             for line in console_summary.end_lines(
                 run.config, run.progress.step, run.progress.samples_seen, run.telemetry.seconds
             ):

@@ -40,11 +40,13 @@ def fill(disk: Path) -> Path:
 def test_metrics_without_disk_space_are_lost_with_one_warning(disk: Path, caplog: pytest.LogCaptureFixture) -> None:
     writer = MetricsWriter(disk)
     writer.write(1, 8, {"train/loss": 1.0})
+    writer.flush()
     filler = fill(disk)
     caplog.set_level(logging.WARNING, "raphael_dist")
     logging.getLogger("raphael_dist").propagate = True
     for step in range(2, 200):
         writer.write(step, 8 * step, {f"a/metric{i}": 0.1234567 for i in range(20)} | {"train/loss": 1.0})
+    writer.flush()
     assert len([record for record in caplog.records if "metrics are lost" in record.message]) == 1
     filler.unlink()
     writer.write(200, 1600, {"train/loss": 2.0})

@@ -32,8 +32,8 @@ _HOSTS = Path("/etc/netns")  # a folder for each node, with the file that replac
 _NAME = re.compile(r"raphael-(\d+)-\d+-\w+")
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 _IP = shutil.which("ip", path=_PATH) or "ip"
-# A host may use BBR, with which a connection stays slow for seconds after others have stopped to share a link without latency.
-# Linux's default, cubic, cannot be chosen in a namespace.
+# A host may use BBR, with which a connection that has shared a link without latency stays slow for seconds. Linux's default,
+# cubic, cannot be chosen in a namespace.
 _CONGESTION = "reno"
 _networks = itertools.count()
 

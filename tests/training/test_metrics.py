@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from raphael_dist.analysis.route_figures import draw_heat_map
 from raphael_dist.training.expert_load import DeadExperts, load_metrics
 from raphael_dist.training.metrics import Metrics
-from raphael_dist.training.metrics_files import LAYOUT, MetricsWriter
+from raphael_dist.training.metrics_files import LAYOUT, MetricsWriter, read_metrics
 
 
 def test_expert_loads_are_relative_to_an_even_share():
@@ -89,6 +90,32 @@ def test_numbers_and_tensors_are_reduced_alike(alone):
         assert torch.equal(reduced["load"], torch.arange(6.0).view(2, 3))
         assert all(v.dtype == torch.float32 for v in reduced.values())
         assert metrics.reduce() == {}
+
+
+def test_writing_metrics_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready, append = threading.Event(), MetricsWriter._append
+
+    def slow(writer: MetricsWriter, line: str) -> None:
+        assert ready.wait(60)
+        append(writer, line)
+
+    monkeypatch.setattr(MetricsWriter, "_append", slow)
+    writer = MetricsWriter(tmp_path)
+    for step in range(1, 6):
+        writer.write(step, step, {f"a/metric{i}": 1.0 for i in range(100)})
+    writer.return_to(4)
+    assert not (tmp_path / "metrics.jsonl").exists()
+    ready.set()
+    writer.flush()
+    assert read_metrics(tmp_path / "metrics.jsonl")["a/metric0"] == [(step, 1.0) for step in range(1, 5)]
+    writer.close()
+
+
+def test_bug_in_writing_metrics_is_raised(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path)
+    writer.write(1, 1, {"train/loss": object()})  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        writer.flush()
 
 
 @pytest.mark.parametrize("every_scalar", [False, True])
