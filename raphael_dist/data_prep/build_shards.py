@@ -188,7 +188,7 @@ class Preparer:
         """
         assert self._config is not None
         assert self._encoders is not None
-        index = build_index([plain])
+        index = build_index([plain], plain.parent / "index")
         dataset = dataset_of(self._config, index, training=True, edges="stored")
         builder = ShardBuilder(
             dataset, self._encoders, self._config.data.flip, stores_text(self._config, self._encoders.text)

@@ -269,7 +269,7 @@ from raphael_dist.data.shards.decode_sample import ImageDataset
 from raphael_dist.data.shards.build_index import build_index
 from raphael_dist.data.shards.decode_workers import DecodePool
 if __name__ == "__main__":
-    pool = DecodePool(ImageDataset(build_index([Path(sys.argv[1])]), [(16, 16)], "none"), 1)
+    pool = DecodePool(ImageDataset(build_index([Path(sys.argv[1])], Path(sys.argv[2])), [(16, 16)], "none"), 1)
     print(pool.load((0, 0, False)).captions)
     pool.close()
 """
@@ -284,7 +284,7 @@ def test_workers_start_with_long_temporary_folder(tmp_path: Path) -> None:
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     (tmp_path / "decode.py").write_text(DECODE)
-    command = [sys.executable, str(tmp_path / "decode.py"), str(tmp_path / "a.tar")]
+    command = [sys.executable, str(tmp_path / "decode.py"), str(tmp_path / "a.tar"), str(tmp_path / "index")]
     env = {"TMPDIR": str(long), "PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.stdout == "['a dog']\n", done.stderr

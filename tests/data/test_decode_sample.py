@@ -29,7 +29,7 @@ def encode(array: np.ndarray, kind: str = "PNG", **options) -> bytes:
 
 
 def dataset_of(tmp_path, members, edge="none", bucket=(16, 16), **options) -> ImageDataset:
-    index = build_index([write_raw(tmp_path / "a.tar", members)])
+    index = build_index([write_raw(tmp_path / "a.tar", members)], tmp_path / "cache")
     return ImageDataset(index, [bucket], edge, **options)
 
 

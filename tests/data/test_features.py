@@ -87,7 +87,7 @@ def with_data(config: Config, **data: object) -> Config:
 
 
 def stream_of(config: Config, encoders: Encoders, shard: Path) -> tuple[TrainStream, FeatureSource]:
-    index = build_index([shard])
+    index = build_index([shard], shard.parent / "index")
     source = source_of(config, index, encoders, training=True)
     if isinstance(source, FeatureCache):
         source.build(source.missing())
@@ -309,7 +309,7 @@ def test_encoders_are_loaded_before_background_filling(config: Config, tmp_path:
         None,
         CPU,
     )
-    source = source_of(chosen, build_index([shard]), found, training=True)
+    source = source_of(chosen, build_index([shard], shard.parent / "index"), found, training=True)
     monkeypatch.setattr(source, "fill_in_background", lambda shards: loaded.append(f"a thread begins {shards}"))
     for name in ("run_on_all_ranks", "run_on_rank0"):  # what one rank alone does
         monkeypatch.setattr(open_data, name, lambda _, work: work(lambda _: None))

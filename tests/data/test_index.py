@@ -25,9 +25,8 @@ from raphael_dist.data.shards.decode_sample import ImageDataset
 from raphael_dist.data.shards.open_index import check_damage
 from raphael_dist.data.shards.shard_record import load_record, pack_keys, unpack_keys
 from raphael_dist.data.shards.view import open_view
-from raphael_dist.data.shards.write_index import table_in_memory, write_table
 from raphael_dist.errors import UserError
-from tests.data.test_order import BUCKETS, make_index, record_of
+from tests.data.test_order import BUCKETS, index_of, make_index, record_of
 from tests.data.test_shards import good, png, write_raw, write_shard
 from tests.lib.launch import ROOT
 
@@ -57,52 +56,46 @@ def views(index: DatasetIndex, *filters: Filter):
     return open_view(index, BUCKETS, filters)
 
 
-def test_stored_table_equals_memory_table_and_pickles_as_path(tmp_path: Path) -> None:
+def test_table_has_all_samples_and_pickles_as_path(tmp_path: Path) -> None:
     records = [
         record_of(f"{n}.tar", np.full((n * 3, 2), 50 + n, np.int32), score=np.arange(3.0 * n, dtype=np.float32))
         for n in range(5)
     ]
     records[2].bad.append(("x/1", "no image"))
-    memory = table_in_memory(ShardStore(), records)
-    write_table(tmp_path / "table", records, ["score"])
-    table = open_table(tmp_path / "table", ShardStore())
+    table = index_of(tmp_path, records, ["score"])
     again = pickle.loads(pickle.dumps(table))
     assert len(pickle.dumps(table)) < 1000
-    for index in (table, again, pickle.loads(pickle.dumps(memory))):
-        assert (index.num_samples, index.num_bad, index.fingerprint) == (30, 1, memory.fingerprint)
+    for index in (table, again):
+        assert (index.num_samples, index.num_bad, index.fingerprint) == (30, 1, table.fingerprint)
         assert index.starts.tolist() == [0, 0, 3, 9, 18, 30]
-        assert [index.key(n) for n in range(30)] == [memory.key(n) for n in range(30)]
+        assert [index.key(n) for n in range(30)] == [f"{i}" for n in range(5) for i in range(3 * n)]
         assert [str(bad) for bad in index.iter_bad()] == ["2.tar:'x/1': no image"]
         assert (np.asarray(index.shards[3].sizes) == 53).all()
         assert np.asarray(index.arrays["column.score"])[18:22].tolist() == [0, 1, 2, 3]
         assert [len(shard.keys) for shard in index.shards] == [0, 3, 6, 9, 12]
     with pytest.raises(IndexError):
         table.locate(30)
-    (tmp_path / "table" / "size.npy").write_bytes(b"")
+    (table.folder / "size.npy").write_bytes(b"")
     with pytest.raises(UserError, match="Delete this folder"):
-        open_table(tmp_path / "table", ShardStore())
+        open_table(table.folder, table.store)
 
 
-def test_any_key_is_stored_and_long_sides_keep_their_ratio() -> None:
+def test_any_key_is_stored_and_long_sides_keep_their_ratio(tmp_path: Path) -> None:
     keys = ["000000001", "a b/ü", "line\nbreak", "\udcff"]
     assert unpack_keys(pack_keys(keys)) == keys
-    index = table_in_memory(ShardStore(), [record_of("a.tar", np.array([[70_000, 7_000], [5, 6]], np.int32))])
+    index = index_of(tmp_path, [record_of("a.tar", np.array([[70_000, 7_000], [5, 6]], np.int32))])
     assert index.shards[0].sizes.tolist() == [[65_535, 6_553], [5, 6]]
 
 
 def test_index_takes_under_32_bytes_per_sample_and_constant_memory(tmp_path: Path) -> None:
     from benchmarks.index import records
 
-    write_table(tmp_path / "table", records(50_000, 5_000), ["aesthetic"])
-    index = open_table(tmp_path / "table", ShardStore())
+    index = index_of(tmp_path, list(records(50_000, 5_000)), ["aesthetic"])
     view = open_view(index, BUCKETS)
     assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 32 * 50_000
     order = SampleOrder(index, BUCKETS, seed=0, run_length=24, view=view)
     for array in (index.arrays["place"], index.arrays["size"], order.bucket_of):
         assert isinstance(array, np.memmap)
-    assert (
-        open_view(index, BUCKETS).digest == open_view(table_in_memory(ShardStore(), records(50_000, 5_000)), BUCKETS).digest
-    )
 
 
 def test_records_are_written_once_and_again_for_changed_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +137,7 @@ def test_parquet_that_is_changed_added_or_removed_is_read_again(tmp_path: Path) 
 def test_short_json_field_with_lone_surrogate_is_a_word(tmp_path: Path) -> None:
     meta = json.dumps({"caption": "b", "lang": "\ud800"}).encode()
     path = write_shard(tmp_path / "a.tar", [("a", {"png": png(), "json": meta})])
-    index = build_index([path], columns=["lang"])
+    index = build_index([path], tmp_path / "cache", columns=["lang"])
     assert np.asarray(index.arrays["column.lang"]).tolist() == [word_code("\ud800")]
 
 
@@ -227,7 +220,7 @@ def test_truncated_shard_keeps_its_complete_samples(tmp_path: Path) -> None:
         UserError, match=r"on_error=stop requires that every shard can be read, but 1 of 4 shards cannot be read.*1\.tar"
     ):
         check_damage(index, "stop", 0.05)
-    mute = build_index([write_shard(tmp_path / "mute.tar", [good(1), ("mute", {"png": png()})])])
+    mute = build_index([write_shard(tmp_path / "mute.tar", [good(1), ("mute", {"png": png()})])], tmp_path / "cache")
     with pytest.raises(
         UserError, match=r"on_error=stop .* but 1 of 2 samples cannot be used: the first one is mute\.tar:'mute': no caption"
     ):
@@ -274,11 +267,11 @@ def test_links_and_parent_paths_in_tars_are_never_followed(tmp_path: Path) -> No
         image.size = len(png())
         tar.addfile(image, io.BytesIO(png()))
     before = set(tmp_path.iterdir())
-    index = build_index([path])
+    index = build_index([path], tmp_path / "cache")
     data = ImageDataset(index, [(8, 8)], "none")
     assert index.shards[0].keys == ["../../etc/x", "/abs/y", "deep/" * 40 + "n"]
     assert [data.load(n, 0).captions for n in range(3)] == [["up"], ["here"], ["long"]]
-    assert set(tmp_path.iterdir()) == before
+    assert set(tmp_path.iterdir()) == {*before, tmp_path / "cache"}
 
 
 def test_run_rejects_indexing_too_much_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,7 +302,7 @@ def test_last_of_parallel_parts_joins_the_index(tmp_path: Path) -> None:
     assert "2 shards without an index record" in first
     second = tool(tmp_path, "--columns", "score", "--part", "0", "--parts", "2", "--processes", "2")
     assert "damaged:" in second
-    index = open_index([str(path) for path in paths], ShardStore(tmp_path / "cache" / "index"), ["score"])
+    index = open_index([str(path) for path in paths], ShardStore(tmp_path / "cache" / "index", tmp_path), ["score"])
     assert index is not None
     assert 8 < index.num_samples < 12
     assert views(index, Filter(column="score", min=3)).counts.sum() < index.num_samples
@@ -318,8 +311,8 @@ def test_last_of_parallel_parts_joins_the_index(tmp_path: Path) -> None:
     assert record.num_samples == 4
 
 
-def test_sources_are_mixed_exactly_by_weight_at_any_position() -> None:
-    index = make_index([40, 40, 40, 200], shapes=1)
+def test_sources_are_mixed_exactly_by_weight_at_any_position(tmp_path: Path) -> None:
+    index = make_index(tmp_path, [40, 40, 40, 200], shapes=1)
     view = open_view(index, BUCKETS)
     parts = [SampleOrder(index, BUCKETS, 0, 16, 1, view, range(a, b)) for a, b in ((0, 3), (3, 4))]
     mixed = MixedOrder(parts, [3.0, 1.0], seed=0)
@@ -338,8 +331,8 @@ def test_sources_are_mixed_exactly_by_weight_at_any_position() -> None:
         MixedOrder(parts, [1.0, 1e-5], seed=0)
 
 
-def test_mixing_sources_keeps_runs_of_one_size() -> None:
-    index = make_index([90, 90, 90, 90])
+def test_mixing_sources_keeps_runs_of_one_size(tmp_path: Path) -> None:
+    index = make_index(tmp_path, [90, 90, 90, 90])
     view = open_view(index, BUCKETS)
     mixed = MixedOrder(
         [SampleOrder(index, BUCKETS, 1, 2, 6, view, part) for part in (range(2), range(2, 4))], [1, 2], seed=1

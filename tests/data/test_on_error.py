@@ -22,7 +22,7 @@ def shard_with(path: Path, bad: int | None) -> Path:
     rng = np.random.default_rng(0)
     images = [encode(rng.integers(0, 256, (8, 8, 3), np.uint8)) for _ in range(60)]
     rows = [(f"{n:03d}", {"png": image, "json": SIZED}) for n, image in enumerate(images)]
-    index = build_index([write_shard(path, rows)])
+    index = build_index([write_shard(path, rows)], path.parent / "index")
     if bad is not None:
         place = SampleOrder(index, [(8, 8)], seed=0).lookup(bad)
         rows[place.sample_id][1]["png"] = images[place.sample_id][:-30]

@@ -1,6 +1,9 @@
 """The sample order: each sample once per epoch, any start position, runs of one bucket."""
 
 import itertools
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,22 +14,29 @@ from raphael_dist.config.schema import load_config
 from raphael_dist.data.buckets import nearest_buckets, resize_and_crop
 from raphael_dist.data.fetch.shard_cache import ShardStore, Stamp
 from raphael_dist.data.order import SampleOrder
-from raphael_dist.data.shards.dataset_index import DatasetIndex
+from raphael_dist.data.shards.dataset_index import DatasetIndex, open_table
 from raphael_dist.data.shards.shard_record import ShardRecord
-from raphael_dist.data.shards.write_index import table_in_memory
+from raphael_dist.data.shards.write_index import write_table
 from raphael_dist.errors import UserError
 
 BUCKETS = [(64, 64), (48, 80), (80, 48)]
 
 
-def make_index(shard_sizes: list[int], shapes: int = 3, seed: int = 0) -> DatasetIndex:
-    """Return an index without files: shards with these numbers of samples of `shapes` random shapes."""
+def make_index(folder: Path, shard_sizes: list[int], shapes: int = 3, seed: int = 0) -> DatasetIndex:
+    """Return an index of shards without files, with these numbers of samples of `shapes` random shapes."""
     rng = np.random.default_rng(seed)
     records = []
     for number, count in enumerate(shard_sizes):
         sizes = np.array(BUCKETS, np.int32)[rng.integers(0, shapes, count), ::-1]
         records.append(record_of(f"{number}.tar", sizes))
-    return table_in_memory(ShardStore(), records)
+    return index_of(folder, records)
+
+
+def index_of(folder: Path, records: Sequence[ShardRecord], columns: Sequence[str] = ()) -> DatasetIndex:
+    """Write an index of shards with these records into a new folder in `folder`, and open it."""
+    table = Path(tempfile.mkdtemp(dir=folder)) / "tables" / "table"
+    write_table(table, records, columns)
+    return open_table(table, ShardStore(folder, folder))
 
 
 def record_of(name: str, sizes: np.ndarray, **columns: np.ndarray) -> ShardRecord:
@@ -40,9 +50,9 @@ def epoch_of(order: SampleOrder, epoch: int) -> list[int]:
     return [order.lookup(first + offset).sample_id for offset in range(order.samples_per_epoch)]
 
 
-def test_epoch_has_each_sample_once_and_drops_under_a_run_per_bucket():
+def test_epoch_has_each_sample_once_and_drops_under_a_run_per_bucket(tmp_path):
     for shapes, window, run in itertools.product((1, 3), (1, 3, 16), (1, 4)):
-        index = make_index([7, 0, 12, 1, 9, 30, 2], shapes)
+        index = make_index(tmp_path, [7, 0, 12, 1, 9, 30, 2], shapes)
         order = SampleOrder(index, BUCKETS, seed=3, window_shards=window, run_length=run)
         for epoch in (0, 1, 5):
             ids = epoch_of(order, epoch)
@@ -50,9 +60,9 @@ def test_epoch_has_each_sample_once_and_drops_under_a_run_per_bucket():
         assert order.dropped_per_epoch < (1 if 1 in (shapes, run) else shapes * run)
 
 
-def test_aligned_runs_share_a_bucket():
+def test_aligned_runs_share_a_bucket(tmp_path):
     for window in (1, 2, 16):
-        order = SampleOrder(make_index([5, 9, 2, 3, 11, 8]), BUCKETS, seed=1, window_shards=window, run_length=4)
+        order = SampleOrder(make_index(tmp_path, [5, 9, 2, 3, 11, 8]), BUCKETS, seed=1, window_shards=window, run_length=4)
         places = [order.lookup(position) for position in range(3 * order.samples_per_epoch)]
         for first in range(0, len(places), 4):
             assert len({place.bucket for place in places[first : first + 4]}) == 1
@@ -60,8 +70,8 @@ def test_aligned_runs_share_a_bucket():
         assert {place.epoch for place in places} == {0, 1, 2}
 
 
-def test_epochs_and_seeds_differ_and_epochs_cover_all_samples():
-    index = make_index([20, 20, 20])
+def test_epochs_and_seeds_differ_and_epochs_cover_all_samples(tmp_path):
+    index = make_index(tmp_path, [20, 20, 20])
     order = SampleOrder(index, BUCKETS, seed=1, run_length=8)
     epochs = [epoch_of(order, epoch) for epoch in range(12)]
     assert len({tuple(ids) for ids in epochs}) == 12
@@ -69,8 +79,8 @@ def test_epochs_and_seeds_differ_and_epochs_cover_all_samples():
     assert epoch_of(SampleOrder(index, BUCKETS, seed=2, run_length=8), 0) != epochs[0]
 
 
-def test_lookup_does_not_depend_on_access_order():
-    index = make_index([13, 5, 8, 21, 3, 3, 9])
+def test_lookup_does_not_depend_on_access_order(tmp_path):
+    index = make_index(tmp_path, [13, 5, 8, 21, 3, 3, 9])
     first, second = (SampleOrder(index, BUCKETS, seed=9, window_shards=2, run_length=3) for _ in range(2))
     positions = np.random.default_rng(0).permutation(4 * first.samples_per_epoch)
     shuffled = {int(p): first.lookup(int(p)) for p in positions}
@@ -78,20 +88,20 @@ def test_lookup_does_not_depend_on_access_order():
     assert first.lookup(10**12).epoch == 10**12 // first.samples_per_epoch
 
 
-def test_order_equals_recorded_order():
-    order = SampleOrder(make_index([4, 4, 4]), BUCKETS, seed=0, window_shards=2, run_length=2)
+def test_order_equals_recorded_order(tmp_path):
+    order = SampleOrder(make_index(tmp_path, [4, 4, 4]), BUCKETS, seed=0, window_shards=2, run_length=2)
     assert epoch_of(order, 0) == [5, 3, 7, 4, 2, 1, 6, 8, 0, 9]
 
 
-def test_window_reads_only_its_shards():
-    order = SampleOrder(make_index([10] * 8, shapes=1), BUCKETS, seed=0, window_shards=2)
+def test_window_reads_only_its_shards(tmp_path):
+    order = SampleOrder(make_index(tmp_path, [10] * 8, shapes=1), BUCKETS, seed=0, window_shards=2)
     for first in range(0, 80, 20):
         shards = {order.index.locate(order.lookup(p).sample_id)[0] for p in range(first, first + 20)}
         assert len(shards) == 2
 
 
-def test_invalid_options_and_too_small_data_are_rejected():
-    index = make_index([3, 3])
+def test_invalid_options_and_too_small_data_are_rejected(tmp_path):
+    index = make_index(tmp_path, [3, 3])
     with pytest.raises(UserError, match="size with at least 100 samples"):
         SampleOrder(index, BUCKETS, seed=0, run_length=100)
     with pytest.raises(UserError, match="at least one size"):

@@ -81,7 +81,7 @@ def test_user_images_are_read_as_training_images(tmp_path: Path, make) -> None:
     data, expected = make()
     pixels, path = np.asarray(expected), tmp_path / "a.png"
     path.write_bytes(data)
-    index = build_index([write_raw(tmp_path / "a.tar", [("a.png", data), ("a.txt", b"x")])])
+    index = build_index([write_raw(tmp_path / "a.tar", [("a.png", data), ("a.txt", b"x")])], tmp_path / "cache")
     assert index.shards[0].sizes.tolist() == [[48, 32]]
     upscale = Upscale(factor=2)
     small = small_images([Image.open(path)], (64, 96), 2)[0]
@@ -128,7 +128,7 @@ def test_transparent_edge_map_has_no_edges_where_transparent(tmp_path: Path) -> 
     ImageDraw.Draw(lines).line((4, 4, 40, 4), fill=(255, 255, 255, 255))
     lines.save(tmp_path / "map.png")
     stored = [("a.png", png(48, 32)), ("a.edge.png", (tmp_path / "map.png").read_bytes()), ("a.txt", b"x")]
-    data = ImageDataset(build_index([write_raw(tmp_path / "a.tar", stored)]), [(32, 48)], "stored")
+    data = ImageDataset(build_index([write_raw(tmp_path / "a.tar", stored)], tmp_path / "cache"), [(32, 48)], "stored")
     for found in (read_edges(tmp_path / "map.png", (32, 48), "map"), data.load(0, 0).edge):
         assert found is not None
         assert np.flatnonzero(found.any(axis=1)).tolist() == [4]
@@ -310,8 +310,8 @@ def test_size_comes_from_upright_header_and_other_json_is_counted(tmp_path: Path
         for ext, data in (("jpg", photo), ("json", json.dumps({"caption": "c", "width": width, "height": height}).encode()))
     ]
     write_raw(tmp_path / "a.tar", members)
-    for folder in (None, tmp_path / "cache", tmp_path / "cache"):
-        index = build_index([tmp_path / "a.tar"], folder)
+    for _ in range(2):
+        index = build_index([tmp_path / "a.tar"], tmp_path / "cache")
         assert index.shards[0].sizes.tolist() == [[30, 60]] * 3
         [(reason, (count, first))] = index.skipped.counts.items()
         assert ("width and height" in reason, count, first) == (True, 2, "a.tar:0")
@@ -343,12 +343,12 @@ def test_concatenated_tars_are_read_and_trailing_data_is_damage(tmp_path: Path) 
     one, two = (write_shard(tmp_path / f"{n}.tar", [good(3 * n + i) for i in range(3)]).read_bytes() for n in (0, 1))
     joined = tmp_path / "joined.tar"
     joined.write_bytes(one + two)
-    index = build_index([joined])
+    index = build_index([joined], tmp_path / "cache")
     assert (index.shards[0].keys, index.damaged) == ([f"{n:04d}" for n in range(6)], {})
     data = ImageDataset(index, [(16, 16)], "none")
     assert [data.load(n, 0).captions for n in range(6)] == [[f"caption {n}"] for n in range(6)]
     joined.write_bytes(one + b"\xff" * 700)
-    index = build_index([joined])
+    index = build_index([joined], tmp_path / "cache")
     assert index.num_samples == 3
     assert f"is damaged or cut short at byte {len(one)}" in index.damaged[0]
 
@@ -403,7 +403,7 @@ def test_small_held_out_share_has_at_least_one_sample(tmp_path: Path, capsys: py
     held_out = 1 if kind == "folder" else 2  # of each tar
     assert f"{held_out} of them for validation" in capsys.readouterr().out
     patterns = (str(tmp_path / "out" / f"{name}-*.tar") for name in ("train", "val"))
-    train, val = (build_index(expand_shards([pattern])) for pattern in patterns)
+    train, val = (build_index(expand_shards([pattern]), tmp_path / "cache") for pattern in patterns)
     keys = [{index.key(n) for n in range(index.num_samples)} for index in (train, val)]
     assert (train.num_samples, val.num_samples, keys[0] & keys[1]) == (12 - held_out, held_out, set())
 
@@ -434,7 +434,7 @@ def test_reasons_that_differ_in_numbers_are_grouped(tmp_path: Path) -> None:
     members = [(f"{n}.{ext}", data) for n in range(4) for ext, data in (("png", png()), ("txt", b"x"))]
     for n, size in ((1, 50), (2, 52), (3, 54)):
         members[2 * n] = (f"{n}.png", png()[:size])
-    data = ImageDataset(build_index([write_raw(tmp_path / "a.tar", members)]), [(16, 16)], "none")
+    data = ImageDataset(build_index([write_raw(tmp_path / "a.tar", members)], tmp_path / "cache"), [(16, 16)], "none")
     bad = []
     for n in range(1, 4):
         with pytest.raises(BadSampleError) as caught:
@@ -455,7 +455,9 @@ def test_captions_of_any_script_are_drawn_or_escaped() -> None:
 
 
 def test_run_start_reports_skipped_members(tmp_path: Path) -> None:
-    index = build_index([write_raw(tmp_path / "a.tar", [("1.png", png()), ("1.txt", b"one"), ("a.b.png", png())])])
+    index = build_index(
+        [write_raw(tmp_path / "a.tar", [("1.png", png()), ("1.txt", b"one"), ("a.b.png", png())])], tmp_path / "cache"
+    )
     order = SampleOrder(index, [(16, 16)], seed=0)
     assert any("skipped: 1 x member with a dot in its key" in line for line in describe(index, order.view, order))
 
@@ -464,7 +466,10 @@ def test_start_counts_the_training_images(tmp_path: Path) -> None:
     sizes = [(32, 32)] * 5 + [(16, 32)] * 3 + [(8, 8)] * 2
     samples = [(f"{n}.png", encoded(Image.new("RGB", size))) for n, size in enumerate(sizes)]
     texts = [(f"{n}.txt", b"a caption") for n in range(len(sizes))]
-    index = build_index([write_raw(tmp_path / "a.tar", [*sorted([*samples, *texts]), ("bad.png", b""), ("bad.txt", b"x")])])
+    index = build_index(
+        [write_raw(tmp_path / "a.tar", [*sorted([*samples, *texts]), ("bad.png", b""), ("bad.txt", b"x")])],
+        tmp_path / "cache",
+    )
     view = open_view(index, [(32, 32), (32, 16)], [Filter(column="short_side", min=16)])
     order = SampleOrder(index, view.buckets, seed=0, run_length=2, view=view)
     data: Any = SimpleNamespace(order=order, bad_samples=[])

@@ -148,7 +148,7 @@ def check_ways(config: Config, folder: Path) -> None:
     preparer = Preparer(folder / "stored", "stored", None, config, encoders)
     assert preparer.make(parts_of([str(plain)], 10, 0.0, None)[0]).written == 4
     cached = with_data(config, cache_dir=str(folder / "beside"))
-    cache = source_of(cached, build_index([plain]), encoders, training=True)
+    cache = source_of(cached, build_index([plain], folder / "index"), encoders, training=True)
     assert isinstance(cache, FeatureCache)
     cache.fill_in_background([0])
     cache._fill_thread.join()  # type: ignore[union-attr]
@@ -618,7 +618,7 @@ def test_failure_to_fill_cache_ends_training(tmp_path: Path, vaes: dict[str, Pat
     config = config_with(vaes["tiny"], save_text(tmp_path / "text", "BERT"), 4, f"data.cache_dir={tmp_path / 'cache'}")
     encoders, shard = encoders_of(config), write_shard(tmp_path / "a.tar", samples(2))
     encoders.image._model.encode = lambda _: [None]  # as a class that changed under us
-    source = source_of(config, build_index([shard]), encoders, training=True)
+    source = source_of(config, build_index([shard], tmp_path / "cache"), encoders, training=True)
     assert isinstance(source, FeatureCache)
     source.fill_in_background([0])
     source._fill_thread.join()  # type: ignore[union-attr]

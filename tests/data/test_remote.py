@@ -59,7 +59,7 @@ def test_http_and_s3_give_samples_of_local_shards(local: list[Path], tmp_path: P
         assert names == [f"s3://laion/{path.name}" for path in local]
         assert loaded(store_in(tmp_path / "c"), names) == expected
         assert build_index(names, store=store_in(tmp_path / "c")).fingerprint == fingerprint
-    assert fingerprint == build_index([str(path) for path in local]).fingerprint
+    assert fingerprint == build_index([str(path) for path in local], tmp_path / "d").fingerprint
 
 
 def test_temporary_errors_are_retried_without_corrupting_data(

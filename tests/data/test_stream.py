@@ -83,7 +83,7 @@ class World:
         for shard in range(3):
             rows = [self.members(n) for n in range(10 * shard, 10 * shard + 10)]
             paths.append(write_shard(tmp_path / f"s{shard}.tar", rows))
-        self.index = build_index(paths)
+        self.index = build_index(paths, tmp_path / "index")
         self.text = Text()
         self.dataset = ImageDataset(self.index, BUCKETS, edge)
         self.cache = FeatureCache(tmp_path / "cache", self.dataset, encoders(self.text), flip)
@@ -161,7 +161,7 @@ def test_changed_caption_of_equal_length_is_encoded_again(tmp_path):
     first.cache.build([0, 1, 2])
     path = tmp_path / "s1.tar"
     path.write_bytes(path.read_bytes().replace(b"caption 12", b"CAPTION 12"))
-    index = build_index([tmp_path / f"s{n}.tar" for n in range(3)])
+    index = build_index([tmp_path / f"s{n}.tar" for n in range(3)], tmp_path / "index")
     dataset = ImageDataset(index, BUCKETS, "stored")
     cache = FeatureCache(tmp_path / "cache", dataset, encoders(first.text), True)
     assert index.fingerprint == first.index.fingerprint
@@ -386,7 +386,7 @@ def test_prefetcher_raises_at_failed_key_and_stops():
 
 def test_image_is_fitted_to_its_bucket(tmp_path):
     path = write_shard(tmp_path / "a.tar", [("a", {"png": png(90, 40), "txt": b"x"})])
-    index = build_index([path])
+    index = build_index([path], tmp_path / "index")
     cache = FeatureCache(tmp_path, ImageDataset(index, BUCKETS, "none"), encoders(Text()), False)
     cache.build([0])
     assert cache.get(0, 1, first, False).mean.shape == (3, 4, 8)

@@ -91,7 +91,7 @@ def test_folder_with_txt_per_image_becomes_shards(tmp_path: Path, capsys: pytest
     assert [path.name for path in sorted(out.iterdir())] == [
         f"{name}.{ext}" for name in ("train-00000", "train-00001", "val-00000") for ext in ("json", "tar")
     ]
-    index = build_index(sorted(out.glob("*.tar")))
+    index = build_index(sorted(out.glob("*.tar")), tmp_path / "index")
     assert (index.num_samples, index.bad) == (10, [])
     for members in read_shard(out / "train-00000.tar").values():
         edge = np.asarray(Image.open(io.BytesIO(members["edge.png"])))

@@ -94,7 +94,7 @@ def batch_of(features: str, world: World, folder: Path, noise: float = 0.0) -> t
         preparer = Preparer(folder / "stored", "stored", None, config, made)
         assert sum(preparer.make(part).written for part in parts_of(names, 10, 0.0, None)) == 30
         names = [str(path) for path in sorted((folder / "stored").glob("*.tar"))]
-    index = build_index(names)
+    index = build_index(names, folder / "index")
     source = source_of(config, index, made, True)
     if isinstance(source, FeatureCache):
         source.build(source.missing())

@@ -69,7 +69,7 @@ def _measure(way: str, config: Config, shards: list[Path], encoders: Encoders, f
         for part in parts_of([str(path) for path in shards], 1000, 0.0, None):
             preparer.make(part)
         shards = sorted((folder / way).glob("*.tar"))
-    index = build_index(shards)
+    index = build_index(shards, folder / way / "index")
     source = source_of(config, index, encoders, training=True)
     if isinstance(source, FeatureCache):
         source.build(source.missing())
@@ -91,12 +91,12 @@ def _measure(way: str, config: Config, shards: list[Path], encoders: Encoders, f
     )
 
 
-def rounding(config: Config, shards: list[Path], encoders: Encoders) -> dict[str, float]:
+def rounding(config: Config, shards: list[Path], encoders: Encoders, folder: Path) -> dict[str, float]:
     """Return the relative error (RMS) of the features in each storage format, by name of the format.
 
-    The error is measured on up to 64 samples. `config` must have data.features=online.
+    The error is measured on up to 64 samples. `config` must have data.features=online. `folder`: for the index of `shards`.
     """
-    index = build_index(shards)
+    index = build_index(shards, folder)
     source = source_of(config, index, encoders, training=True)
     features = [source.get(n, 0, lambda weights: 0, False) for n in range(min(64, index.num_samples))]
     mean, std = encoders.latents(torch.stack([feature.image for feature in features if feature.image is not None]))
@@ -134,10 +134,11 @@ def run(args: argparse.Namespace) -> None:
     shards = [Path(path) for path in expand_shards(config.data.shards)]
     with TemporaryDirectory() as folder:
         rows = bench_features(config, shards, encoders, Path(folder), args.batches)
+        config = load_config(args.config, [*args.overrides, "data.features=online"])
+        errors = rounding(config, shards, encoders, Path(folder))
     print(f"{'ms per sample':28} {'bytes':>8} {'to fill':>8} {'to read':>8}   " + "  ".join(f"{kind:>8}" for kind in KINDS))
     for row in rows:
         parts = "  ".join(f"{1e3 * row.parts[kind]:8.2f}" for kind in KINDS)
         print(f"{row.way:28} {row.num_bytes:8.0f} {1e3 * row.fill_s:8.1f} {1e3 * row.read_s:8.2f}   {parts}")
-    config = load_config(args.config, [*args.overrides, "data.features=online"])
-    for name, error in rounding(config, shards, encoders).items():
+    for name, error in errors.items():
         print(f"{name:28} {error:.1e}")

@@ -63,7 +63,7 @@ def _private_mb() -> float:
 
 def _open(folder: Path, queue: "multiprocessing.SimpleQueue[tuple[float, float, float]]") -> None:
     before, began = _private_mb(), time.perf_counter()
-    index = open_table(folder, ShardStore())
+    index = open_table(folder, ShardStore(folder, folder))
     order = SampleOrder(index, PAPER, seed=0, window_shards=16, run_length=24, view=open_view(index, PAPER))
     order.lookup(0)
     opened = time.perf_counter() - began
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
             write_table(folder, records(args.samples, args.per_shard), ["aesthetic"])
             print(f"index written in {time.perf_counter() - began:.0f} s")
         began = time.perf_counter()
-        open_view(open_table(folder, ShardStore()), PAPER)
+        open_view(open_table(folder, ShardStore(folder, folder)), PAPER)
         print(f"list of samples by image size in {time.perf_counter() - began:.1f} s (0 if it existed)")
         size = sum(path.stat().st_size for path in folder.parent.parent.rglob("*") if path.is_file())
         print(f"{size / args.samples:.1f} bytes per sample on disk, including this list")

@@ -82,14 +82,14 @@ class ShardStore:
 
     Attributes:
         folder: Folder for unpacked copies of local .tar.gz shards, which are never deleted, and for the index (table of all
-            samples). None: no folder; a local .tar.gz shard raises UserError.
-        fetched: Folder for downloaded shards. None: no folder; a shard on a server raises UserError.
+            samples).
+        fetched: Folder for downloaded shards.
         max_bytes: Size limit of `fetched` in bytes.
         retry: How failed requests to servers are repeated.
     """
 
-    folder: Path | None = None
-    fetched: Path | None = None
+    folder: Path
+    fetched: Path
     max_bytes: int = 64 << 30
     retry: RetryPolicy = DEFAULT_RETRY
 
@@ -130,24 +130,14 @@ class ShardStore:
         """Return the path on this machine at which `fetch` stores a shard's uncompressed tar. The file may not exist yet.
 
         For a local tar it is the path of the tar itself. `name`: path or URL of the shard. `stamp`: the version of its file,
-        on which the path of a copy depends. Raises UserError if this store has no folder for downloads (remote shard) or
-        for unpacked files (local .tar.gz).
+        on which the path of a copy depends.
         """
         plain = plain_name(name)
         if remote.is_remote(name):
-            if self.fetched is None:
-                raise UserError(
-                    f"data.shards={hide_secrets(name)} is remote and requires a folder for downloads. Set data.shard_cache."
-                )
             digest = _digest([name, stamp.num_bytes, stamp.mark])
             return self.fetched / digest[:2] / digest[:32] / plain
         if plain == base_name(name):
             return Path(name)
-        if self.folder is None:
-            raise UserError(
-                f"data.shards={name} is gzipped and requires a folder for the unpacked file. Set data.cache_dir, or gunzip "
-                "the file."
-            )
         # The folder depends on the file's state, so that a changed .tar.gz is expanded again.
         digest = _digest([_CACHE_VERSION, str(Path(name).resolve()), stamp.num_bytes, int(stamp.mark)])
         return self.folder / "expanded" / digest[:32] / plain
@@ -164,7 +154,7 @@ class ShardStore:
         Raises:
             ShardError: The shard cannot be read, does not match `stamp` any more, or cannot be written (disk full, ...).
             DamagedShardError: A .tar.gz cannot be unpacked.
-            UserError: There is no folder to store the shard, or it is larger than data.shard_cache_gb.
+            UserError: The shard is larger than data.shard_cache_gb.
         """
         path = self.path(name, stamp)
         if path == Path(name) or is_verified(path):
@@ -270,7 +260,6 @@ class ShardStore:
 
     def _evict(self, num_bytes: int) -> None:
         """Delete the least recently used downloaded files until there is room for `num_bytes` more within `max_bytes`."""
-        assert self.fetched is not None
         with _locked(self.fetched / "room"):
             files, now = [], time.time()
             for path in self.fetched.glob("*/*/*"):

@@ -25,7 +25,7 @@ from raphael_dist.data.shards.shard_record import (
     unreached_record,
 )
 from raphael_dist.data.shards.tar_scan import IMAGE_EXTS
-from raphael_dist.data.shards.write_index import table_in_memory, write_table
+from raphael_dist.data.shards.write_index import write_table
 from raphael_dist.errors import UserError
 from raphael_dist.runtime.progress_bar import Reporter, no_report
 from raphael_dist.storage.checksummed import folder_damage, read_sealed, write_sealed
@@ -51,8 +51,6 @@ def open_index(names: Sequence[str], store: ShardStore, columns: Sequence[str] =
         - when the index was written, a shard was missing, or (this matters only if `columns` is not empty) a server denied
           access to the parquet file with the metadata of a shard's samples.
     """
-    if store.folder is None:
-        return None
     pointer = _pointer_path(store.folder, names)
     try:
         folder = store.folder / "tables" / json.loads(read_sealed(pointer))["table"]
@@ -84,7 +82,7 @@ def unindexed(names: Sequence[str], store: ShardStore, report: Reporter = no_rep
     """
 
     def check(name: str) -> tuple[str, int] | None:
-        record = None if store.folder is None else load_record(store.folder, name)
+        record = load_record(store.folder, name)
         try:
             stamp = store.stamp(name)
             is_current = record is not None and (record.stamp, record.parquet) == (stamp, parquet_stamp(store, name))
@@ -100,9 +98,9 @@ def unindexed(names: Sequence[str], store: ShardStore, report: Reporter = no_rep
 def scan_shards(names: Sequence[str], store: ShardStore, report: Reporter = no_report) -> list[ShardRecord]:
     """Read the shards with these names (paths or URLs) from start to end, and return a record of each.
 
-    A record has the byte range, image size and key (name) of each sample. If `store` has a folder, the record is also
-    written there. A missing shard gets a record without samples, which is not written, so that the next start looks for the
-    shard again. `report`: called with a line of progress for each shard.
+    A record has the byte range, image size and key (name) of each sample, and is also written into the folder of `store`. A
+    missing shard gets a record without samples, which is not written, so that the next start looks for the shard again.
+    `report`: called with a line of progress for each shard.
 
     Raises:
         UserError: A shard may exist but cannot be reached (e.g. its server fails), or a record cannot be written.
@@ -121,11 +119,10 @@ def scan_shards(names: Sequence[str], store: ShardStore, report: Reporter = no_r
             _log.warning("%s", error)
             records.append(unreached_record(name, "is missing"))
             continue
-        if store.folder is not None:
-            try:
-                save_record(store.folder, record)
-            except OSError as error:
-                raise cannot_write(store.folder, error) from error
+        try:
+            save_record(store.folder, record)
+        except OSError as error:
+            raise cannot_write(store.folder, error) from error
         records.append(record)
     return records
 
@@ -146,7 +143,6 @@ def join_records(
     Raises:
         UserError: No sample can be used, or the table cannot be written.
     """
-    assert store.folder is not None
     digest = _digest_of(_records(store.folder, names, report), names, columns)
     folder = store.folder / "tables" / digest
     try:
@@ -201,10 +197,9 @@ def _digest_of(records: Iterable[ShardRecord], names: Sequence[str], columns: Se
 
 def build_index(
     paths: Sequence[str | Path],
-    folder: Path | None = None,
+    store: ShardStore | Path,
     report: Reporter = no_report,
     *,
-    store: ShardStore | None = None,
     columns: Sequence[str] = (),
 ) -> DatasetIndex:
     """Return the index of shards (tar files): a table with the byte range and image size of each sample.
@@ -213,22 +208,17 @@ def build_index(
 
     Args:
         paths: Paths and URLs of the shards.
-        folder: Folder in which the index is stored and .tar.gz shards are unpacked. None: the index exists in memory only.
+        store: Provides the shards; its folder contains the index. A path: the folder for the index and for the shards that
+            must be downloaded or unpacked.
         report: Called with lines of progress.
-        store: Alternative to `folder`: provides the shards, and its folder contains the index.
-        columns: Names of the columns (values from the samples' metadata) that the index gets: those that filters use. An
-            index in memory gets all columns.
+        columns: Names of the columns (values from the samples' metadata) that the index gets: those that filters use.
 
     Raises:
-        UserError: No sample can be used; a file cannot be written; or a shard is gzipped or remote and there is no folder.
+        UserError: No sample can be used, or a file cannot be written.
     """
     names = [str(name) for name in paths]
-    if store is None:
-        store = ShardStore(folder, None if folder is None else folder / "fetched")
-    if store.folder is None:
-        records = scan_shards(names, store, report)
-        _digest_of(records, names, ())
-        return table_in_memory(store, records)
+    if isinstance(store, Path):
+        store = ShardStore(store, store / "fetched")
     existing = open_index(names, store, columns)
     if existing is not None:
         return existing

@@ -149,7 +149,7 @@ class DatasetIndex:
         packed_keys: The keys (names) of all usable samples, compressed (the file keys.bin).
         packed_bad: Key and reason of all samples that cannot be used, compressed (bad.bin).
         about: Facts about each shard and the data set, such as names and digests (shards.json).
-        folder: The folder in which the index is stored; None for an index that exists in memory only.
+        folder: The folder in which the index is stored.
     """
 
     store: ShardStore
@@ -157,11 +157,9 @@ class DatasetIndex:
     packed_keys: np.ndarray | bytes
     packed_bad: np.ndarray | bytes
     about: JsonObject
-    folder: Path | None = None
+    folder: Path
 
     def __reduce__(self) -> tuple[object, ...]:
-        if self.folder is None:
-            return DatasetIndex, (self.store, self.arrays, self.packed_keys, self.packed_bad, self.about)
         names = self.about["names"]
         has_secrets = any(hide_secrets(name) != name for name in names)  # which the stored names lack
         return open_table, (self.folder, self.store, names if has_secrets else None)

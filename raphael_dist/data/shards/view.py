@@ -93,7 +93,7 @@ def open_view(
 ) -> View:
     """Return which samples of an index pass the filters, and the bucket (image size) of each of them.
 
-    If the index is stored on disk, the result is stored next to it, and is only computed if it is missing.
+    The result is stored next to the index, and is only computed if it is missing.
 
     Args:
         index: The index: a table of all samples of the shards (tar files).
@@ -109,8 +109,6 @@ def open_view(
     if not buckets:
         raise UserError("image.buckets=[] must have at least one size. Add one, for example [512, 512].")
     sizes = tuple((int(height), int(width)) for height, width in buckets)
-    if index.folder is None:
-        return _check_not_empty(_compute(index, sizes, filters, np.zeros(index.num_samples, _dtype(sizes))), index)
     parts = [_VERSION, index.about["whole"], index.folder.name, sizes, [rule.model_dump(mode="json") for rule in filters]]
     folder = index.folder.parent.parent / "views" / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
     if check and (damage := folder_damage(folder)):

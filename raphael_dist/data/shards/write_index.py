@@ -1,10 +1,8 @@
 """Writes the table of an index (dataset_index.py) from the records of its shards (shard_record.py)."""
 
 import hashlib
-import io
 import json
 import zlib
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,8 +10,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from raphael_dist.data.fetch.shard_cache import ShardStore, plain_name
-from raphael_dist.data.shards.dataset_index import BYTES, DIGESTS, SAMPLES, VERSION, DatasetIndex
+from raphael_dist.data.fetch.shard_cache import plain_name
+from raphael_dist.data.shards.dataset_index import BYTES, DIGESTS, SAMPLES, VERSION
 from raphael_dist.data.shards.shard_record import ShardRecord, pack_keys
 from raphael_dist.data.shards.skipped import SkipCounts
 from raphael_dist.storage.checksummed import sealed_folder
@@ -81,25 +79,6 @@ class _Writer:
         self.about["known"] = sorted(self._known)
         self.about["skipped"] = self._skipped.counts
         self.about["whole"] = {d: hashlib.sha256("".join(self.about[d]).encode()).hexdigest() for d in DIGESTS}
-
-
-def table_in_memory(store: ShardStore, records: Iterable[ShardRecord]) -> DatasetIndex:
-    """Join the records of shards into an index (table of all samples) in memory, with all columns. No file is written.
-
-    `store`: provides the shards (tar files) as local files. `records`: for each shard, the byte range, image size,
-    key (name) and columns (metadata values for data.filters) of its samples.
-    """
-    records = list(records)
-    columns = sorted({name for record in records for name in record.columns})
-    files: dict[str, io.BytesIO] = defaultdict(io.BytesIO)
-    writer = _Writer(columns, files.__getitem__)
-    for record in records:
-        writer.add(record)
-    writer.finish()
-    keys, bad = (files.pop(name).getvalue() for name in ("keys.bin", "bad.bin"))
-    arrays = {name.removesuffix(".npy"): np.load(io.BytesIO(file.getvalue())) for name, file in files.items()}
-    arrays["shards"] = np.array(writer.rows, np.int64)
-    return DatasetIndex(store, arrays, keys, bad, json.loads(json.dumps(writer.about)))
 
 
 def write_table(folder: Path, records: Iterable[ShardRecord], columns: Sequence[str]) -> None:
