@@ -152,7 +152,7 @@ def _fill(cache: FeatureCache, encoders: Encoders, config: Config, ranks: Ranks)
 
     Collective: all ranks call it, and each computes a part of the files.
     """
-    present = ranks.share(len(cache.index.shards))
+    present = ranks.share(cache.index.num_shards)
     run_on_all_ranks("checking cached features", lambda report: cache.verify(present, report))
     missing = run_on_rank0("finding cached features", lambda _: cache.missing())
     local_missing = missing[ranks.rank :: ranks.world_size]
@@ -160,7 +160,7 @@ def _fill(cache: FeatureCache, encoders: Encoders, config: Config, ranks: Ranks)
     if missing and ranks.is_main:
         when = "during training" if in_background else "once"
         _log.info(
-            "computing embeddings and latents of %d of %s, %s", len(missing), counted(len(cache.index.shards), "shard"), when
+            "computing embeddings and latents of %d of %s, %s", len(missing), counted(cache.index.num_shards, "shard"), when
         )
 
     def fill(report: Reporter) -> None:
@@ -211,7 +211,7 @@ def fill_cache(config: Config, encoders: Encoders, part: int, num_parts: int, *,
     with SampleReader(config, cache.dataset):
         cache.build(missing)
     encoders.text.counter.warn()
-    return len(missing), len(index.shards)
+    return len(missing), index.num_shards
 
 
 def dataset_of(config: Config, index: DatasetIndex, *, training: bool, edges: EdgeSource | None = None) -> ImageDataset:

@@ -100,7 +100,7 @@ class SampleOrder:
         self.index, self.seed, self.window_shards = index, seed, window_shards
         self.view = open_view(index, buckets) if view is None else view
         self.buckets, self.bucket_of = self.view.buckets, self.view.bucket_of
-        self.first_shard, end = (shards.start, shards.stop) if shards else (0, len(index.shards))
+        self.first_shard, end = (shards.start, shards.stop) if shards else (0, index.num_shards)
         self._counts_SB = self.view.counts[self.first_shard : end]
         totals_B = self._counts_SB.sum(axis=0)
         num_samples = int(totals_B.sum())

@@ -51,7 +51,7 @@ def _warn(option: str, index: DatasetIndex, unreadable: Sequence[BadSample]) -> 
         count = len(index.damaged)
         _log.warning(
             "%s: %d of %s cannot be read to the end, so samples are missing; the first such shard is %s: %s",
-            option, count, counted(len(index.shards), "shard"), index.shards[shard].name, reason,
+            option, count, counted(index.num_shards, "shard"), index.shard(shard).name, reason,
         )  # fmt: skip
     if bad := index.num_bad + len(unreadable):
         first = next(itertools.chain(index.iter_bad(), unreadable))

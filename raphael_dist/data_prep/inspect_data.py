@@ -148,14 +148,14 @@ def report_lines(findings: Findings, dataset: ImageDataset, view: View) -> Itera
         view: Which samples pass data.filters, and how many have which bucket (image size).
     """
     index, n = dataset.index, findings.num_inspected
-    yield f"{counted(index.num_samples, 'sample')} in {counted(len(index.shards), 'shard')}; {n} of them were decoded"
+    yield f"{counted(index.num_samples, 'sample')} in {counted(index.num_shards, 'shard')}; {n} of them were decoded"
     yield "members: " + ", ".join(f"{ext} {count / n:.0%}" for ext, count in findings.members.most_common())
     for name, kinds in sorted(findings.fields.items()):
         yield f"  json {name}: {' or '.join(kinds)}, in {sum(kinds.values()) / n:.0%}"
     rejected = [(bad.key, bad.reason) for bad in index.bad]
     yield from _bad_lines("bad samples in the index", rejected, index.num_samples + len(rejected))
     yield from (f"skipped: {line}" for line in index.skipped.lines())
-    yield from (f"{index.shards[number].name} {why}" for number, why in list(index.damaged.items())[:_SHOWN])
+    yield from (f"{index.shard(number).name} {why}" for number, why in list(index.damaged.items())[:_SHOWN])
     yield from _bad_lines("samples that cannot be decoded", findings.errors, n)
     groups = find_duplicates(findings.thumbnails)
     num_duplicates = sum(len(group) - 1 for group in groups)

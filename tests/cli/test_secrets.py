@@ -88,7 +88,7 @@ def test_index_and_its_errors_have_no_secret(tmp_path: Path, capsys: pytest.Capt
         store = ShardStore(tmp_path / "index", tmp_path / "fetched", retry=RetryPolicy(0, 5.0, 0.1))
         for _ in range(2):
             index = build_index(names, store=store)
-            assert index.shards[0].source == names[0], "the next run fetches by the address that it was given"
+            assert index.shard(0).source == names[0], "the next run fetches by the address that it was given"
         files = [path for path in tmp_path.rglob("*") if path.is_file()]
         assert len(files) > 5
         assert not [path for path in files if leaks(path.read_bytes()) or leaks(str(path))]

@@ -46,7 +46,7 @@ def numbers(shards: list[Path], folder: Path) -> list:
     index = build_index(shards, folder, columns=["score"])
     order = SampleOrder(index, BUCKETS, 0, 2, 2, open_view(index, BUCKETS, [Filter(column="score", min=2)]))
     places = [order.lookup(position) for position in range(40)]
-    spans = [index.shards[index.locate(p.sample_id)[0]].span(index.locate(p.sample_id)[1]) for p in places]
+    spans = [index.span(p.sample_id) for p in places]
     bad = [str(one) for one in index.iter_bad()]
     return [order.fingerprint, index.text_digest, places, spans, [index.key(p.sample_id) for p in places], bad]
 

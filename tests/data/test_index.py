@@ -70,9 +70,9 @@ def test_table_has_all_samples_and_pickles_as_path(tmp_path: Path) -> None:
         assert index.starts.tolist() == [0, 0, 3, 9, 18, 30]
         assert [index.key(n) for n in range(30)] == [f"{i}" for n in range(5) for i in range(3 * n)]
         assert [str(bad) for bad in index.iter_bad()] == ["2.tar:'x/1': no image"]
-        assert (np.asarray(index.shards[3].sizes) == 53).all()
+        assert (np.asarray(index.arrays["size"][9:18]) == 53).all()
         assert np.asarray(index.arrays["column.score"])[18:22].tolist() == [0, 1, 2, 3]
-        assert [len(shard.keys) for shard in index.shards] == [0, 3, 6, 9, 12]
+        assert [len(index.keys(n)) for n in range(index.num_shards)] == [0, 3, 6, 9, 12]
     with pytest.raises(IndexError):
         table.locate(30)
     (table.folder / "size.npy").write_bytes(b"")
@@ -84,7 +84,7 @@ def test_any_key_is_stored_and_long_sides_keep_their_ratio(tmp_path: Path) -> No
     keys = ["000000001", "a b/ü", "line\nbreak", "\udcff"]
     assert unpack_keys(pack_keys(keys)) == keys
     index = index_of(tmp_path, [record_of("a.tar", np.array([[70_000, 7_000], [5, 6]], np.int32))])
-    assert index.shards[0].sizes.tolist() == [[65_535, 6_553], [5, 6]]
+    assert index.arrays["size"].tolist() == [[65_535, 6_553], [5, 6]]
 
 
 def test_index_takes_under_32_bytes_per_sample_and_constant_memory(tmp_path: Path) -> None:
@@ -212,8 +212,8 @@ def test_truncated_shard_keeps_its_complete_samples(tmp_path: Path) -> None:
     whole = paths[1].read_bytes()
     paths[1].write_bytes(whole[: len(whole) // 2])
     index = build_index(paths, tmp_path / "cache")
-    assert 0 < index.shards[1].num_samples < 4
-    assert index.shards[1].keys == [f"{10 + i:04d}" for i in range(index.shards[1].num_samples)]
+    assert 0 < index.shard(1).num_samples < 4
+    assert index.keys(1) == [f"{10 + i:04d}" for i in range(index.shard(1).num_samples)]
     assert list(index.damaged) == [1]
     check_damage(index, "skip", 0.05)
     with pytest.raises(
@@ -269,7 +269,7 @@ def test_links_and_parent_paths_in_tars_are_never_followed(tmp_path: Path) -> No
     before = set(tmp_path.iterdir())
     index = build_index([path], tmp_path / "cache")
     data = ImageDataset(index, [(8, 8)], "none")
-    assert index.shards[0].keys == ["../../etc/x", "/abs/y", "deep/" * 40 + "n"]
+    assert index.keys(0) == ["../../etc/x", "/abs/y", "deep/" * 40 + "n"]
     assert [data.load(n, 0).captions for n in range(3)] == [["up"], ["here"], ["long"]]
     assert set(tmp_path.iterdir()) == {*before, tmp_path / "cache"}
 

@@ -82,7 +82,7 @@ def test_user_images_are_read_as_training_images(tmp_path: Path, make) -> None:
     pixels, path = np.asarray(expected), tmp_path / "a.png"
     path.write_bytes(data)
     index = build_index([write_raw(tmp_path / "a.tar", [("a.png", data), ("a.txt", b"x")])], tmp_path / "cache")
-    assert index.shards[0].sizes.tolist() == [[48, 32]]
+    assert index.arrays["size"].tolist() == [[48, 32]]
     upscale = Upscale(factor=2)
     small = small_images([Image.open(path)], (64, 96), 2)[0]
     ways = {
@@ -312,7 +312,7 @@ def test_size_comes_from_upright_header_and_other_json_is_counted(tmp_path: Path
     write_raw(tmp_path / "a.tar", members)
     for _ in range(2):
         index = build_index([tmp_path / "a.tar"], tmp_path / "cache")
-        assert index.shards[0].sizes.tolist() == [[30, 60]] * 3
+        assert index.arrays["size"].tolist() == [[30, 60]] * 3
         [(reason, (count, first))] = index.skipped.counts.items()
         assert ("width and height" in reason, count, first) == (True, 2, "a.tar:0")
 
@@ -323,7 +323,7 @@ def test_skipped_members_are_counted_by_reason(tmp_path: Path, capsys: pytest.Ca
     members += [("4.png", png()), ("4.jpg", png()), ("4.txt", b"four"), ("./5.png", png()), ("./5.txt", b"five")]
     path = write_raw(tmp_path / "a.tar", members)
     index = build_index([path], tmp_path / "cache")
-    assert index.shards[0].keys == ["1", "4", "./5"]
+    assert index.keys(0) == ["1", "4", "./5"]
     counts = {reason.split(":")[0]: value for reason, value in index.skipped.counts.items()}
     assert counts == {
         "member with a dot in its key": (2, "a.tar:img.v2.png"),
@@ -344,7 +344,7 @@ def test_concatenated_tars_are_read_and_trailing_data_is_damage(tmp_path: Path) 
     joined = tmp_path / "joined.tar"
     joined.write_bytes(one + two)
     index = build_index([joined], tmp_path / "cache")
-    assert (index.shards[0].keys, index.damaged) == ([f"{n:04d}" for n in range(6)], {})
+    assert (index.keys(0), index.damaged) == ([f"{n:04d}" for n in range(6)], {})
     data = ImageDataset(index, [(16, 16)], "none")
     assert [data.load(n, 0).captions for n in range(6)] == [[f"caption {n}"] for n in range(6)]
     joined.write_bytes(one + b"\xff" * 700)

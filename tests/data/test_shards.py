@@ -110,10 +110,9 @@ def test_index_has_offsets_of_members_and_sizes_of_images(tmp_path):
         ],
     )
     index = build_index([path], tmp_path / "cache")
-    shard = index.shards[0]
-    assert shard.keys == ["x/1", "x/2"]
-    assert shard.sizes.tolist() == [[24, 16], [30, 20]]
-    offset, size = shard.span(0)
+    assert index.keys(0) == ["x/1", "x/2"]
+    assert index.arrays["size"].tolist() == [[24, 16], [30, 20]]
+    offset, size = index.span(0)
     found = members_of(path.read_bytes()[offset : offset + size], "x/1")
     assert found == {"png": png(24, 16), "edge.png": b"e", "txt": b"one"}
     assert index.locate(1) == (0, 1)
@@ -135,7 +134,7 @@ def test_bad_samples_have_reasons_and_others_are_kept(tmp_path):
         ],
     )  # fmt: skip
     index = build_index([path], tmp_path / "cache")
-    assert index.shards[0].keys == ["ok"]
+    assert index.keys(0) == ["ok"]
     found = reasons(index)
     assert found.pop("ok") == "duplicate key"
     assert found["mute"] == found["blank"] == "no caption"
@@ -160,7 +159,7 @@ def test_other_members_are_ignored_and_never_executed(tmp_path):
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
     index = build_index([path], tmp_path / "cache")
-    assert index.shards[0].keys == ["0000", "0001"]
+    assert index.keys(0) == ["0000", "0001"]
     assert set(ImageDataset(index, [(8, 8)], "none").read(0)) == {"png", "txt"}
     assert not canary.exists()
 
@@ -219,7 +218,7 @@ def test_index_cache_is_used_for_unchanged_files_and_repaired(tmp_path, monkeypa
         patch.setattr("raphael_dist.data.shards.build_index.scan_shard", None)
         again = build_index([path], cache)
     assert again.fingerprint == first.fingerprint
-    assert (again.shards[0].places == first.shards[0].places).all()
+    assert (again.arrays["place"] == first.arrays["place"]).all()
     assert again.bad == first.bad
     (pointer,) = cache.glob("tables/*.json")
     (record,) = cache.glob("shards/*/*")
@@ -245,9 +244,9 @@ def test_gzipped_shard_gives_samples_of_plain_one(tmp_path):
         packed, cache = tmp_path / f"a{suffix}", tmp_path / suffix
         packed.write_bytes(gzip.compress(plain.read_bytes()))
         two = build_index([packed], cache)
-        assert (two.fingerprint, two.shards[0].content, two.bad) == (one.fingerprint, one.shards[0].content, one.bad)
+        assert (two.fingerprint, two.shard(0).content, two.bad) == (one.fingerprint, one.shard(0).content, one.bad)
         (expanded,) = cache.rglob("*.tar")
-        assert two.store.path(two.shards[0].source, two.shards[0].stamp) == expanded
+        assert two.store.path(two.shard(0).source, two.shard(0).stamp) == expanded
         assert expanded.read_bytes() == plain.read_bytes()
 
 
@@ -261,7 +260,7 @@ def test_gzipped_shard_is_expanded_once_and_after_changes(tmp_path, monkeypatch)
     before = packed.stat()
     packed.write_bytes(gzip.compress(write_shard(plain, [good(1)]).read_bytes()).ljust(before.st_size, b"\0"))
     os.utime(packed, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-    assert build_index([packed], cache).shards[0].keys == ["0001"]
+    assert build_index([packed], cache).keys(0) == ["0001"]
 
 
 def test_gzip_bomb_is_rejected_before_it_fills_the_disk(tmp_path, monkeypatch):

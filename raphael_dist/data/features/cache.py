@@ -73,13 +73,13 @@ class FeatureCache(FeatureSource):
         self._fill_thread: _FillThread | None = None
 
     def path(self, shard: int) -> Path:
-        """Return the path of the cache file of a shard, which may not exist. `shard`: number in `index.shards`."""
-        source = self.index.shards[shard]
+        """Return the path of the cache file of a shard, which may not exist. `shard`: number of the shard in the index."""
+        source = self.index.shard(shard)
         return self.folder / f"{Path(source.name).stem[:100]}-{source.content[:16]}.safetensors"
 
     def missing(self) -> list[int]:
-        """Return the numbers (in `index.shards`) of the shards that have usable samples but no file in the cache yet."""
-        return [n for n, shard in enumerate(self.index.shards) if shard.num_samples and not self.path(n).is_file()]
+        """Return the numbers of the shards that have usable samples but no file in the cache yet."""
+        return [n for n in range(self.index.num_shards) if self.index.shard(n).num_samples and not self.path(n).is_file()]
 
     def build(self, shards: Sequence[int], report: Reporter = no_report) -> None:
         """Encode the samples of the shards with these numbers, and write their cache files.

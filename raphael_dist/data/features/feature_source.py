@@ -110,7 +110,7 @@ class StoredFeatures(FeatureSource):
     def get(self, sample_id: int, bucket: int, pick: Pick, flip: bool) -> SampleFeatures:
         began = time.monotonic()
         members = self.dataset.read(sample_id, [FEATURES_EXT])
-        shard = self.index.shards[self.index.locate(sample_id)[0]].name
+        shard = self.index.shard(self.index.locate(sample_id)[0]).name
         if FEATURES_EXT not in members:
             raise UserError(
                 f"data.features=stored requires encoded features in every sample, but sample "

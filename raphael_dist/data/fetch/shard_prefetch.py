@@ -89,7 +89,7 @@ class ShardPrefetcher:
 
     def _local(self, shards: Iterable[int]) -> set[int]:
         """Return the set of those numbers in `shards` whose shards are local files."""
-        return {number for number in shards if not is_remote(self._index.shards[number].source)}
+        return {number for number in shards if not is_remote(self._index.shard(number).source)}
 
     def _prefetch(self, number: int, earlier: Sequence[Future[None]]) -> None:
         """Wait until all shards of the previous window have been fetched, then fetch a shard.
@@ -99,7 +99,7 @@ class ShardPrefetcher:
         fetches of the previous window. Waiting for them cannot block forever: they were submitted to the thread pool first.
         """
         wait(earlier)
-        shard = self._index.shards[number]
+        shard = self._index.shard(number)
         try:
             if not is_remote(shard.source) and not _fits(self._index, self._local(self._current)):
                 return

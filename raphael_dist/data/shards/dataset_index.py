@@ -22,8 +22,8 @@ A sample takes 15 bytes and 4 bytes for each column.
 
 import json
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -67,73 +67,26 @@ class BadSampleError(Exception):
         self.sample = sample
 
 
-@dataclass(frozen=True, eq=False)
-class ShardIndex:
-    """The usable samples of one shard (tar file): the shard's rows of the index, which is a table of all samples.
+@dataclass(frozen=True)
+class Shard:
+    """A shard (tar file of samples) of an index, which is a table of all samples.
 
     Attributes:
         source: Path or URL of the shard, as configured.
         stamp: Version of the file when it was indexed (see `Stamp`).
-        num_bytes: Size of the uncompressed tar in bytes.
-        sizes: uint16 [num_samples, 2], width and height of each image in pixels.
-        places: uint32 [num_samples, 2], each sample's first block (512 bytes) and number of blocks in the tar.
-        packed_keys: The keys (names) of the samples, compressed.
-        fingerprint: SHA-256 of the shard's base name, its size in bytes and the keys.
         content: SHA-256 of everything in the shard that encoded samples depend on, such as texts and image sizes.
-        text_digest: SHA-256 of all txt and json files in the shard.
-        damage: Why the shard could not be read to its end; "" if it could.
+        num_samples: Number of usable samples.
     """
 
     source: str
     stamp: Stamp
-    num_bytes: int
-    sizes: np.ndarray
-    places: np.ndarray
-    packed_keys: bytes = field(repr=False)
-    fingerprint: str
     content: str
-    text_digest: str
-    damage: str
+    num_samples: int
 
     @property
     def name(self) -> str:
         """The base name of the shard's uncompressed tar: a.tar for a.tar.gz."""
         return plain_name(self.source)
-
-    @property
-    def num_samples(self) -> int:
-        return len(self.places)
-
-    @cached_property
-    def keys(self) -> list[str]:
-        return unpack_keys(zlib.decompress(self.packed_keys))
-
-    def span(self, number: int) -> tuple[int, int]:
-        """Return (offset, size) in bytes of the part of the tar that contains all files of one sample.
-
-        `number`: number of the sample in the shard, from 0.
-        """
-        first, blocks = self.places[number].tolist()
-        return first * BLOCK, blocks * BLOCK
-
-
-class _Shards:
-    """The shards of an index, by number. The `ShardIndex` of a shard is created when the shard is accessed."""
-
-    def __init__(self, index: "DatasetIndex") -> None:
-        self._index = index
-        self._shard = lru_cache(maxsize=_SHARDS_IN_MEMORY)(index._shard)
-
-    def __len__(self) -> int:
-        return len(self._index.about["names"])
-
-    def __iter__(self) -> Iterator[ShardIndex]:
-        return map(self._shard, range(len(self)))
-
-    def __getitem__(self, number: int) -> ShardIndex:
-        if not 0 <= number < len(self):
-            raise IndexError(number)
-        return self._shard(int(number))
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,9 +117,23 @@ class DatasetIndex:
         has_secrets = any(hide_secrets(name) != name for name in names)  # which the stored names lack
         return open_table, (self.folder, self.store, names if has_secrets else None)
 
+    @property
+    def num_shards(self) -> int:
+        return len(self.about["names"])
+
+    def shard(self, number: int) -> Shard:
+        first, end = self.starts[number : number + 2].tolist()
+        about = self.about
+        return Shard(about["names"][number], Stamp(*about["stamps"][number]), about["content"][number], end - first)
+
     @cached_property
-    def shards(self) -> _Shards:
-        return _Shards(self)
+    def keys(self) -> Callable[[int], list[str]]:
+        """Function from the number of a shard to the keys (names) of its usable samples. It keeps those of 20 shards."""
+        return lru_cache(maxsize=_SHARDS_IN_MEMORY)(self._read_keys)
+
+    def _read_keys(self, shard: int) -> list[str]:
+        first, end = self.arrays["shards"][shard : shard + 2, KEYS].tolist()
+        return unpack_keys(zlib.decompress(bytes(self.packed_keys[first:end])))
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -241,26 +208,17 @@ class DatasetIndex:
 
     def key(self, sample_id: int) -> str:
         shard, number = self.locate(sample_id)
-        return str(self.shards[shard].keys[number])
+        return self.keys(shard)[number]
+
+    def span(self, sample_id: int) -> tuple[int, int]:
+        """Return (offset, size) in bytes of the part of a shard's uncompressed tar that contains all files of a sample."""
+        first, blocks = self.arrays["place"][sample_id].tolist()
+        return first * BLOCK, blocks * BLOCK
 
     def bad_sample(self, sample_id: int, reason: str) -> BadSample:
         """Return the `BadSample` for the sample with this id, which cannot be used. `reason`: why it cannot be used."""
         shard, number = self.locate(sample_id)
-        return BadSample(self.shards[shard].name, self.shards[shard].keys[number], reason)
-
-    def _shard(self, number: int) -> ShardIndex:
-        (first, keys, *_), (end, keys_end, *_) = self.arrays["shards"][number : number + 2].tolist()
-        about = self.about
-        return ShardIndex(
-            source=about["names"][number],
-            stamp=Stamp(*about["stamps"][number]),
-            num_bytes=int(self.num_bytes[number]),
-            sizes=self.arrays["size"][first:end],
-            places=self.arrays["place"][first:end],
-            packed_keys=bytes(self.packed_keys[keys:keys_end]),
-            damage=self.damaged.get(number, ""),
-            **{digest: about[digest][number] for digest in DIGESTS},
-        )
+        return BadSample(self.shard(shard).name, self.keys(shard)[number], reason)
 
 
 def open_table(folder: Path, store: ShardStore, names: Sequence[str] | None = None) -> DatasetIndex:

@@ -99,25 +99,24 @@ class ImageDataset:
             BadSampleError: The files are not where they were when the shard was indexed.
             ShardError: The shard (tar file) is missing, cannot be read, or has changed.
         """
-        number, row = self.index.locate(sample_id)
-        data = self._read_span(number, row)
+        data = self._read_span(sample_id)
         try:
             members = members_of(data, self.index.key(sample_id))
         except ValueError as error:
             raise BadSampleError(self.index.bad_sample(sample_id, str(error))) from error
         return {ext: members[ext] for ext in exts if ext in members}
 
-    def _read_span(self, number: int, row: int) -> bytes:
-        """Return the part of a shard that contains all files of one sample. ShardError: the shard cannot be read.
+    def _read_span(self, sample_id: int) -> bytes:
+        """Return the part of a shard that contains all files of a sample. ShardError: the shard cannot be read.
 
         In the 600 s after a ShardError, this method raises the error again without trying to read the shard.
-        `number`: number of the shard in the index. `row`: number of the sample in the shard.
         """
+        number, _ = self.index.locate(sample_id)
         failed_at, error = self._failed_shards.get(number, (0.0, None))
         if error is not None and time.monotonic() - failed_at < RETRY_AFTER_S:
             raise error
         try:
-            return self._files.read(number, *self.index.shards[number].span(row))
+            return self._files.read(number, *self.index.span(sample_id))
         except ShardError as error:
             self._failed_shards[number] = (time.monotonic(), error)
             raise
@@ -187,7 +186,7 @@ class _OpenFiles:
         return _OpenFiles, (self._index,)
 
     def _open(self, shard: int) -> "_OpenFile":
-        source = self._index.shards[shard]
+        source = self._index.shard(shard)
         return _OpenFile(self._index.store.open(source.source, source.stamp))
 
     def read(self, shard: int, offset: int, size: int) -> bytes:
@@ -196,13 +195,13 @@ class _OpenFiles:
         Raises ShardError if the shard (tar file) is missing, cannot be read, or has changed.
         """
         # A fetched file is opened for each read: a descriptor would keep its disk space after the cache has removed it.
-        is_local = not is_remote(self._index.shards[shard].source)
+        is_local = not is_remote(self._index.shard(shard).source)
         file = self._file(shard) if is_local else self._open(shard)
         try:
             return file.read(offset, size)
         except OSError as error:
             self._file.cache_clear()  # a descriptor of a network file system stays useless after it has gone stale
-            source = self._index.shards[shard]
+            source = self._index.shard(shard)
             raise ShardError(
                 source.name, f"{source.source} cannot be read at byte {offset}: {error.strerror or error}"
             ) from error

@@ -189,11 +189,11 @@ def describe(index: DatasetIndex, view: View, order: Order) -> list[str]:
     `index`: the samples of all shards. `view`: which of them pass the filters. `order`: the order in which they are read.
     """
     lines = [
-        f"{counted(index.num_samples, 'sample', ',')} in {counted(len(index.shards), 'shard', ',')}; "
+        f"{counted(index.num_samples, 'sample', ',')} in {counted(index.num_shards, 'shard', ',')}; "
         f"left out: {counted(index.num_bad, 'unusable sample', ',')}"
     ]
     lines += [
-        f"{index.shards[n].name} {damage}; its other samples are left out" for n, damage in list(index.damaged.items())[:3]
+        f"{index.shard(n).name} {damage}; its other samples are left out" for n, damage in list(index.damaged.items())[:3]
     ]
     lines += [f"skipped: {line}" for line in index.skipped.lines()]
     lines += view.describe()
@@ -223,14 +223,14 @@ def check_damage(index: DatasetIndex, on_error: str, max_bad_fraction: float) ->
     if not index.damaged:
         return
     number, damage = next(iter(index.damaged.items()))
-    shards = f"{len(index.damaged)} of {counted(len(index.shards), 'shard')}"
-    first = f"the first one is {hide_secrets(index.shards[number].source)}: {damage}"
+    shards = f"{len(index.damaged)} of {counted(index.num_shards, 'shard')}"
+    first = f"the first one is {hide_secrets(index.shard(number).source)}: {damage}"
     if on_error == "stop":
         raise UserError(
             f"data.on_error=stop requires that every shard can be read, but {shards} cannot be read: {first}. "
             "Write or copy these shards again, or remove them from data.shards."
         )
-    if len(index.damaged) > max(1.0, max_bad_fraction * len(index.shards)):
+    if len(index.damaged) > max(1.0, max_bad_fraction * index.num_shards):
         raise UserError(
             f"data.max_bad_fraction={max_bad_fraction} is exceeded: {shards} cannot be read: {first}. Write or "
             "copy these shards again, or raise data.max_bad_fraction."

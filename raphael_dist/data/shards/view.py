@@ -122,7 +122,7 @@ def open_view(
         about = json.loads((folder / "view.json").read_text())
         bucket_of, counts = np.load(folder / "bucket_of.npy", mmap_mode="r"), np.load(folder / "counts.npy")
         dropped = {words: (int(count), int(missing)) for words, (count, missing) in about["dropped"].items()}
-        if len(bucket_of) != index.num_samples or len(counts) != len(index.shards):
+        if len(bucket_of) != index.num_samples or len(counts) != index.num_shards:
             raise ValueError("this list was written for other shards")
         view = View(sizes, bucket_of, counts, dropped, about["digest"])
     except (OSError, EOFError, ValueError, KeyError) as error:
