@@ -6,6 +6,7 @@ Requires npm (or the tarballs, with --packages), the extra `edges` of this packa
 
 import argparse
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,14 @@ from PIL import Image, ImageOps
 import checkout  # noqa: F401 (before the package)
 from emoji_data import dataset as emoji
 from raphael_dist.cli.common import Parser
-from raphael_dist.data.features.hed import edge_map
+from raphael_dist.data.features.hed import canny_edges, load_hed
 from raphael_dist.errors import run_command
 
 # HED was trained on photographs: at 64 pixels its lines are as thick as the objects, so images are enlarged first.
 HED_ZOOM = 3
 # Some drawings fill their frame; with a white margin they have an outline too.
 MARGIN = 4
+hed = cache(load_hed)
 
 
 def edge_maps(images: list[Image.Image], method: str) -> list[np.ndarray]:
@@ -34,7 +36,7 @@ def edge_maps(images: list[Image.Image], method: str) -> list[np.ndarray]:
     sheets = [ImageOps.expand(image, MARGIN, "white") for image in images]
     sheets = [sheet.resize((sheet.width * zoom, sheet.height * zoom), Image.Resampling.BICUBIC) for sheet in sheets]
     batch = torch.from_numpy(np.stack([np.asarray(sheet) for sheet in sheets])).permute(0, 3, 1, 2)
-    maps = F.avg_pool2d(edge_map(batch, method), zoom)
+    maps = F.avg_pool2d(hed()(batch) if method == "hed" else canny_edges(batch), zoom)
     return list(maps[:, 0, MARGIN:-MARGIN, MARGIN:-MARGIN].numpy())
 
 
@@ -49,7 +51,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--subset", default="all", help="all (1,906 emoji, the default) or demo")
     parser.add_argument("--packages", type=Path, help="use the npm tarballs in this folder, and download nothing")
     parser.add_argument("--cache", type=Path, default=Path(".cache/emoji"), help="folder for downloaded tarballs")
-    parser.add_argument("--edges", default="hed", help="edge detector: hed (default), or canny, which requires no weights")
+    parser.add_argument(
+        "--edges", choices=("hed", "canny"), default="hed", help="edge detector; canny requires no weights (default hed)"
+    )
     return parser.parse_args(argv)
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 import checkout  # noqa: F401 (before the package)
 from emoji_data.dataset import Sample, encode_edges, write_tar
 from raphael_dist.cli.common import Parser
-from raphael_dist.data.features.hed import edge_map
+from raphael_dist.data.features.hed import canny_edges
 from raphael_dist.errors import run_command
 from words_data.drawing import FONTS, HEIGHT, HELD_OUT_FONT, WIDTH, Font, Look, captions, full_caption, render
 from words_data.vocabulary import HELD_OUT_STRINGS, MIN_HELD_OUT, Vocabulary, emoji_words
@@ -74,7 +74,7 @@ def make_sample(key: str, text: str, look: Look, random: np.random.Generator, sc
         "width": image.width,
         "height": image.height,
     }
-    edges = encode_edges(edge_map(pixels, "canny")[0, 0].numpy())
+    edges = encode_edges(canny_edges(pixels)[0, 0].numpy())
     data = json.dumps(record, separators=(",", ":")).encode()
     return Sample(key, False, {"webp": encode_lossless(image), "json": data, "edge.png": edges})
 

@@ -26,7 +26,7 @@ from webdataset import TarWriter
 from raphael_dist.config.schema import Config
 from raphael_dist.data.features.batch_encoder import Encoders
 from raphael_dist.data.features.cache_build import ShardBuilder, sample_of
-from raphael_dist.data.features.hed import EdgeEncoder, edge_map
+from raphael_dist.data.features.hed import EdgeEncoder, canny_edges
 from raphael_dist.data.features.packing import seal
 from raphael_dist.data.image import decode_image, reason_of
 from raphael_dist.data.open_streams import dataset_of, stores_text
@@ -176,7 +176,7 @@ class Preparer:
         return sample, torch.from_numpy(np.array(image).transpose(2, 0, 1)[None])
 
     def _edge_png(self, image: Tensor) -> bytes:
-        edges = edge_map(image, "canny")[:, 0] if self._hed is None else self._hed.encode(image.float() / 127.5 - 1)
+        edges = canny_edges(image)[:, 0] if self._hed is None else self._hed.encode(image.float() / 127.5 - 1)
         buffer = io.BytesIO()
         Image.fromarray((edges[0].cpu() * 255).round().to(torch.uint8).numpy()).save(buffer, "PNG")
         return buffer.getvalue()

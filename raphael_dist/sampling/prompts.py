@@ -11,7 +11,7 @@ from PIL import Image
 from raphael_dist.config.schema import Config
 from raphael_dist.config.upscale import Upscale
 from raphael_dist.data.buckets import resize_and_crop
-from raphael_dist.data.features.hed import EdgeEncoder, edge_map
+from raphael_dist.data.features.hed import EdgeEncoder, canny_edges
 from raphael_dist.data.image import read_image, to_rgb
 from raphael_dist.errors import UserError, did_you_mean
 from raphael_dist.sampling.sampler import Request, check_small
@@ -143,7 +143,7 @@ def read_edges(path: Path, size_hw: tuple[int, int], kind: str, option: str = "-
     image = torch.from_numpy(pixels_HW3).permute(2, 0, 1).unsqueeze(0)
     if kind == "hed":  # as training detects the edges of images that have no edge map
         return EdgeEncoder(None, torch.device("cpu")).encode(image.float() / 127.5 - 1)[0].numpy()
-    return edge_map(image, kind)[0, 0].numpy()
+    return canny_edges(image)[0, 0].numpy()
 
 
 def sample_requests(config: Config, drawn: Container[int] | None = None) -> list[Request]:

