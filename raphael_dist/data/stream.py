@@ -18,7 +18,7 @@ from torch import Tensor
 
 from raphael_dist.data.captions import pick
 from raphael_dist.data.features.feature_source import FeatureSource
-from raphael_dist.data.features.packing import SampleFeatures, Text
+from raphael_dist.data.features.packing import SampleFeatures
 from raphael_dist.data.fetch.shard_cache import ShardError
 from raphael_dist.data.mixture import MixedOrder
 from raphael_dist.data.order import SampleOrder, SamplePosition
@@ -36,45 +36,35 @@ _PIECE = 1 << 16
 _MIN_SAMPLES = 1000  # below which the share of bad samples is not significant
 
 
-@dataclass(frozen=True, eq=False)
-class StreamSample:
+@dataclass(eq=False, kw_only=True)
+class StreamSample(SampleFeatures):
     """One sample for training or validation.
 
     The image and the caption are encoded if the shards or the cache store them in encoded form. Otherwise they are raw, and
-    `BatchEncoder` encodes them later. A shard is a tar file of samples.
+    `BatchEncoder` encodes them later. A shard is a tar file of samples. See `SampleFeatures` for further attributes.
 
     Attributes:
         position: Number of the sample in the endless order of training.
         sample_id: Number of the sample, counted over all shards.
         key: Name of the sample in its shard.
         bucket: Number of the sample's image size in the list image.buckets.
-        latents: Encoded image, float32 [C, h, w]. None: it is not encoded yet, and `image` is set.
-        image: RGB image, uint8 [3, H, W]. None: `latents` is set.
         noise: Standard normal noise, float32 [C, h, w], for drawing latents from the VAE's distribution: mean + std * noise.
-        caption: The caption as a string; "" if it was dropped. It is not used if `text` is set.
-        text: The encoded caption, if it is stored, else None: (tokens float32 [Y, D], mask bool [Y], index of the
-            end-of-text token).
-        edge: Edge map at the latents' size, float32 [h, w] in 0..1; None if it is not stored or not used.
         flipped: Whether the image was mirrored left to right.
         dropped: Whether the caption was replaced by the empty one (caption dropout).
-        seconds: Seconds spent, by kind of work, such as "reading" and "decoding".
-        small: Downscaled image for super-resolution, uint8 [3, Hs, Ws], if it is stored, else None.
     """
 
     position: int
     sample_id: int
     key: str
     bucket: int
-    latents: Tensor | None
-    image: Tensor | None
     noise: Tensor
-    caption: str
-    text: Text | None
-    edge: Tensor | None
     flipped: bool
     dropped: bool
-    seconds: dict[str, float]
-    small: Tensor | None = None
+
+    @property
+    def latents(self) -> Tensor | None:
+        """The encoded image, float32 [C, h, w]. None: it is not encoded yet, and `image` is set."""
+        return None if self.mean is None or self.std is None else self.mean + self.std * self.noise
 
 
 class TrainStream:
@@ -177,25 +167,19 @@ class TrainStream:
         factor, (height, width) = self.source.latent_factor, self.source.buckets[place.bucket]
         shape = (self.source.latent_channels, height // factor, width // factor)
         noise = torch.from_numpy(self._generator(Purpose.POSTERIOR, position).standard_normal(shape, dtype=np.float32))
-        text = features.text
         if dropped:
             null = self._null
-            text = None if null is None else (null.tokens[0], null.mask[0], int(null.end[0]))
+            features.caption = ""
+            features.text = None if null is None else (null.tokens[0], null.mask[0], int(null.end[0]))
         return StreamSample(
+            **vars(features),
             position=position,
             sample_id=sample_id,
             key=self.order.index.key(sample_id),
             bucket=place.bucket,
-            latents=None if features.mean is None or features.std is None else features.mean + features.std * noise,
-            image=features.image,
             noise=noise,
-            caption="" if dropped else features.caption,
-            text=text,
-            edge=features.edge,
             flipped=flipped,
             dropped=dropped,
-            seconds=features.seconds,
-            small=features.small,
         )
 
     def close(self) -> None:

@@ -152,15 +152,13 @@ class _Stream:
             sample_id=position,
             key=str(position),
             bucket=0,
-            latents=torch.zeros(c.model.latent_channels, *size),
-            image=None,
+            mean=torch.zeros(c.model.latent_channels, *size),
+            std=torch.zeros(c.model.latent_channels, *size),
             noise=torch.zeros(c.model.latent_channels, *size),
-            caption="",
             text=(torch.zeros(c.text.max_tokens, c.model.text_width), torch.ones(c.text.max_tokens, dtype=torch.bool), 0),
             edge=torch.zeros(size) if c.edge.weight > 0 else None,
             flipped=False,
             dropped=False,
-            seconds={},
         )
 
 

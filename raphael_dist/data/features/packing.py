@@ -34,7 +34,7 @@ PACKING_VERSION = 3
 _STEPS, _LOWEST = 8, -26
 
 
-@dataclass
+@dataclass(eq=False)
 class SampleFeatures:
     """The features of a sample: its image and one of its captions, each encoded or raw, and its edge map.
 
