@@ -103,7 +103,7 @@ def test_changed_or_missing_shard_raises_user_error(tmp_path):
 def test_failed_read_is_a_shard_error_and_opens_the_file_again(tmp_path, monkeypatch):
     data = dataset_of(tmp_path, [("a.png", png()), ("a.txt", b"x")])
     data.load(0, 0)
-    stale, pread = data._files._file(0), os.pread
+    stale, pread = data._file(0), os.pread
 
     def fail_on_stale(fd, size, offset):
         if fd == stale._fd:

@@ -71,12 +71,12 @@ class ImageDataset:
         """
         self.index, self.edge, self.max_pixels, self.captions = index, edge, max_pixels, captions
         self.buckets = tuple((int(height), int(width)) for height, width in buckets)
-        self._files = _OpenFiles(index)
+        self._file = lru_cache(maxsize=_OPEN_FILES)(self._open)  # the most recently used local shards stay open
         self._failed_shards: dict[int, tuple[float, ShardError]] = {}
         self._decode_elsewhere: Callable[[Request], DecodedSample] | None = None
 
-    def __getstate__(self) -> dict[str, object]:
-        return {**vars(self), "_decode_elsewhere": None, "_failed_shards": {}}
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.index, self.buckets, self.edge, self.max_pixels, self.captions)
 
     def buckets_of(self, first: int, end: int) -> list[int]:
         """Return, for each sample id from `first` to `end` - 1, the number of the bucket nearest to the image's size."""
@@ -116,10 +116,30 @@ class ImageDataset:
         if error is not None and time.monotonic() - failed_at < RETRY_AFTER_S:
             raise error
         try:
-            return self._files.read(number, *self.index.span(sample_id))
+            return self._pread(number, *self.index.span(sample_id))
         except ShardError as error:
             self._failed_shards[number] = (time.monotonic(), error)
             raise
+
+    def _pread(self, number: int, offset: int, size: int) -> bytes:
+        """Return `size` bytes at an offset of the shard `number`, or fewer at its end. ShardError: it cannot be read.
+
+        The offset is passed to the system (pread), so threads and forked processes do not share a file position.
+        """
+        shard = self.index.shard(number)
+        # A fetched file is opened for each read: a descriptor would keep its disk space after the cache has removed it.
+        file = self._open(number) if is_remote(shard.source) else self._file(number)
+        try:
+            return file.read(offset, size)
+        except OSError as error:
+            self._file.cache_clear()  # a descriptor of a network file system stays useless after it has gone stale
+            raise ShardError(
+                shard.name, f"{shard.source} cannot be read at byte {offset}: {error.strerror or error}"
+            ) from error
+
+    def _open(self, number: int) -> "_OpenFile":
+        shard = self.index.shard(number)
+        return _OpenFile(self.index.store.open(shard.source, shard.stamp))
 
     def load(self, sample_id: int, bucket: int, flip: bool = False) -> DecodedSample:
         """Return a decoded sample at the image size `buckets[bucket]`, mirrored left to right if `flip`.
@@ -169,42 +189,6 @@ class ImageDataset:
         edge = decode_image(members[EDGE_EXT], self.max_pixels, background="black").convert("L")
         # Pillow's bilinear filter averages over the area when it shrinks: thin edges fade, they do not vanish.
         return np.array(fit(edge, size, flip, Image.Resampling.BILINEAR), np.uint8)
-
-
-class _OpenFiles:
-    """Opens the shards of an index for reading, and keeps the most recently used local ones open.
-
-    Each read passes its offset to the system (pread), so threads and forked processes do not share a file position. A copy
-    that is sent to another process opens the files again.
-    """
-
-    def __init__(self, index: DatasetIndex) -> None:
-        self._index = index
-        self._file = lru_cache(maxsize=_OPEN_FILES)(self._open)
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return _OpenFiles, (self._index,)
-
-    def _open(self, shard: int) -> "_OpenFile":
-        source = self._index.shard(shard)
-        return _OpenFile(self._index.store.open(source.source, source.stamp))
-
-    def read(self, shard: int, offset: int, size: int) -> bytes:
-        """Return `size` bytes at an offset of a shard, or fewer at its end. `shard`: number of the shard in the index.
-
-        Raises ShardError if the shard (tar file) is missing, cannot be read, or has changed.
-        """
-        # A fetched file is opened for each read: a descriptor would keep its disk space after the cache has removed it.
-        is_local = not is_remote(self._index.shard(shard).source)
-        file = self._file(shard) if is_local else self._open(shard)
-        try:
-            return file.read(offset, size)
-        except OSError as error:
-            self._file.cache_clear()  # a descriptor of a network file system stays useless after it has gone stale
-            source = self._index.shard(shard)
-            raise ShardError(
-                source.name, f"{source.source} cannot be read at byte {offset}: {error.strerror or error}"
-            ) from error
 
 
 class _OpenFile:
