@@ -210,7 +210,7 @@ def test_training_continues_until_slowest_rank_has_written(forks: Forks, whole: 
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        forks.must(run, WORLD, **spec(faults=saving(1, sleep_in_fsync=1.5)))
+        forks.must(run, WORLD, **spec(faults=saving(1, sleep_in_fsync=5)))
     finally:
         done.set()
         watcher.join()

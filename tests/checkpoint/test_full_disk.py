@@ -70,7 +70,7 @@ def test_unwritable_log_and_heartbeats_do_not_end_a_run(disk: Path, capfd: pytes
     assert error.count("No space left on device") == 1
     assert "training continues" in error
     assert "Traceback" not in error
-    log.handlers = []
+    log.handlers, log.propagate = [], True
 
 
 @pytest.mark.parametrize("what", ["claim", "log", "watchdog"])

@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -241,7 +242,7 @@ def test_resume_reports_another_caption_cleaning() -> None:
 
 def test_data_wait_is_divided_by_cause_and_names_setting_once(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 4.0, 5.0, 10.0, 14.0, 14.0, 20.0, 28.0, 28.0])
-    monkeypatch.setattr("raphael_dist.training.data_timer.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("raphael_dist.training.data_timer.time", SimpleNamespace(monotonic=lambda: next(clock)))
 
     def wait_for_batch(timer: DataTimer) -> None:
         with timer.waiting():

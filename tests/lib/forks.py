@@ -20,8 +20,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from raphael_dist.runtime.clock import RunningClock
+
 ROOT = Path(__file__).parents[2]
-GRACE = 4.0  # seconds that ranks get to notice that one of them is gone
+GRACE = 8.0  # seconds that ranks get to notice that one of them is gone
 
 
 class ServerDiedError(RuntimeError):
@@ -46,7 +48,7 @@ class Forks:
         self,
         folder: Path,
         world_size: int,
-        timeout: float = 90,
+        timeout: float = 200,
         meanwhile: Callable[[list[int]], None] | None = None,
         **spec: Any,
     ) -> list[int]:
@@ -174,8 +176,8 @@ def wait_for(pids: list[int], timeout: float, grace: float) -> dict[str, Any]:
         {"codes": exit code of each rank, "late": ranks that were still running at the time-out}.
     """
     codes: dict[int, int] = {}
-    began, late = time.monotonic(), []
-    deadline, failed_at = began + timeout, None
+    clock, late = RunningClock(max_gap=1.0), []  # a stall of the machine is not the ranks' delay
+    deadline, failed_at = timeout, None
     while len(codes) < len(pids):
         for pid in pids:
             if pid not in codes:
@@ -183,8 +185,8 @@ def wait_for(pids: list[int], timeout: float, grace: float) -> dict[str, Any]:
                 if done:
                     codes[pid] = os.waitstatus_to_exitcode(status)
                     if codes[pid] and failed_at is None:
-                        failed_at = time.monotonic()
-        now = time.monotonic()
+                        failed_at = clock.now()
+        now = clock.now()
         if now > deadline and not late:
             late = [rank for rank, pid in enumerate(pids) if pid not in codes]
         if now > deadline or (failed_at is not None and now > failed_at + grace):

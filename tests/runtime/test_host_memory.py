@@ -12,7 +12,9 @@ from raphael_dist.runtime.host_memory import without_long_collections
 
 # Prints whether memory is kept, then how many pages a tensor of 64 MB costs once some of its size were freed.
 PROGRAM = """
-import resource, torch
+import ctypes, resource
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: huge pages would be few
+import torch
 from raphael_dist.runtime.host_memory import keep_freed_memory
 print(keep_freed_memory())
 def faults():

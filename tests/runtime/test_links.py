@@ -43,7 +43,9 @@ def probe(folder: Path) -> None:
 
 
 def write_metrics(folder: Path) -> None:
-    MetricsWriter(folder).write(1, 1, {"train/loss": 1.0})
+    writer = MetricsWriter(folder)
+    writer.write(1, 1, {"train/loss": 1.0})
+    writer.close()
 
 
 def write_samples(folder: Path) -> None:

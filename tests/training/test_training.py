@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -151,7 +152,7 @@ def test_user_error_is_left_next_to_the_exit_file(
 ) -> None:
     """A launcher ends all ranks as soon as one exits: rank 0 gets time to print the error before the others exit."""
     slept: list[float] = []
-    monkeypatch.setattr(train.time, "sleep", slept.append)
+    monkeypatch.setattr(train, "time", SimpleNamespace(sleep=slept.append))  # not the sleep of other threads
     monkeypatch.setenv("RAPHAEL_EXIT_FILE", str(tmp_path / "code"))
     for rank, printed, waits in (("1", False, [train.HEAD_START_S]), ("0", True, [])):
         monkeypatch.setenv("RANK", rank)
