@@ -16,6 +16,7 @@ import torch
 from raphael_dist.cluster.collective_timing import COLLECTIVES, Collective
 from raphael_dist.cluster.preflight_report import SLOW_PAIR
 from raphael_dist.cluster.prove_model import Case, case_config, position_batch
+from raphael_dist.cluster.prove_numbers import Trained
 from raphael_dist.cluster.prove_results import Problem, Proof, Result
 from raphael_dist.config import assets
 from raphael_dist.config.schema import Config
@@ -26,10 +27,9 @@ from raphael_dist.errors import UserError
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.losses import compute_losses
 from raphael_dist.parallel.batch_plan import BatchPlan
+from raphael_dist.parallel.placement import choose_placement, sync_traffic
 from raphael_dist.planning.cluster_spec import ClusterSpec, cluster_names, load_cluster
-from raphael_dist.planning.expert_parallel_trace import shard_for_trace
 from raphael_dist.planning.search import MICRO_BATCHES, Choice, Search
-from raphael_dist.planning.trace import trace
 from raphael_dist.runtime.ranks import all_reduce_sum, gather_objects, host_name, own_group
 from raphael_dist.text import counted
 from raphael_dist.training.throughput import warmup_step
@@ -280,20 +280,19 @@ def _states_problems(engine: Engine, planned: int) -> list[Problem]:
 def _expert_bytes(proof: Proof) -> tuple[int, int]:
     """Return the bytes that this rank sends to experts of other ranks in a micro-step: (measured, predicted). Collective.
 
-    The small model of `prove` is used, with its space experts sharded over 2 ranks.
+    The small model of `prove` is used, with its space experts sharded over 2 ranks. Nothing is recomputed: recomputation
+    stops before the last exchange, so it sends less than is predicted.
     """
     world = proof.ranks.world_size
     parallel = {"space_ep": 2, "placement": ["shard"], "dispatch": "all_gather"}
-    config = case_config(Case("float32", 1, 1), world, batch=3 * world, micro=3)
+    config = case_config(Case("float32", 1, 1), world, batch=3 * world, micro=3, model={"checkpoint_activations": "none"})
     config = config.model_copy(update={"parallel": config.parallel.model_copy(update=parallel)})
-    batch_plan = BatchPlan.of(config, world)
-    planned = trace(config, 3, config.model.checkpoint_activations, shard_for_trace(config, batch_plan)).sent
-    engine = Engine(config, {"zero_optimization": {"stage": 1}}, batch_plan, proof.device)
-    schedule = NoiseSchedule.create(config.diffusion, proof.device)
-    batch = position_batch(config, batch_plan.slots(0, proof.ranks.rank, 0), engine.module.num_blocks).to(proof.device)
-    engine.traffic.take()
-    engine.backward(compute_losses(engine, batch, schedule, config, engine.dtype).total.sum() * batch_plan.loss_scale)
-    return engine.traffic.take().experts, planned
+    run = Trained(proof, config, {"stage": 1})
+    run.engine.traffic.take()
+    run.accumulate(0)
+    costs = choose_placement(config, run.plan)  # including the update, which sends the experts' gradients and weights
+    planned = sum(cost.sharded_bytes - 4 * sync_traffic(cost.parameters // 2, world // 2) for cost in costs)
+    return run.engine.traffic.take().experts, planned
 
 
 def micro_batch(proof: Proof) -> Result:

@@ -270,13 +270,7 @@ def shard_experts(
                 block.space_moe = ParallelSpaceMoE(block.space_moe, groups[cost.ep], config.parallel.dispatch)
             elif level == cost.level:
                 block.time_moe = ParallelTimeMoE(block.time_moe, groups[cost.ep])
-    sharded = sharded_time_layers(model)
+    sharded = [isinstance(getattr(block, "time_moe", None), ParallelTimeMoE) for block in blocks]
     if any(sharded):
         model.count_samples = partial(count_samples, group=groups[config.parallel.time_ep], sharded=sharded)
     return traffic
-
-
-def sharded_time_layers(model: RaphaelUNet) -> list[bool]:
-    """Return, for each transformer block in order, whether its time experts are sharded."""
-    blocks = [m for m in model.modules() if isinstance(m, TransformerBlock)]
-    return [isinstance(getattr(block, "time_moe", None), ParallelTimeMoE) for block in blocks]

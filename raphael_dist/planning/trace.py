@@ -5,7 +5,6 @@ a trace of a model with 3 B parameters takes a second. All counts are linear in 
 trace of any micro-batch.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -17,8 +16,6 @@ from raphael_dist.config.schema import Config
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.kernels.switch import require_triton, set_kernels
 from raphael_dist.model.losses import compute_losses
-from raphael_dist.model.unet import RaphaelUNet
-from raphael_dist.parallel.async_collectives import Traffic
 from raphael_dist.planning.meta_batch import META, meta_batch
 from raphael_dist.planning.operation_recorder import KINDS, PHASES, Recorder, TracedUNet, observe_modules
 
@@ -47,7 +44,6 @@ class Trace:
             pass after the start of segment i and before the start of segment i + 1, counted from 1. Element [1, i] is the
             peak in the backward pass of this part. Gradients of weights are freed at once, as ZeRO does.
         saved: bytes of activations that are alive after the forward pass.
-        sent: bytes that the rank sends to the experts of other ranks.
     """
 
     samples: int
@@ -61,7 +57,6 @@ class Trace:
     saved_by: NDArray[np.int64]
     peaks: NDArray[np.int64]
     saved: int
-    sent: int
 
     @property
     def launches(self) -> int:
@@ -149,7 +144,6 @@ class Profile:
             saved_by=line("saved_by"),
             peaks=line("peaks"),
             saved=int(line("saved")),
-            sent=int(line("sent")),
         )
         return trace.with_recomputation(recompute)
 
@@ -170,12 +164,7 @@ def profile(config: Config) -> Profile:
     return Profile(few, many)
 
 
-def trace(
-    config: Config,
-    samples: int,
-    recompute: Recompute | None = None,
-    shard: Callable[[RaphaelUNet, int], Traffic] | None = None,
-) -> Trace:
+def trace(config: Config, samples: int, recompute: Recompute | None = None) -> Trace:
     """Trace one micro-step on tensors without data; return FLOPs and bytes of each operation, and the memory.
 
     The images have the largest size in `image.buckets`.
@@ -184,8 +173,6 @@ def trace(
         config: the run's configuration.
         samples: images of the micro-step.
         recompute: replaces `model.checkpoint_activations`; None keeps it.
-        shard: a function that gets the model and the number of images, shards the model's experts over simulated ranks, and
-            returns a counter of the bytes that a rank sends. None: no expert parallelism.
     """
     update = {} if recompute is None else {"checkpoint_activations": recompute}
     config = config.model_copy(update={"model": config.model.model_copy(update=update)})
@@ -193,7 +180,6 @@ def trace(
     recorder = Recorder()
     with META:
         model = TracedUNet(config, recorder).to(dtype)
-    traffic = Traffic() if shard is None else shard(model, samples)
     require_triton(config.train.kernels)  # nothing runs, but the module of the kernels also has the shapes of results
     set_kernels(model, config.train.kernels)
     observe_modules(model, recorder)
@@ -217,5 +203,4 @@ def trace(
         saved_by=np.array([size for _, size in recorder.segments], dtype=np.int64),
         peaks=np.array([[peaks.get(i, 0) for i in range(num_segments + 1)] for peaks in recorder.peaks]),
         saved=saved,
-        sent=traffic.experts,
     )

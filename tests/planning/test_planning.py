@@ -42,7 +42,7 @@ def handmade(classes: list[str], flops: list[int], num_bytes: list[int]) -> Trac
     return Trace(
         samples=2, kind=zero, phase=zero, op_class=np.array([CLASSES.index(name) for name in classes]), segment=zero - 1,
         flops=np.array(flops), bytes=np.array(num_bytes), is_block=np.zeros(0, dtype=bool),
-        saved_by=zero[:0], peaks=np.zeros((2, 1), dtype=np.int64), saved=0, sent=0,
+        saved_by=zero[:0], peaks=np.zeros((2, 1), dtype=np.int64), saved=0,
     )  # fmt: skip
 
 

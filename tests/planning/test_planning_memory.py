@@ -12,11 +12,10 @@ from raphael_dist.convert.source_checkpoint import parameter_shapes
 from raphael_dist.engine.ds_config import CONTIGUOUS_BUCKET
 from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.planning.calibrate import REFERENCE, measured_peak
-from raphael_dist.planning.expert_parallel_trace import shard_for_trace
 from raphael_dist.planning.memory import LIBRARIES, memory_footprint, model_states, rank_memory, topology
 from raphael_dist.planning.trace import profile, trace
-from tests.lib.launch import run_ranks, train_steps
-from tests.lib.synthetic import SIZE, TOKENS, TREE, tiny_config
+from tests.lib.launch import run_ranks
+from tests.lib.synthetic import tiny_config
 
 
 def spec(world: int, stage: int, dtype: str, accumulation: int, space_ep: int, time_ep: int) -> dict[str, Any]:
@@ -124,18 +123,3 @@ def test_overlap_needs_memory_for_the_gathered_weights_only_in_the_update():
     assert overlapped.buffer_elements == plain.buffer_elements == 0
     gathered = plain.states.weights + plain.states.weights // 2  # all weights, and this rank's part once more
     assert overlapped.update_bytes - plain.update_bytes == gathered
-
-
-@pytest.mark.parametrize("recompute", [pytest.param("none", marks=pytest.mark.slow), "blocks"])
-def test_planned_bytes_to_experts_equal_those_of_a_real_rank(tmp_path, recompute):
-    sections = {
-        "model": {**TREE["model"], "checkpoint_activations": recompute},
-        "image": {"buckets": [[SIZE, SIZE]]},
-        "text": {"max_tokens": TOKENS},
-        "train": {"micro_batch_size": 3, "global_batch_size": 6},
-        "parallel": {"space_ep": 2, "placement": ["shard"], "dispatch": "all_gather"},
-    }
-    sent = train_steps(tmp_path, 2, sections=sections, deepspeed={"zero_optimization": {"stage": 1}}, steps=1)["sent"]
-    config = tiny_config(**sections)
-    planned = trace(config, 3, recompute, shard_for_trace(config, BatchPlan.of(config, 2)))
-    assert sent == [planned.sent, planned.sent]
