@@ -3,9 +3,6 @@
 The checks cover collectives between ranks, CUDA graphs, how often the host waits for the GPU, and the largest micro-batch.
 """
 
-import re
-import subprocess
-import sys
 import time
 import warnings
 from dataclasses import dataclass
@@ -18,7 +15,6 @@ from raphael_dist.cluster.preflight_report import SLOW_PAIR
 from raphael_dist.cluster.prove_model import Case, case_config, position_batch
 from raphael_dist.cluster.prove_numbers import Trained
 from raphael_dist.cluster.prove_results import Problem, Proof, Result
-from raphael_dist.config import assets
 from raphael_dist.config.schema import Config
 from raphael_dist.engine.ds_config import read_deepspeed_json, zero_stage
 from raphael_dist.engine.ds_keys import Tree
@@ -170,32 +166,15 @@ def graphs(proof: Proof) -> Result:
 def waits(proof: Proof) -> Result:
     """Count how often the host waits for the GPU in a training step; more than once is a problem. Collective.
 
-    Without a GPU, rank 0 counts on a simulated GPU (`tools/bench.py syncs`).
-
     `proof`: this rank and its device. Returns measurements and problems of this rank.
     """
     if proof.device.type != "cuda":
-        return _simulated_waits(proof)
+        return Result(not_proven=[NEEDS_GPU.format("the count of the host's waits")])
     counts: list[int] = []
     config = case_config(Case("bfloat16", 2, 1), proof.ranks.world_size)
     take_steps(proof, config, {"zero_optimization": {"stage": 2}}, counts)
     text = f"the host waits for the GPU {counted(counts[-1], 'time')} in a step"
     return Result([text], [Problem(f"{text}, instead of once", amber=True)] if counts[-1] > 1 else [])
-
-
-def _simulated_waits(proof: Proof) -> Result:
-    if not proof.ranks.is_main:
-        return Result()
-    command = [sys.executable, str(assets.root() / "tools" / "bench.py"), "syncs", "--config", "emoji", "--places", "1"]
-    command.append("train.dtype=bfloat16")  # allows the grouped product; without it the host reads the loads of experts
-    done = subprocess.run(command, capture_output=True, text=True)
-    match = re.search(r"host synchronisations per step: (\d+)", done.stdout)
-    if match is None:
-        return Result([], [Problem(f"tools/bench.py syncs failed: {done.stderr.strip()[-200:]}", amber=True)])
-    waits = int(match[1])
-    text = f"the host waits for the GPU {counted(waits, 'time')} in a step of the preset emoji, counted on a simulated GPU"
-    problems = [Problem(f"{text}, instead of once")] if waits > 1 else []
-    return Result([text], problems, {}, ["waits of the host for a real GPU"])
 
 
 def plan(proof: Proof) -> Result:

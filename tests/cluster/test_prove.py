@@ -135,13 +135,13 @@ def test_speed_checks_measure_and_say_what_a_cpu_cannot_prove(forks: Forks, tmp_
     codes, report = prove(tmp_path, 2, checks=["links", "graphs", "waits", "plan", "micro_batch"], arguments=arguments)
     assert codes == [0, 0], problems(report)
     status = {check["name"]: check["status"] for check in report["checks"]}
-    assert (status["links"], status["graphs"], status["micro_batch"]) == ("green", "not proven", "not proven")
+    assert status["links"] == "green"
+    assert status["graphs"] == status["waits"] == status["micro_batch"] == "not proven"
     lines = "\n".join(line for check in report["checks"] for line in check["lines"])
     assert re.search(r"between nodes: reduce-scatter \d+ us, \d+\.\d+ GB/s per rank", lines)
     assert re.search(r"a step of 4 images: .* ms, planned .* ms", lines)
     sent, planned = re.search(r"bytes to other ranks' experts in a micro-step: ([\d,]+), planned ([\d,]+)", lines).groups()
     assert sent == planned != "0"
-    assert "waits for the GPU 1 time in a step of the preset emoji" in lines, problems(report)
     reasons = [text for check in report["checks"] for text in check["not_proven"]]
     assert "train.cuda_graphs on and off requires a GPU" in reasons
 
