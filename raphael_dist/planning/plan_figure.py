@@ -50,7 +50,7 @@ def _draw_memory(ax: "Axes", plan: RunPlan) -> None:
         sizes = [o.memory.by_kind().get(kind, 0) / 1e9 for o in best]
         ax.bar(range(len(best)), sizes, bottom=bottom, label=kind)
         bottom = [b + s for b, s in zip(bottom, sizes, strict=True)]
-    ax.axhline(plan.cluster.memory_gb.value, color="black", linestyle="--", linewidth=1)
+    ax.axhline(plan.search.cluster.memory_gb.value, color="black", linestyle="--", linewidth=1)
     ax.set_xticks(range(len(best)), [_label(o.choice) for o in best], fontsize=7)
     ax.set_ylabel("GB per rank")
     ax.set_title("memory of the best choices")
@@ -69,7 +69,7 @@ def _draw_timeline(ax: "Axes", plan: RunPlan) -> None:
     """
     best, step = plan.best, plan.best.step
     trace = plan.search.get_profile().at(best.choice.micro_batch_size, best.choice.recompute)
-    phases = seconds_by_phase(trace, plan.cluster, plan.config.train.dtype)
+    phases = seconds_by_phase(trace, plan.search.cluster, plan.search.config.train.dtype)
     phases["backward"] += phases.pop("recomputed")
     phases = {phase: best.plan.accumulation * seconds for phase, seconds in phases.items()}
     start, ends = 0.0, {}
@@ -108,8 +108,8 @@ def images_per_s_on(plan: RunPlan, world: int) -> float | None:
 
     Returns None if these settings are not possible on that number of devices.
     """
-    search, batch = plan.search, plan.config.train.global_batch_size
-    train = plan.config.train.model_copy(update={"global_batch_size": max(1, batch * world // search.world)})
-    config = plan.config.model_copy(update={"train": train})
+    search, train = plan.search, plan.search.config.train
+    train = train.model_copy(update={"global_batch_size": max(1, train.global_batch_size * world // search.world)})
+    config = search.config.model_copy(update={"train": train})
     outcome = Search(config, search.cluster, world, profile=search.get_profile()).evaluate(plan.best.choice)
     return None if outcome is None else outcome.step.images_per_s

@@ -6,7 +6,7 @@ import shlex
 import numpy as np
 
 from raphael_dist.planning.operation_recorder import KINDS, PHASES
-from raphael_dist.planning.run_plan import RunPlan
+from raphael_dist.planning.run_plan import RunPlan, active_parameters
 from raphael_dist.planning.search import Choice, Outcome, reasons
 from raphael_dist.text import counted
 
@@ -17,18 +17,18 @@ def describe(plan: RunPlan, config_name: str, shown: int = 5) -> str:
     The details are memory, time, cost and the command that starts the run. `config_name`: preset or file of the
     configuration, for the command. `shown`: how many choices the ranking lists.
     """
-    cluster, world = plan.cluster, plan.search.world
-    peak = cluster.peak_tflops[plan.config.train.dtype].value
+    search, cluster, train = plan.search, plan.search.cluster, plan.search.config.train
+    peak, active = cluster.peak_tflops[train.dtype].value, active_parameters(search.shapes)
     lines = [
-        f"{config_name} on {counted(world, 'device')} of {cluster.name}, {plan.config.train.dtype}, "
-        f"{counted(plan.config.train.global_batch_size, 'image')} per step",
-        f"parameters: {plan.parameters / 1e6:,.1f} M, of which {plan.active / 1e6:,.1f} M process an image token "
+        f"{config_name} on {counted(search.world, 'device')} of {cluster.name}, {train.dtype}, "
+        f"{counted(train.global_batch_size, 'image')} per step",
+        f"parameters: {search.parameters / 1e6:,.1f} M, of which {active / 1e6:,.1f} M process an image token "
         "if one space expert per layer works on it (a token in the regions of several words can use several)",
         "",
         *_choices(plan.ranked[:shown], peak),
         "",
         "where such settings have been run so far (docs/proven.md):",
-        *(f"  {o.choice}: {run_so_far(o.choice, cluster.device, world)}" for o in plan.ranked[:shown]),
+        *(f"  {o.choice}: {run_so_far(o.choice, cluster.device, search.world)}" for o in plan.ranked[:shown]),
         "",
         "the first choice compared with others:",
         *(f"  {line}" for line in reasons(plan.best, plan.ranked, cluster.memory_gb.value)),
@@ -82,7 +82,7 @@ def run_so_far(choice: Choice, device: str, world: int) -> str:
 def _memory(plan: RunPlan) -> list[str]:
     kinds, total = plan.best.memory.by_kind(), plan.best.memory.total
     parts = "  ".join(f"{kind} {size / 1e9:.2f}" for kind, size in kinds.items())
-    return [f"memory per rank, GB: {parts}  total {total / 1e9:.2f} of {plan.cluster.memory_gb.value:.0f}"]
+    return [f"memory per rank, GB: {parts}  total {total / 1e9:.2f} of {plan.search.cluster.memory_gb.value:.0f}"]
 
 
 def _blocks(plan: RunPlan) -> list[str]:
@@ -143,9 +143,9 @@ def command(plan: RunPlan, config_name: str) -> str:
 
     `config_name`: preset or file of the configuration.
     """
-    per_node, choice = int(plan.cluster.per_node.value), plan.best.choice
+    per_node, choice = int(plan.search.cluster.per_node.value), plan.best.choice
     settings = [*choice.settings(), f"checkpoint.every={plan.save_every()}"]
-    if plan.cluster.device == "cpu":
+    if plan.search.cluster.device == "cpu":
         return (
             f"torchrun --nproc_per_node {plan.search.world} raphael_dist/train.py --config {shlex.quote(config_name)} "
             f"--deepspeed_config {choice.json} {shlex.join(settings)}"
@@ -163,10 +163,10 @@ def assumed(plan: RunPlan) -> list[str]:
     Each is a string such as "price 2.5" or "rates.norm.gb_s 1500".
     """
     numbers = []
-    for name, value in plan.cluster.model_dump().items():
+    for name, value in plan.search.cluster.model_dump().items():
         if isinstance(value, dict) and "assumed" in value.get("source", ""):
             numbers.append(f"{name} {value['value']:g}")
-    for op_class, rates in plan.cluster.rates[plan.config.train.dtype].items():
+    for op_class, rates in plan.search.cluster.rates[plan.search.config.train.dtype].items():
         for name, number in rates.model_dump().items():
             if number and "assumed" in number["source"]:
                 numbers.append(f"rates.{op_class}.{name} {number['value']:g}")

@@ -4,10 +4,8 @@ import math
 from dataclasses import dataclass
 
 from raphael_dist.checkpoint.tensors import stacked
-from raphael_dist.config.schema import Config
 from raphael_dist.errors import UserError
 from raphael_dist.planning.checkpoint_interval import SavePlan, plan_saves
-from raphael_dist.planning.cluster_spec import ClusterSpec
 from raphael_dist.planning.search import Outcome, Search
 from raphael_dist.text import counted
 
@@ -19,24 +17,17 @@ class RunPlan:
     """The plan of a run: possible settings with predicted memory and speed, and the cost of the best ones.
 
     Attributes:
-        config, cluster: the run's configuration, and the description of the cluster.
-        search: the object that made the predictions, for the number of devices `search.world`.
+        search: the object that made the predictions: for the configuration `search.config` on `search.world` devices of
+            `search.cluster`.
         ranked: all possible settings (ZeRO stage, micro-batch, ...) with predicted memory and time, the best first.
         images: number of images to train on.
-        parameters: number of parameters of the model.
-        active: number of parameters that process one image token, if this token uses one space expert and one time expert
-            in each block.
         saves: how often to save a checkpoint, and what this costs.
         price: dollars per device hour.
     """
 
-    config: Config
-    cluster: ClusterSpec
     search: Search
     ranked: list[Outcome]
     images: int
-    parameters: int
-    active: int
     saves: SavePlan
     price: float
 
@@ -97,13 +88,9 @@ def make_plan(
         shortest_s=best.step.seconds,
     )
     return RunPlan(
-        config=config,
-        cluster=cluster,
         search=search,
         ranked=ranked,
         images=config.train.max_steps * config.train.global_batch_size if images is None else images,
-        parameters=search.parameters,
-        active=active_parameters(search.shapes),
         saves=saves,
         price=cluster.price.value if price is None else price,
     )

@@ -216,7 +216,7 @@ def test_days_hours_and_money_follow_from_images_a_second():
     seconds = 10**6 / plan.best.step.images_per_s / (1 - plan.saves.lost)
     assert plan.gpu_hours == pytest.approx(8 * seconds / 3600)
     assert plan.dollars == pytest.approx(2.0 * plan.gpu_hours)
-    assert plan.saves.bytes == 16 * plan.parameters
+    assert plan.saves.bytes == 16 * plan.search.parameters
 
 
 def test_active_parameters_count_one_expert_per_layer():
@@ -298,7 +298,7 @@ def test_presets_can_be_planned():
     plan = make_plan(
         Search(load_config("sd2-dense"), load_cluster("a100x8"), 8, {"micro_batch_size": (16, 32), "stage": (2,)})
     )
-    assert plan.parameters == 865_910_724
+    assert plan.search.parameters == 865_910_724
     assert plan.best.fits
 
 
