@@ -85,18 +85,13 @@ class LiveBytes(TorchDispatchMode):
 
     Attributes:
         live: current bytes.
-        peak: largest value of `live` since the last `restart`.
+        peak: largest value of `live`.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-
-    def restart(self) -> int:
-        """Return the largest number of live bytes since the last call, and set `peak` to the current number, `live`."""
-        peak, self.peak = self.peak, self.live
-        return peak
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Sequence[type], args: Arguments = (), kwargs: Options | None = None
