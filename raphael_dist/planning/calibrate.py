@@ -9,6 +9,7 @@ import datetime
 import os
 import platform
 import time
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,13 +65,7 @@ def seconds_of(work: Callable[[], object]) -> float:
     while clock() - start < MIN_SECONDS:
         work()
         calls += 1
-    best = float("inf")
-    for _ in range(REPEATS):
-        start = clock()
-        for _ in range(calls):
-            work()
-        best = min(best, (clock() - start) / calls)
-    return best
+    return min(timeit.repeat(work, timer=clock, repeat=REPEATS, number=calls)) / calls
 
 
 @dataclass(frozen=True)
@@ -166,13 +161,12 @@ def measured_step(config: Config, repeats: int = 4) -> float:
     torch.manual_seed(0)
     model, schedule = RaphaelUNet(config), NoiseSchedule.create(config.diffusion)
     batch = random_batch(config, model.num_blocks)
-    best = float("inf")
-    for i in range(repeats + 1):
-        model.zero_grad()
-        start = clock()
+
+    def step() -> None:
         compute_losses(model, batch, schedule, config, torch.float32).total.sum().backward()
-        best = min(best, clock() - start) if i else best
-    return best
+
+    seconds = timeit.repeat(step, setup=model.zero_grad, timer=clock, repeat=repeats + 1, number=1)
+    return min(seconds[1:])  # the first step is slower
 
 
 def measured_peak(config: Config) -> int:
