@@ -17,16 +17,13 @@ Requirement = tuple[bool, str, str]  # whether it is fulfilled, its text, and wh
 
 def check_data(data: Data, image: Image, train: Train) -> Iterator[str]:
     """Yield an error message for each pair of incompatible settings about the data set, image sizes and micro-batch size."""
-    if data.shards and data.sources:
-        yield (
-            f"data.shards={list(data.shards)} requires data.sources=[], but both are set. Set data.sources=[], or "
-            "set data.shards=[] to use the weighted sets of shards in data.sources."
-        )
-    if data.caption_weights and data.caption_from != "auto":
-        yield (
-            f"data.caption_weights={data.caption_weights} requires data.caption_from=auto, but it is {data.caption_from}. "
-            "Set data.caption_from=auto, or data.caption_weights={}."
-        )
+    if data.shards:
+        requirement = (not data.sources, "data.sources=[]", "both are set")
+        remedy = "set data.shards=[] to use the weighted sets of shards in data.sources"
+        yield from _unfulfilled(f"data.shards={list(data.shards)}", [requirement], remedy)
+    if data.caption_weights:
+        requirement = (data.caption_from == "auto", "data.caption_from=auto", f"it is {data.caption_from}")
+        yield from _unfulfilled(f"data.caption_weights={data.caption_weights}", [requirement], "set data.caption_weights={}")
     micro = train.micro_batch_size
     if len(image.buckets) > 1 and data.bucket_run < micro:
         yield (
@@ -52,12 +49,10 @@ def check_diffusion(diffusion: Diffusion, edge: Edge, sample: Sample) -> Iterato
         )
     if diffusion.prediction == "flow":
         yield from _check_flow(diffusion, sample)
-    if diffusion.zero_terminal_snr and diffusion.prediction == "epsilon":
-        yield (
-            "diffusion.zero_terminal_snr=true requires diffusion.prediction=v_prediction, but it is epsilon: the last "
-            "timestep is pure noise, and its predicted noise says nothing about the image. Set "
-            "diffusion.prediction=v_prediction, or diffusion.zero_terminal_snr=false."
-        )
+    if diffusion.zero_terminal_snr:
+        why = "it is epsilon: the last timestep is pure noise, and its predicted noise says nothing about the image"
+        requirement = (diffusion.prediction != "epsilon", "diffusion.prediction=v_prediction", why)
+        yield from _unfulfilled("diffusion.zero_terminal_snr=true", [requirement], "set diffusion.zero_terminal_snr=false")
 
 
 def _check_flow(diffusion: Diffusion, sample: Sample) -> Iterator[str]:
@@ -80,11 +75,12 @@ def _unfulfilled(subject: str, requirements: Iterable[Requirement], remedy: str)
     """Yield an error message for each unfulfilled requirement of a setting.
 
     `subject`: the setting with its value. `requirements`: (whether it is fulfilled, text of the requirement, text about the
-    actual value) of each requirement. `remedy`: what the user can do instead of fulfilling a requirement.
+    actual value) of each requirement; what follows a comma in its text explains it. `remedy`: what the user can do instead
+    of fulfilling a requirement.
     """
     for fulfilled, requirement, actual in requirements:
         if not fulfilled:
-            yield f"{subject} requires {requirement}, but {actual}. Set {requirement}, or {remedy}."
+            yield f"{subject} requires {requirement}, but {actual}. Set {requirement.partition(',')[0]}, or {remedy}."
 
 
 def check_parallel(parallel: Parallel, model: Model) -> Iterator[str]:
@@ -113,7 +109,7 @@ def check_kernels(
     adapted = lora.rank > 0 and "experts" in lora.targets
     experts = (
         (model.expert_backend == "auto", "model.expert_backend=auto", f"it is {model.expert_backend}"),
-        (not adapted, "lora.rank=0, or lora.targets without experts", f"lora.targets={list(lora.targets)}"),
+        (not adapted, "lora.rank=0 or lora.targets without experts", f"lora.targets={list(lora.targets)}"),
     )
     judges = train.spike_sigma > 0 and train.spike_action != "warn"
     requirements: dict[Kernel, tuple[Requirement, ...]] = {
@@ -150,22 +146,18 @@ def check_kernels(
 
 def check_expert_backend(model: Model) -> Iterator[str]:
     """Yield an error message if `model.megablocks_folder` is set and not used."""
-    if model.megablocks_folder is not None and model.expert_backend != "megablocks":
-        yield (
-            f"model.megablocks_folder={model.megablocks_folder} requires model.expert_backend=megablocks, but it is "
-            f"{model.expert_backend}. Set model.expert_backend=megablocks, or set model.megablocks_folder=null."
-        )
+    folder, backend = model.megablocks_folder, model.expert_backend
+    if folder is not None:
+        requirement = (backend == "megablocks", "model.expert_backend=megablocks", f"it is {backend}")
+        yield from _unfulfilled(f"model.megablocks_folder={folder}", [requirement], "set model.megablocks_folder=null")
 
 
 def check_lora(lora: Lora, model: Model, run: RunConfig) -> Iterator[str]:
     """Yield an error message for each setting that LoRA training (lora.rank above 0) does not allow."""
     if not lora.rank:
         return
-    if run.init_from is None:
-        yield (
-            f"lora.rank={lora.rank} requires run.init_from, the checkpoint of the base model, but it is null. Set "
-            "run.init_from, or set lora.rank=0 to train all weights."
-        )
+    requirement = (run.init_from is not None, "run.init_from, the checkpoint of the base model", "it is null")
+    yield from _unfulfilled(f"lora.rank={lora.rank}", [requirement], "set lora.rank=0 to train all weights")
     if "experts" in lora.targets and not model.space_experts + model.time_experts:
         yield (
             f"lora.targets={list(lora.targets)} requires experts, but model.space_experts and model.time_experts are 0. "
@@ -193,12 +185,7 @@ def check_control(control: Control, run: RunConfig, edge: Edge, lora: Lora, para
         ),
         (not run.reinit, "run.reinit=[], since frozen weights would stay random", f"it is {list(run.reinit)}"),
     )
-    for fulfilled, requirement, value in requirements:
-        if not fulfilled:
-            yield (
-                f"control.enabled=true requires {requirement}, but {value}. Set {requirement.partition(',')[0]}, or set "
-                "control.enabled=false."
-            )
+    yield from _unfulfilled("control.enabled=true", requirements, "set control.enabled=false")
 
 
 def check_upscale(upscale: Upscale, control: Control) -> Iterator[str]:
@@ -206,11 +193,9 @@ def check_upscale(upscale: Upscale, control: Control) -> Iterator[str]:
     factor = upscale.factor
     if factor == 1 or factor & (factor - 1):
         yield f"upscale.factor={factor} must be a power of two. Set 0 (off), 2, 4, 8 or 16."
-    if factor and control.enabled:
-        yield (
-            f"upscale.factor={factor} requires control.enabled=false, but it is true. Set upscale.factor=0 or "
-            "control.enabled=false."
-        )
+    if factor:
+        requirement = (not control.enabled, "control.enabled=false", "it is true")
+        yield from _unfulfilled(f"upscale.factor={factor}", [requirement], "set upscale.factor=0")
 
 
 def check_sample_images(sample: Sample, upscale: Upscale, control: Control) -> Iterator[str]:
