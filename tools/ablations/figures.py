@@ -1,4 +1,4 @@
-"""Draws the figures of an ablation campaign: a comparison of all variants, and the loss against each varied setting.
+"""Draws the figures of an ablation campaign: a comparison of all variants, and their curves.
 
 A campaign trains variants of one base configuration. The variant `full` is the base configuration itself.
 """
@@ -13,36 +13,31 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from ablations.results import ROUTING, Interval, RunResult, Summary, interval
-from ablations.variants import Base
 from raphael_dist.storage.files import atomic_path
 
-CURVES = {
-    "experts": ("model.space_experts", "space experts"),
-    "alpha": ("model.mask_threshold", "alpha (model.mask_threshold)"),
-    "edges": ("edge.max_timestep", "T_c (edge.max_timestep)"),
-}
 COLOUR, LOSS = "#0072b2", "held-out loss"
 COLOURS = colormaps["tab20"]  # of curves: ten dark colours, each followed by a light one of the same hue
 
 
-def draw(base: Base, summaries: Sequence[Summary], out: Path) -> list[Path]:
-    """Write variants.png with all variants, and NAME.png for each NAME in CURVES (such as "experts"); return the files.
+def draw_variants(summaries: Sequence[Summary], out: Path) -> None:
+    """Write variants.png: the loss of each variant (left), and its difference to that of `full` (right).
 
-    NAME.png shows the loss against the values of one setting, such as model.space_experts. It is written if at least two
-    values were trained. `base`: the configuration from which each variant differs in some settings. `out`: the folder of
-    the files.
+    Variants without a loss are left out; if none has a loss, nothing is written. `out`: the folder of the file.
     """
     known = [summary for summary in summaries if summary.loss is not None]
-    drawn = [_variants(known, out / "variants.png")] if known else []
-    for name, (field, label) in CURVES.items():
-        section, key = field.split(".")
-        points = {}
-        for summary in known:
-            if set(summary.overrides) <= {field}:
-                points[getattr(getattr(base.config(summary.overrides), section), key)] = summary.loss
-        if len(points) > 1:
-            drawn.append(_curve(sorted(points.items()), label, out / f"{name}.png"))
-    return drawn
+    if not known:
+        return
+    figure = Figure(figsize=(9.0, 1.2 + 0.32 * len(known)), dpi=120)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for row, summary in enumerate(known):
+        _point(left, summary.loss, row)
+        _point(right, summary.difference, row)
+    left.set_yticks(range(len(known)), [summary.what for summary in known])
+    left.invert_yaxis()
+    left.set_xlabel(LOSS)
+    right.axvline(0, color="grey", linewidth=0.8)
+    right.set_xlabel("difference to the full model, same seeds")
+    _save(figure, (left, right), out / "variants.png")
 
 
 def draw_curves(runs: Sequence[RunResult], out: Path) -> None:
@@ -85,45 +80,15 @@ def _band(axes: Axes, curves: Sequence[dict[int, float]], colour: str, label: st
     )
 
 
-def _variants(summaries: Sequence[Summary], path: Path) -> Path:
-    """Draw the loss of each variant (left), and its difference to that of `full`, the base configuration (right).
-
-    Returns `path`, the file that is written.
-    """
-    figure = Figure(figsize=(9.0, 1.2 + 0.32 * len(summaries)), dpi=120)
-    left, right = figure.subplots(1, 2, sharey=True)
-    for row, summary in enumerate(summaries):
-        _point(left, summary.loss, row)
-        _point(right, summary.difference, row)
-    left.set_yticks(range(len(summaries)), [summary.what for summary in summaries])
-    left.invert_yaxis()
-    left.set_xlabel(LOSS)
-    right.axvline(0, color="grey", linewidth=0.8)
-    right.set_xlabel("difference to the full model, same seeds")
-    return _save(figure, (left, right), path)
-
-
 def _point(axes: Axes, point: Interval | None, row: int) -> None:
     if point is not None:
         axes.errorbar(point.mean, row, xerr=point.half, fmt="o", color=COLOUR, capsize=3)
 
 
-def _curve(points: Sequence[tuple[float, Interval | None]], label: str, path: Path) -> Path:
-    figure = Figure(figsize=(4.8, 3.4), dpi=120)
-    axes = figure.subplots()
-    known = [(x, y) for x, y in points if y is not None]
-    half = [y.half or 0.0 for _, y in known]
-    axes.errorbar([x for x, _ in known], [y.mean for _, y in known], yerr=half, marker="o", color=COLOUR, capsize=3)
-    axes.set_xlabel(label)
-    axes.set_ylabel(LOSS)
-    return _save(figure, (axes,), path)
-
-
-def _save(figure: Figure, all_axes: Sequence[Axes], path: Path) -> Path:
+def _save(figure: Figure, all_axes: Sequence[Axes], path: Path) -> None:
     FigureCanvasAgg(figure)
     for axes in all_axes:
         axes.grid(alpha=0.3)
     figure.tight_layout()
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
-    return path

@@ -4,8 +4,6 @@
 computed between runs with the same seed, because these have the same images, noise and timesteps in the same order.
 """
 
-import csv
-import io
 import json
 import statistics
 from collections.abc import Sequence
@@ -228,16 +226,11 @@ def _intervals(rows: Sequence[dict[str, float]]) -> dict[str, Interval]:
 
 
 def write(campaign: Campaign, runs: Sequence[RunResult], summaries: Sequence[Summary], table: str) -> None:
-    """Write results.md (`table`), results.json, results.csv and curves.csv into the campaign's folder.
+    """Write results.md (`table`), results.json and curves.csv into the campaign's folder.
 
     Files are replaced atomically, since a campaign and `--table` may write at the same time.
     """
     everything = {"runs": [_without_curves(run) for run in runs], "variants": [asdict(summary) for summary in summaries]}
-    rows = [_flat(run) for run in runs]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
     curves = ["variant,seed,images,metric,value"]
     for run in runs:
         for tag, points in run.curves.items():
@@ -246,7 +239,6 @@ def write(campaign: Campaign, runs: Sequence[RunResult], summaries: Sequence[Sum
         "curves.csv": "\n".join(curves) + "\n",
         "results.json": json.dumps(everything, indent=1),
         "results.md": table,
-        "results.csv": text.getvalue(),
     }
     for name, content in contents.items():
         with atomic_path(campaign.out / name) as temporary:
@@ -255,10 +247,3 @@ def write(campaign: Campaign, runs: Sequence[RunResult], summaries: Sequence[Sum
 
 def _without_curves(run: RunResult) -> dict[str, Any]:
     return {key: value for key, value in asdict(run).items() if key != "curves"}
-
-
-def _flat(run: RunResult) -> dict[str, Any]:
-    row = _without_curves(run)
-    nested = {**row.pop("losses"), **row.pop("benchmark"), **row.pop("routing")}
-    overrides = " ".join(f"{key}={text}" for key, text in row.pop("overrides").items())
-    return {**row, **nested, "overrides": overrides}

@@ -1,7 +1,7 @@
 """Writes tables, figures and numbers of all finished runs of an ablation campaign."""
 
 from ablations.campaign import Campaign
-from ablations.figures import draw, draw_curves
+from ablations.figures import draw_curves, draw_variants
 from ablations.results import collect, write
 from ablations.table import describe
 
@@ -17,7 +17,7 @@ def show(campaign: Campaign, figures: bool = True) -> str:
     text = describe(campaign, summaries)
     write(campaign, runs, summaries, text)
     if figures:
-        draw(campaign.base, summaries, campaign.out)
+        draw_variants(summaries, campaign.out)
         chosen = {variant.name for variant in campaign.variants}
         draw_curves([run for run in runs if run.variant in chosen], campaign.out)
     return text
