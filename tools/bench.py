@@ -8,7 +8,7 @@ from raphael_dist.cli.common import Parser
 
 COMMANDS = {
     "space": ("space", "time of the Space-MoE's implementations: the paper's formula as printed, grouped, dense"),
-    "moe": ("moe", "time of our expert layers, compared with DeepSpeed's MoE and a plain loop"),
+    "moe": ("moe", "time of our expert layers, compared with DeepSpeed's MoE"),
     "balance": ("balance", "how evenly the time experts are loaded"),
     "checkpoint": ("checkpoint", "time to save, write, verify and convert a checkpoint"),
     "states": ("states", "bytes per parameter in each ZeRO stage"),

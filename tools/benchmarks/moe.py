@@ -1,4 +1,4 @@
-"""`tools/bench.py moe`: our expert layers compared with DeepSpeed's own `MoE` and a plain loop, on 1 or more ranks.
+"""`tools/bench.py moe`: our expert layers compared with DeepSpeed's own `MoE`, on 1 or more ranks.
 
 All layers run forward and backward on equally many tokens of equal width with equally many experts of equal width, in the
 same processes. Layers that route differently are compared by *routed rows*: the number of computed (token, expert) pairs.
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from benchmarks.space import SpaceCase, add_sizes, cases
 from raphael_dist.engine import expert_groups
 from raphael_dist.engine.engine import import_deepspeed
-from raphael_dist.model.experts import Experts
 from raphael_dist.model.moe import SpaceMoE, TimeMoE
 from raphael_dist.parallel.async_collectives import ExpertGroup, Traffic
 from raphael_dist.parallel.expert_dispatch import ParallelSpaceMoE, ParallelTimeMoE, count_samples
@@ -88,10 +87,8 @@ def _layers(case: SpaceCase, mask: float, ranks: Ranks, uneven: bool) -> dict[st
     h_BND, mask_BNY, weight_BYK = case.inputs(mask, "cpu", torch.float32, seed=ranks.rank, uneven=uneven)
     tokens, pairs = case.batch * case.tokens, int(((mask_BNY @ weight_BYK.detach()) > 0).sum())
     expert_B = (torch.arange(case.batch) + ranks.rank) % case.experts
-    expert_R = torch.randint(case.experts, (tokens,), generator=torch.Generator().manual_seed(ranks.rank))
     if uneven:
-        expert_B[: case.batch // 2] = expert_R[: tokens // 2] = 0
-    loop = Experts(case.experts, case.dim, case.hidden)
+        expert_B[: case.batch // 2] = 0
     steps: dict[str, tuple[int, Callable[[], None], Traffic]] = {}
     kinds = {"": group}
     if group is not None:
@@ -106,8 +103,6 @@ def _layers(case: SpaceCase, mask: float, ranks: Ranks, uneven: bool) -> dict[st
         steps[f"Time-MoE{suffix}"] = (tokens, _step(moved, h_BND, expert_B, samples, factor_B), traffic)
     for k in (1, 2):
         steps[f"DeepSpeed MoE, k={k}"] = (k * tokens, _step(_deepspeed_moe(case, k, world, uneven), h_BND), Traffic())
-    if world == 1:
-        steps["plain loop"] = (tokens, _step(_Loop(loop, expert_R), h_BND), Traffic())
     return steps
 
 
@@ -119,22 +114,6 @@ def _space(case: SpaceCase, group: ExpertGroup | None) -> nn.Module:
 def _time(case: SpaceCase, group: ExpertGroup | None) -> nn.Module:
     whole = TimeMoE(case.experts, case.dim, case.hidden)
     return whole if group is None else ParallelTimeMoE(whole, group)
-
-
-class _Loop(nn.Module):
-    """A plain expert layer: for each expert, select its tokens, run it, and add its outputs at their positions."""
-
-    def __init__(self, experts: Experts, expert_R: Tensor) -> None:
-        super().__init__()
-        self.experts, self.expert_R = experts, expert_R
-
-    def forward(self, h_BND: Tensor) -> Tensor:
-        x_RD, out_RD = h_BND.flatten(0, 1), torch.zeros_like(h_BND).flatten(0, 1)
-        for k in range(self.experts.num_experts):
-            (row,) = (self.expert_R == k).nonzero(as_tuple=True)
-            hidden = self.experts.act(nn.functional.linear(x_RD[row], self.experts.w1[k], self.experts.b1[k]))
-            out_RD = out_RD.index_add(0, row, nn.functional.linear(hidden, self.experts.w2[k], self.experts.b2[k]))
-        return out_RD
 
 
 def _deepspeed_moe(case: SpaceCase, k: int, world: int, uneven: bool) -> nn.Module:
@@ -194,7 +173,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print our expert layers compared with DeepSpeed's and a loop, on the ranks that torchrun starts, or one."""
+    """Print our expert layers compared with DeepSpeed's, on the ranks that torchrun starts, or one."""
     ranks = discover()
     initialise(ranks)
     torch.set_num_threads(args.threads)
