@@ -19,8 +19,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import gcd
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -29,7 +27,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.states import random_batch
 from raphael_dist.config.schema import Config, load_config
-from raphael_dist.data.run_data import open_source
 from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.engine import Engine
 from raphael_dist.model.batch import Batch
@@ -58,13 +55,6 @@ WIDTHS = {
         "train.micro_batch_size=2",
     ],
 }
-DENSE = [
-    "model.space_experts=0",
-    "model.time_experts=0",
-    "model.time_activation=geglu",
-    "edge.weight=0",
-    "data.edge_maps=none",
-]
 
 
 @dataclass(frozen=True)
@@ -146,23 +136,10 @@ def _with(config: Config, section: str, **values: Any) -> Config:
 
 
 def _diffusers(config: Config, batch: Batch, schedule: NoiseSchedule) -> Contender:
-    from diffusers.models import UNet2DConditionModel
+    from benchmarks.gpu_step import diffusers_unet  # imports diffusers
 
-    m = config.model
     torch.manual_seed(0)
-    down = tuple("CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in m.attention)
-    model = UNet2DConditionModel(
-        in_channels=m.latent_channels,
-        out_channels=m.latent_channels,
-        block_out_channels=m.channels,
-        down_block_types=down,
-        up_block_types=tuple(name.replace("Down", "Up") for name in reversed(down)),
-        layers_per_block=m.layers_per_block,
-        attention_head_dim=tuple(width // m.head_dim for width in m.channels),  # the number of heads, in spite of its name
-        cross_attention_dim=m.text_width,
-        norm_num_groups=m.norm_groups,
-        use_linear_projection=True,
-    )
+    model: Any = diffusers_unet(config)
 
     def loss(model: nn.Module) -> Tensor:
         noised = schedule.add_noise(batch.x0, batch.noise, batch.timestep)
@@ -238,16 +215,13 @@ def bench_engine(config: Config, rounds: int, ranks: Ranks, device: torch.device
     """Return the fastest time in milliseconds of a training step and of the trainer's work around it, by name.
 
     "plain loop" and "engine" are the whole step without and with DeepSpeed. "average" (update of the weights' moving
-    average), "metrics" and "data" are further work of the trainer. "data" builds a batch of cached features; in training,
-    a thread does this during the step.
+    average) and "metrics" are further work of the trainer.
     """
     plan = BatchPlan.of(config, ranks.world_size)
     plain = contenders(config, reference=False)["RAPHAEL, auto"]
     engine = Engine(config, {"zero_optimization": {"stage": 1}}, plan, device)
     ema, metrics = Ema(engine.fragments, config.ema), Metrics(device)
     schedule, batch = NoiseSchedule.create(config.diffusion), random_batch(config, plan.micro_batch_size, (16, 16))
-    data = open_source(config, ranks, device)
-    builder = data.builder(config, engine.module.num_blocks, device)
     times: dict[str, list[float]] = defaultdict(list)
     for i in range(rounds + 1):
         times["plain loop"].append(sum(plain.step()))
@@ -258,8 +232,6 @@ def bench_engine(config: Config, rounds: int, ranks: Ranks, device: torch.device
         times["engine"].append(clock() - began)
         times["average"].append(_seconds(partial(ema.update, i + 1)))
         times["metrics"].append(_seconds(partial(_record, metrics, batch, losses)))
-        times["data"].append(_seconds(partial(builder.build, plan.slots(i * plan.micro_batch_size, 0, 0))))
-    data.close()
     return {name: min(values[1:]) * 1e3 for name, values in times.items()}
 
 
@@ -318,9 +290,7 @@ def run(args: argparse.Namespace) -> None:
         )
         print(_table(rows))
         if name == "demo":
-            with TemporaryDirectory() as folder:
-                cached = _with(config, "data", cache_dir=Path(folder))
-                print(_engine_table(bench_engine(cached, args.rounds, ranks, device)))
+            print(_engine_table(bench_engine(config, args.rounds, ranks, device)))
     torch.distributed.destroy_process_group()
 
 
