@@ -133,7 +133,9 @@ def script() -> int:
 
 def _run(name: str, argv: Sequence[str]) -> int:
     try:
-        return run_command(lambda: COMMANDS[name][0](argv))
+        code = run_command(lambda: COMMANDS[name][0](argv))
+        sys.stdout.flush()
+        return code
     except BrokenPipeError:  # the reader, `| head` for example, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0

@@ -43,4 +43,4 @@ def git_commit() -> str:
 
 def _git(*arguments: str) -> str:
     command = ["git", "-C", str(_PACKAGE.parent), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.strip()

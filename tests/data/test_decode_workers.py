@@ -189,7 +189,7 @@ if __name__ == "__main__":
     script.write_text(code)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
-        [sys.executable, script, str(tmp_path), "60" if kill else "0.2"], stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, script, str(tmp_path), "60" if kill else "3"], stdout=subprocess.PIPE, text=True, env=environment
     ) as rank:
         assert rank.stdout is not None
         assert rank.stdout.readline().split() == ["000000001", "False"]

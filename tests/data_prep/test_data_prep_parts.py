@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from raphael_dist.text import counted
 from tests.convert.test_mpi_ranks import bytes_below
 from tests.data_prep.test_data_prep import folder_of
 from tests.lib.launch import ROOT
@@ -58,7 +59,7 @@ def test_mpirun_ranks_write_same_shards_as_one_process(
     assert done.returncode == 0, done.stderr
     for rank in range(ranks):
         num_shards = len(range(rank, SHARDS, ranks))
-        assert f"samples in {num_shards} shards" in done.stdout
+        assert f"samples in {counted(num_shards, 'shard')}" in done.stdout
         assert f"(part {rank} of {ranks})" in done.stdout
     assert bytes_below(tmp_path / "out") == made[1]
 

@@ -105,6 +105,13 @@ def processes_of(folder: Path) -> list[psutil.Process]:
     return found
 
 
+def _daemon_port() -> int:
+    """Return a free port that no job of these tests uses (15,000 to 28,999, by the number of the job)."""
+    while (port := free_port()) in range(15_000, 29_000):
+        pass
+    return port
+
+
 class Cluster:
     """A context manager that runs a Slurm controller and nodes with four CPUs each, and ends them with all jobs.
 
@@ -165,9 +172,9 @@ class Cluster:
         worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
         first_job = 1 + 250 * worker
         about = {"host": host, "address": addresses[-1], "user": user, "timeout": self._timeout}
-        text = CONFIG.format(port=free_port(), folder=self.folder, first_job=first_job, **about)
+        text = CONFIG.format(port=_daemon_port(), folder=self.folder, first_job=first_job, **about)
         for node, name, address in zip(self.nodes, hosts, addresses, strict=False):
-            text += f"NodeName={node} NodeHostname={name} NodeAddr={address} Port={free_port()} CPUs=4 RealMemory=1000\n"
+            text += f"NodeName={node} NodeHostname={name} NodeAddr={address} Port={_daemon_port()} CPUs=4 RealMemory=1000\n"
         text += "PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP DefMemPerCPU=1\n"
         (self.folder / "slurm.conf").write_text(text)
         self._launch("slurmctld", "-D", "-i")

@@ -123,7 +123,7 @@ def slow_link() -> None:
 
 def late_clock() -> None:
     original = time.time
-    time.time = lambda: original() + 3600
+    time.time = lambda: original() + 3600.5  # printed as +3600, also with an error of half a second
 
 
 def shared_gpu() -> None:
