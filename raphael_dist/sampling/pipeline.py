@@ -113,7 +113,6 @@ class RaphaelPipeline(LoraLoader, Denoiser):
             raise UserError(f"{method}() requires a vae, but the pipeline has none. Do not call {method}().")
         return self.vae
 
-    @torch.no_grad()
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -172,31 +171,11 @@ class RaphaelPipeline(LoraLoader, Denoiser):
         Raises:
             UserError: a value is not allowed.
         """
-        return self._draw(
-            prompt=prompt,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            timesteps=timesteps,
-            sigmas=sigmas,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-            num_images_per_prompt=num_images_per_prompt,
-            eta=eta,
-            generator=generator,
-            latents=latents,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            prompt_attention_mask=prompt_attention_mask,
-            negative_prompt_attention_mask=negative_prompt_attention_mask,
-            output_type=output_type,
-            return_dict=return_dict,
-            guidance_rescale=guidance_rescale,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            seed=seed,
-        )
+        arguments = dict(locals())  # first, while there are no other local variables
+        del arguments["self"]
+        return self._draw(**arguments)
 
+    @torch.no_grad()
     def _draw(self, **arguments: Any) -> Output:
         """Draw images: check the arguments (fields of `CallArguments`), encode, denoise and decode."""
         size, steps, guidance = self.config.size, self.config.steps, self.config.guidance

@@ -41,7 +41,6 @@ class RaphaelImg2ImgPipeline(RaphaelPipeline):
     """A pipeline for image-to-image: changes images according to a caption."""
 
     @shows_options
-    @torch.no_grad()
     def __call__(self, prompt: Texts = None, image: Images = None, strength: float = 0.8, **options: Any) -> Output:
         """Draw images that start from the images `image` and follow captions.
 
@@ -67,7 +66,6 @@ class RaphaelInpaintPipeline(RaphaelPipeline):
     """
 
     @shows_options
-    @torch.no_grad()
     def __call__(
         self, prompt: Texts = None, image: Images = None, mask_image: Images = None, strength: float = 1.0, **options: Any
     ) -> Output:
@@ -127,7 +125,6 @@ class RaphaelControlNetPipeline(RaphaelPipeline):
         self.register_modules(controlnet=controlnet)
 
     @shows_options
-    @torch.no_grad()
     def __call__(
         self, prompt: Texts = None, image: Images = None, controlnet_conditioning_scale: float = 1.0, **options: Any
     ) -> Output:
@@ -156,7 +153,6 @@ class RaphaelUpscalePipeline(RaphaelPipeline):
     """A pipeline for super-resolution: enlarges small images, guided by captions. Requires a super-resolution model."""
 
     @shows_options
-    @torch.no_grad()
     def __call__(self, prompt: Texts = None, image: Images = None, **options: Any) -> Output:
         """Enlarge small images to height x width, guided by captions.
 
