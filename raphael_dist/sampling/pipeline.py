@@ -189,20 +189,9 @@ class RaphaelPipeline(LoraLoader, Denoiser):
         self._guidance_scale, self._guidance_rescale = float(call.guidance_scale), call.guidance_rescale
         self._interrupt = False
         noise, inputs = self._noise(call), self._read_images(call)
-        prompts = Prompts.of(
-            *self.encode_prompt(
-                call.prompt,
-                None,
-                call.num_images_per_prompt,
-                self.do_classifier_free_guidance,
-                call.negative_prompt,
-                call.prompt_embeds,
-                call.negative_prompt_embeds,
-                call.prompt_attention_mask,
-                call.negative_prompt_attention_mask,
-            )
-        )
-        latents = self._denoise(call, noise, inputs, prompts)
+        copies, guided = call.num_images_per_prompt, self.do_classifier_free_guidance
+        encoded = self.encode_prompt(call.prompt, None, copies, guided, call.negative_prompt, *call.embeddings)
+        latents = self._denoise(call, noise, inputs, Prompts.of(*encoded))
         images = latents if call.output_type == "latent" else self._decode(latents, inputs.small, call.output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if call.return_dict else (images,)

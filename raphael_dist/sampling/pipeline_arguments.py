@@ -66,6 +66,12 @@ class CallArguments:
         return len(as_list(self.prompt)) if self.prompt_embeds is None else len(self.prompt_embeds)
 
     @property
+    def embeddings(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """The embeddings of the prompts and of the negative prompts, then the masks of both."""
+        masks = self.prompt_attention_mask, self.negative_prompt_attention_mask
+        return self.prompt_embeds, self.negative_prompt_embeds, *masks
+
+    @property
     def images(self) -> list[Image.Image]:
         """The input images (argument `image`) as a list with one image for each prompt; [] if there are none."""
         return [] if self.image is None else _read_images("image", self.image, self.num_prompts)
@@ -87,14 +93,7 @@ class CallArguments:
             factor: image height divided by latent height (and width by width); height and width must be multiples of it.
             num_timesteps: number of timesteps of the noise schedule.
         """
-        check_texts(
-            self.prompt,
-            self.negative_prompt,
-            self.prompt_embeds,
-            self.negative_prompt_embeds,
-            self.prompt_attention_mask,
-            self.negative_prompt_attention_mask,
-        )
+        check_texts(self.prompt, self.negative_prompt, *self.embeddings)
         check_whole("num_images_per_prompt", self.num_images_per_prompt, 1)
         check_whole("num_inference_steps", self.num_inference_steps, 1, num_timesteps - 1)
         for name, values in (("timesteps", self.timesteps), ("sigmas", self.sigmas)):
