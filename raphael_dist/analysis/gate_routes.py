@@ -5,7 +5,6 @@ Shape legend: L transformer blocks, T timesteps, W words, Y text tokens, K exper
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -18,18 +17,7 @@ from raphael_dist.model.unet import RaphaelUNet
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-
-@dataclass(frozen=True, eq=False)
-class Words:
-    """The words of a caption.
-
-    Attributes:
-        texts: the words.
-        spans: for each word, the pair (first, end): the word's text tokens have the indices from `first` to `end` - 1.
-    """
-
-    texts: list[str]
-    spans: list[tuple[int, int]]
+Words = list[tuple[str, int]]  # (word, index of its first text token) for each word of a caption
 
 
 @torch.no_grad()
@@ -79,37 +67,31 @@ def _text_logits(model: RaphaelUNet, tokens_BYD: Tensor) -> Tensor:
 
 
 def split_words(tokenizer: "PreTrainedTokenizerBase", caption: str, max_tokens: int) -> Words:
-    """Divide a caption into words, and find the text tokens of each. Punctuation is left out.
+    """Divide a caption into words, and find the first text token of each. Punctuation is left out.
 
     `tokenizer`: the tokenizer of the text encoder. `max_tokens`: number of tokens that the text encoder reads; words beyond
     these tokens are left out.
     """
     encoded = tokenizer(caption, truncation=True, max_length=max_tokens)
-    texts: list[str] = []
-    spans: list[tuple[int, int]] = []
     fast = getattr(encoded, "is_fast", True)
     tokens = _tokens_by_word(encoded, caption) if fast else _tokens_by_prefix(tokenizer, encoded, caption)
-    for first, last, text in tokens:
-        if any(char.isalnum() for char in text):
-            texts.append(text.lower())
-            spans.append((first, last))
-    return Words(texts, spans)
+    return [(text.lower(), first) for first, text in tokens if any(char.isalnum() for char in text)]
 
 
-def _tokens_by_word(encoded: "BatchEncoding", caption: str) -> Iterator[tuple[int, int, str]]:
+def _tokens_by_word(encoded: "BatchEncoding", caption: str) -> Iterator[tuple[int, str]]:
     numbers = encoded.word_ids()
     for word in dict.fromkeys(n for n in numbers if n is not None):
         places = [i for i, n in enumerate(numbers) if n == word]
         begin, end = encoded.token_to_chars(places[0]), encoded.token_to_chars(places[-1])
         assert begin is not None
         assert end is not None
-        yield places[0], places[-1] + 1, caption[begin.start : end.end].strip()
+        yield places[0], caption[begin.start : end.end].strip()
 
 
 def _tokens_by_prefix(
     tokenizer: "PreTrainedTokenizerBase", encoded: "BatchEncoding", caption: str
-) -> Iterator[tuple[int, int, str]]:
-    """Yield (index of the first token, index of the last token + 1, word) for each word of `caption`.
+) -> Iterator[tuple[int, str]]:
+    """Yield (index of the first token, word) for each word of `caption`.
 
     This is for tokenizers that do not map tokens to characters, such as that of ByT5. The caption is tokenized twice for
     each word, up to the word's beginning and up to its end. The numbers of tokens are the indices.
@@ -125,7 +107,7 @@ def _tokens_by_prefix(
     for match in re.finditer(r"\S+", caption):
         first, last = (before + count(caption[:end]) for end in match.span())
         if last <= len(encoded["input_ids"]):
-            yield first, last, match[0]
+            yield first, match[0]
 
 
 def collect_word_paths(
@@ -147,8 +129,5 @@ def collect_word_paths(
         for caption, route_LY in zip(part, routes_BLY, strict=True):
             number = numbers.setdefault(" ".join(caption.casefold().split()), len(numbers))
             words = split_words(text.tokenizer, caption, text.max_tokens)
-            paths += [
-                (word, number, route_LY[:, first].tolist())
-                for word, (first, _) in zip(words.texts, words.spans, strict=True)
-            ]
+            paths += [(word, number, route_LY[:, first].tolist()) for word, first in words]
     return paths

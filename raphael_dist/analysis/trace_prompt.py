@@ -63,13 +63,13 @@ def make_trace(pixels: np.ndarray, words: Words, record: Record) -> PromptTrace:
 
     Args:
         pixels: the drawn image, uint8 [H, W, 3]; stored in the result without change.
-        words: the words of the prompt, with their text tokens.
+        words: the words of the prompt, each with its first text token.
         record: the experts and regions of all text tokens, recorded while the image was drawn.
     """
     route_WL, regions = None, []
-    firsts = [first for first, _ in words.spans]
+    firsts = [first for _, first in words]
     if record.space_LY is not None:
         route_WL = record.space_LY[:, firsts].T.numpy()
         maps = list(zip(record.regions, record.sizes, strict=True))
         regions = [[region[first].view(size).numpy() for region, size in maps] for first in firsts]
-    return PromptTrace(pixels, words.texts, route_WL, regions, record.timesteps[record.at], record)
+    return PromptTrace(pixels, [word for word, _ in words], route_WL, regions, record.timesteps[record.at], record)

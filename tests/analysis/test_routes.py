@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from classify_paths import MIN_CAPTIONS, classify, gather
 from raphael_dist.analysis.coverage import measure_coverage
 from raphael_dist.analysis.expert_diagnostics import expert_loads, find_dead, find_duplicates, ordered_blocks
-from raphael_dist.analysis.gate_routes import Words, collect_word_paths, split_words, time_routes, word_routes
+from raphael_dist.analysis.gate_routes import collect_word_paths, split_words, time_routes, word_routes
 from raphael_dist.analysis.recorder import Record, Recorder
 from raphael_dist.analysis.route_figures import draw_bands, draw_heat_map, draw_overlays, draw_routes, expert_colour
 from raphael_dist.analysis.route_report import trace_values
@@ -115,7 +115,7 @@ def test_recorder_sees_planted_routes_and_changes_no_image():
     assert [tuple(region.shape) for region in record.regions] == [(TOKENS, h * w) for h, w in record.sizes]
     assert all(region.any(dim=1).all() for region in record.regions)  # where a token's weight is largest at least
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    seen = make_trace(before[1], Words(["b"], [(2, 3)]), record)
+    seen = make_trace(before[1], [("b", 2)], record)
     assert seen.route_WL.tolist() == [[(1 + block) % 6 for block in range(model.num_blocks)]]
     assert [region.shape for region in seen.regions[0]] == record.sizes
     assert seen.timestep == 251
@@ -222,10 +222,10 @@ def test_words_are_chosen_by_their_number_of_captions():
 def test_words_match_tokens_up_to_the_encoder_limit():
     tokenizer = TextEncoder.load("minilm", 77, "cpu", torch.float32).tokenizer
     words = split_words(tokenizer, "a smiling unicornfish, noto style", 77)
-    assert words.texts == ["a", "smiling", "unicornfish", "noto", "style"]
-    assert words.spans[0] == (1, 2)  # after the start token
-    assert words.spans[2][1] - words.spans[2][0] > 1  # of several tokens
-    assert split_words(tokenizer, "a smiling unicornfish", 4).texts == ["a", "smiling"]
+    assert [word for word, _ in words] == ["a", "smiling", "unicornfish", "noto", "style"]
+    assert [first for _, first in words[:3]] == [1, 2, 3]  # after the start token
+    assert words[3][1] > 3 + 1 + 1  # "unicornfish" has several tokens, and the comma has one
+    assert split_words(tokenizer, "a smiling unicornfish", 4) == [("a", 1), ("smiling", 2)]
 
 
 def test_figures_show_routes_bands_and_regions():

@@ -23,8 +23,8 @@ def tokens(encoder: TextEncoder, caption: str) -> torch.Tensor:
 
 def test_each_quoted_character_is_a_token(encoder: TextEncoder) -> None:
     words = split_words(encoder.tokenizer, CAPTION, 24)
-    assert words.texts == ["the", "word", "b", "i", "r", "d", "in", "red", "on", "white", "serif", "font"]
-    assert words.spans == [(i, i + 1) for i in range(12)]
+    texts = ["the", "word", "b", "i", "r", "d", "in", "red", "on", "white", "serif", "font"]
+    assert words == [(text, place) for place, text in enumerate(texts)]
     features = encoder.encode([CAPTION, ""])
     assert features.tokens.shape == (2, 24, WIDTH)
     assert (features.mask.sum(1).tolist(), features.end.tolist()) == ([13, 1], [12, 0])
