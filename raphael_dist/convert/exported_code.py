@@ -14,7 +14,9 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import TypeGuard
 
 from raphael_dist import __version__
 
@@ -114,7 +116,9 @@ class _Module:
 def _read(name: str) -> _Module:
     text = (_ROOT / Path(*name.split(".")[1:]).with_suffix(".py")).read_text()
     text = text.replace('config: "Config"', "config: Any")  # an exported folder does not contain the class Config
-    lines = _without(text.splitlines(), [node for node in ast.walk(ast.parse(text)) if _is_never(node)])
+    lines = text.splitlines()
+    left_out = {n for node in ast.walk(ast.parse(text)) if _is_never(node) for n in _lines_of(node, lines)}
+    lines = [line for n, line in enumerate(lines) if n not in left_out]
     module, tree = _Module(lines), ast.parse("\n".join(lines))
     for node in tree.body:
         for bound in _bound(node):
@@ -133,10 +137,11 @@ def _read(name: str) -> _Module:
     return module
 
 
-def _is_never(node: ast.AST) -> bool:
-    is_never = isinstance(node, ast.If) and ast.unparse(node.test) in _NEVER
-    assert not (is_never and node.orelse), "a branch of _NEVER must have no else"  # type: ignore[attr-defined]
-    return is_never
+def _is_never(node: ast.AST) -> TypeGuard[ast.If]:
+    if not isinstance(node, ast.If) or ast.unparse(node.test) not in _NEVER:
+        return False
+    assert not node.orelse, "a branch of _NEVER must have no else"
+    return True
 
 
 def _bound(node: ast.stmt) -> list[str]:
@@ -147,21 +152,15 @@ def _bound(node: ast.stmt) -> list[str]:
     return [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
 
 
-def _first_line(node: ast.AST, lines: list[str]) -> int:
-    """Return the index (from 0), in a module's `lines`, of the first line of the statement `node`.
+def _lines_of(node: ast.stmt, lines: list[str]) -> range:
+    """Return the indices (from 0), in a module's `lines`, of the lines of the statement `node`.
 
     Decorators of the statement and comments directly above it count as part of it.
     """
-    first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))]) - 1  # type: ignore[attr-defined]
+    first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))]) - 1
     while first and lines[first - 1].lstrip().startswith("#") and not lines[first - 1].lstrip().startswith("# ----"):
         first -= 1
-    return first
-
-
-def _without(lines: list[str], nodes: list[ast.AST]) -> list[str]:
-    """Return the `lines` of a module without those of the statements `nodes`, their decorators and comments above them."""
-    left_out = {n for node in nodes for n in range(_first_line(node, lines), node.end_lineno)}  # type: ignore[attr-defined]
-    return [line for n, line in enumerate(lines) if n not in left_out]
+    return range(first, node.end_lineno or node.lineno)
 
 
 # ---- selection ---------------------------------------------------------------------------------------------------------
@@ -227,35 +226,20 @@ class _Selection:
 
     def order(self) -> list[str]:
         """Return the names of the modules with selected definitions, each after the modules that it imports."""
-        done: dict[str, None] = {}
-
-        def visit(module: str) -> None:
-            if module not in done:
-                for other in sorted(self._after[module]):
-                    visit(other)
-                done[module] = None
-
-        for module in list(self._kept):
-            visit(module)
-        return [module for module in done if self._kept[module]]
+        graph = {module: sorted(self._after[module]) for module in [*self._kept, *self._after]}
+        return [module for module in TopologicalSorter(graph).static_order() if self._kept[module]]
 
     def text_of(self, module: str) -> str:
         """Return the text of the selected definitions of a module, in the order of its source."""
         lines = _read(module).lines
+        left_out = {n for of, method in self._methods if of == module for n in _lines_of(method, lines)}
         text, spaced = f"# ---- {module.removeprefix(f'{_PACKAGE}.')} ".ljust(120, "-"), True
         for _, node in sorted(self._kept[module].items()):
             is_block = isinstance(node, ast.ClassDef | ast.FunctionDef)
-            text += ("\n\n\n" if spaced or is_block else "\n") + self._definition(module, node, lines)
+            kept = [lines[n] for n in _lines_of(node, lines) if n not in left_out]
+            text += ("\n\n\n" if spaced or is_block else "\n") + "\n".join(_squeeze(kept))
             spaced = is_block
         return text
-
-    def _definition(self, module: str, node: ast.stmt, lines: list[str]) -> str:
-        methods = [method for of, method in self._methods if of == module]
-        inside = set(node.body) if isinstance(node, ast.ClassDef) else set()
-        left_out = {n for m in methods if m in inside for n in range(_first_line(m, lines), m.end_lineno or 0)}
-        first = _first_line(node, lines)
-        text = [line for n, line in enumerate(lines[first : node.end_lineno], start=first) if n not in left_out]
-        return "\n".join(_squeeze(text))
 
     def imports(self) -> str:
         """Return the import statements that the selected code needs: the standard library first, then other packages."""
@@ -266,16 +250,14 @@ class _Selection:
                 grouped[module].append(name)
         statements = plain | {f"from {module} import {', '.join(sorted(names))}" for module, names in grouped.items()}
         standard = {text for text in statements if text.split()[1].split(".")[0] in sys.stdlib_module_names}
-        blocks = [sorted(block, key=_import_order) for block in (standard, statements - standard)]
+        blocks = [
+            sorted(block, key=lambda text: (text.startswith("from "), text)) for block in (standard, statements - standard)
+        ]
         return "\n\n".join("\n".join(block) for block in blocks if block)
 
 
 def _is_called_by_python(name: str) -> bool:
     return name in _CALLED_BY_TORCH or (name.startswith("__") and name.endswith("__"))
-
-
-def _import_order(statement: str) -> tuple[bool, str]:
-    return statement.startswith("from "), statement
 
 
 def _squeeze(lines: list[str]) -> Iterator[str]:
