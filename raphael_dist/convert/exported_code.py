@@ -115,7 +115,8 @@ class _Module:
 @cache
 def _read(name: str) -> _Module:
     text = (_ROOT / Path(*name.split(".")[1:]).with_suffix(".py")).read_text()
-    text = text.replace('config: "Config"', "config: Any")  # an exported folder does not contain the class Config
+    # An exported folder does not contain the classes of the configuration.
+    text = text.replace('config: "Config"', "config: Any").replace('config: "Model"', "config: Any")
     lines = text.splitlines()
     left_out = {n for node in ast.walk(ast.parse(text)) if _is_never(node) for n in _lines_of(node, lines)}
     lines = [line for n, line in enumerate(lines) if n not in left_out]

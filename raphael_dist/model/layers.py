@@ -7,8 +7,7 @@ Shape legend: B samples, N image tokens, Y text tokens, K experts, D width, C ch
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from diffusers.models.attention import FeedForward
@@ -17,50 +16,15 @@ from diffusers.models.downsampling import Downsample2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from raphael_dist.config.types import ExpertBackend
 from raphael_dist.model.edge_supervision import EdgeModule
-from raphael_dist.model.experts import Activation
 from raphael_dist.model.moe import SpaceMoE, TimeMoE
 from raphael_dist.model.norms import GroupNorm, LayerNorm
 from raphael_dist.model.routing import BlockRouting, region_mask_BNY
 
+if TYPE_CHECKING:
+    from raphael_dist.config.model_sections import Model
+
 _POSITION_PERIODS = (4.0, 128.0)  # in latent positions
-
-
-@dataclass(frozen=True)
-class BlockSpec:
-    """Sizes and options of one transformer block.
-
-    Attributes:
-        dim, head_dim, text_width: widths of the image tokens, of an attention head and of the text tokens.
-        hidden: hidden width of an expert.
-        space_experts, time_experts: number of experts. 0 removes the Space-MoE, or replaces the Time-MoE by a dense layer.
-        shared_hidden: hidden width of the Space-MoE's shared expert, which processes all tokens; 0: none.
-        time_activation: activation of the time experts, "gelu" or "geglu".
-        expert_backend: how the experts are computed (`model.expert_backend`).
-        megablocks_folder: the setting `model.megablocks_folder`, for the backend "megablocks" only.
-        mask_threshold: alpha of Sec. 3.1: an image token is in a text token's region if its attention is at least alpha
-            times the maximum.
-        edge_channels: width of the module that predicts edges; 0: none.
-        token_size: side of an image token, counted in positions (pixels) of the latents, for the position encoding; 0: no
-            position encoding.
-        seed: fixes the initial weights of the experts.
-    """
-
-    dim: int
-    head_dim: int
-    text_width: int
-    hidden: int
-    space_experts: int
-    shared_hidden: int
-    time_experts: int
-    time_activation: Activation
-    expert_backend: ExpertBackend
-    megablocks_folder: str | None
-    mask_threshold: float
-    edge_channels: int
-    token_size: int
-    seed: int
 
 
 class BlockOutput(NamedTuple):
@@ -126,26 +90,35 @@ class TransformerBlock(nn.Module):
 
     use_kernel = False  # whether cross-attention with a map runs in the Triton kernel of `train.kernels`
 
-    def __init__(self, spec: BlockSpec) -> None:
+    def __init__(self, config: "Model", level: int, edge_channels: int, seed: int) -> None:
+        """Build the block.
+
+        Args:
+            config: the section `model`, or an object with its fields.
+            level: the block's U-Net level, 0 for the outermost; determines its widths.
+            edge_channels: width of the module that predicts edges; 0: none.
+            seed: fixes the initial weights of the experts.
+        """
         super().__init__()
-        dim, heads = spec.dim, spec.dim // spec.head_dim
-        self.mask_threshold = spec.mask_threshold
+        dim, hidden, head_dim = config.channels[level], config.expert_width[level], config.head_dim
+        heads = dim // head_dim
+        self.mask_threshold = config.mask_threshold
         self.norm1 = LayerNorm(dim)
-        self.attn1 = Attention(dim, heads=heads, dim_head=spec.head_dim)
+        self.attn1 = Attention(dim, heads=heads, dim_head=head_dim)
         self.norm2 = LayerNorm(dim)
-        self.attn2 = Attention(dim, cross_attention_dim=spec.text_width, heads=heads, dim_head=spec.head_dim)
+        self.attn2 = Attention(dim, cross_attention_dim=config.text_width, heads=heads, dim_head=head_dim)
         self.norm3 = LayerNorm(dim)
-        if spec.time_experts:
-            self.time_moe = TimeMoE(spec.time_experts, dim, spec.hidden, spec.time_activation, seed=2 * spec.seed)
-            self.time_moe.use_megablocks = spec.expert_backend == "megablocks"
-            self.time_moe.megablocks_folder = spec.megablocks_folder
+        if config.time_experts:
+            self.time_moe = TimeMoE(config.time_experts, dim, hidden, config.time_activation, seed=2 * seed)
+            self.time_moe.use_megablocks = config.expert_backend == "megablocks"
+            self.time_moe.megablocks_folder = config.megablocks_folder
         else:
-            self.ff = FeedForward(dim, inner_dim=spec.hidden, activation_fn=spec.time_activation)
+            self.ff = FeedForward(dim, inner_dim=hidden, activation_fn=config.time_activation)
         self.space_moe = None
-        if spec.space_experts:
-            sizes = (spec.space_experts, dim, spec.hidden)
-            self.space_moe = SpaceMoE(*sizes, spec.expert_backend, seed=2 * spec.seed + 1, shared=spec.shared_hidden)
-        self.edge = EdgeModule(spec.edge_channels) if spec.edge_channels else None
+        if config.space_experts:
+            sizes, shared = (config.space_experts, dim, hidden), math.ceil(config.shared_expert * hidden)
+            self.space_moe = SpaceMoE(*sizes, config.expert_backend, seed=2 * seed + 1, shared=shared)
+        self.edge = EdgeModule(edge_channels) if edge_channels else None
         self.needs_attention_map = self.space_moe is not None or self.edge is not None
         if self.needs_attention_map:
             self.attn2.set_processor(MapProcessor())  # type: ignore[arg-type]
@@ -230,13 +203,16 @@ class SpatialTransformer(nn.Module):
     the block, and `to_feature_map`.
     """
 
-    def __init__(self, spec: BlockSpec, norm_groups: int) -> None:
+    def __init__(self, config: "Model", level: int, edge_channels: int, seed: int) -> None:
+        """Build the transformer. The arguments are those of `TransformerBlock`."""
         super().__init__()
-        self.token_size = spec.token_size
-        self.norm = GroupNorm(norm_groups, spec.dim, eps=1e-6, silu=False)
-        self.proj_in = nn.Linear(spec.dim, spec.dim)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(spec)])
-        self.proj_out = nn.Linear(spec.dim, spec.dim)
+        dim = config.channels[level]
+        # Side of an image token, counted in positions (pixels) of the latents; 0: no position encoding.
+        self.token_size = 2**level if config.image_positions else 0
+        self.norm = GroupNorm(config.norm_groups, dim, eps=1e-6, silu=False)
+        self.proj_in = nn.Linear(dim, dim)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(config, level, edge_channels, seed)])
+        self.proj_out = nn.Linear(dim, dim)
 
     def to_tokens(self, x_BCHW: Tensor) -> Tensor:
         """Convert a feature map [B, C, h, w] to image tokens [B, N, D], one for each of its N = h * w pixels; D = C."""

@@ -3,7 +3,6 @@
 Shape legend: B samples, C channels, Y text tokens, K experts, L transformer blocks in order of execution, D text width.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -15,7 +14,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from raphael_dist.model.layers import BlockSpec, SpatialTransformer, UNetLevel
+from raphael_dist.model.layers import SpatialTransformer, UNetLevel
 from raphael_dist.model.megablocks import require_megablocks
 from raphael_dist.model.norms import GroupNorm
 from raphael_dist.model.residual_block import ResidualBlock, feature_map_format
@@ -114,26 +113,10 @@ class RaphaelUNet(nn.Module):
     def _resnet(self, inner: int, outer: int) -> ResidualBlock:
         return ResidualBlock(inner, outer, 4 * self.config.channels[0], self.config.norm_groups)
 
-    def _transformer(self, level: int, width: int) -> SpatialTransformer:
-        m = self.config
-        spec = BlockSpec(
-            dim=width,
-            head_dim=m.head_dim,
-            text_width=m.text_width,
-            hidden=m.expert_width[level],
-            space_experts=m.space_experts,
-            shared_hidden=math.ceil(m.shared_expert * m.expert_width[level]),
-            time_experts=m.time_experts,
-            time_activation=m.time_activation,
-            expert_backend=m.expert_backend,
-            megablocks_folder=m.megablocks_folder,
-            mask_threshold=m.mask_threshold,
-            edge_channels=self.edge_channels,
-            token_size=2**level if m.image_positions else 0,
-            seed=self.seed * 1000 + self.num_blocks,
-        )
+    def _transformer(self, level: int) -> SpatialTransformer:
+        seed = self.seed * 1000 + self.num_blocks
         self.block_levels.append(level)
-        return SpatialTransformer(spec, m.norm_groups)
+        return SpatialTransformer(self.config, level, self.edge_channels, seed)
 
     @property
     def num_blocks(self) -> int:
@@ -143,7 +126,7 @@ class RaphaelUNet(nn.Module):
     def _level(self, level: int, pairs: list[tuple[int, int]], resize: nn.Module | None) -> UNetLevel:
         resnets = [self._resnet(inner, outer) for inner, outer in pairs]
         with_attention = self.config.attention[level]
-        return UNetLevel(resnets, [self._transformer(level, outer) for _, outer in pairs] if with_attention else [], resize)
+        return UNetLevel(resnets, [self._transformer(level) for _ in pairs] if with_attention else [], resize)
 
     def _down(self, level: int, inner: int, width: int, skips: list[int]) -> UNetLevel:
         count, last = self.config.layers_per_block, level == len(self.config.channels) - 1
@@ -153,7 +136,7 @@ class RaphaelUNet(nn.Module):
 
     def _middle(self, width: int) -> UNetLevel:
         resnets = [self._resnet(width, width), self._resnet(width, width)]
-        return UNetLevel(resnets, [self._transformer(len(self.config.channels) - 1, width)])
+        return UNetLevel(resnets, [self._transformer(len(self.config.channels) - 1)])
 
     def _up(self, level: int, inner: int, skips: list[int]) -> UNetLevel:
         width, pairs = self.config.channels[level], []
