@@ -26,13 +26,11 @@ class Experts(nn.Module):
     the layer that runs the experts must itself own their parameters.
 
     Args:
-        num_experts: number of experts on this rank.
+        num_experts: number of experts.
         dim: width of a row (a token vector).
         hidden: width between the two linear layers.
         activation: "gelu", or "geglu" (gated GELU).
-        seed: seed of the initial weights. Together with an expert's global index it fixes that expert's weights, so the
-            initial model does not depend on which rank has which expert.
-        first_expert: global index of the first expert on this rank.
+        seed: seed of the initial weights. Together with an expert's index it fixes that expert's weights.
     """
 
     # For traces without data: the loop over experts divides the rows evenly and does not read the counts.
@@ -41,15 +39,7 @@ class Experts(nn.Module):
     use_kernel = False
     use_dense_kernel = False
 
-    def __init__(
-        self,
-        num_experts: int,
-        dim: int,
-        hidden: int,
-        activation: Activation = "gelu",
-        seed: int = 0,
-        first_expert: int = 0,
-    ) -> None:
+    def __init__(self, num_experts: int, dim: int, hidden: int, activation: Activation = "gelu", seed: int = 0) -> None:
         super().__init__()
         self.num_experts, self.dim, self.hidden, self.activation = num_experts, dim, hidden, activation
         self.use_megablocks = False
@@ -61,12 +51,12 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(num_experts, dim, hidden))
         self.b2 = nn.Parameter(torch.empty(num_experts, dim))
         if not self.w1.is_meta:
-            self._initialise(seed, first_expert)
+            self._initialise(seed)
 
     @torch.no_grad()
-    def _initialise(self, seed: int, first_expert: int) -> None:
+    def _initialise(self, seed: int) -> None:
         for k in range(self.num_experts):
-            draw = torch.Generator(device=self.w1.device).manual_seed((seed * 1_000_003 + first_expert + k) % 2**63)
+            draw = torch.Generator(device=self.w1.device).manual_seed((seed * 1_000_003 + k) % 2**63)
             for weight, bias in ((self.w1, self.b1), (self.w2, self.b2)):
                 bound = 1 / math.sqrt(weight.shape[-1])  # nn.Linear's default
                 weight[k].uniform_(-bound, bound, generator=draw)
