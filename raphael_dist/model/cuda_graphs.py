@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 from torch.cuda import _POOL_HANDLE
 from torch.func import functional_call
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -137,15 +136,9 @@ def _run_backward(outputs: Sequence[Tensor], output_gradients: Sequence[Tensor |
     torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])
 
 
-class _Context(FunctionCtx):
-    """The autograd context, which holds the captured graphs for the backward pass."""
-
-    captured: _CapturedPass
-
-
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _Context, captured: _CapturedPass, tie: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, captured: _CapturedPass, tie: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.captured = captured
         ctx.set_materialize_grads(False)  # otherwise each output without a gradient costs a tensor of zeros
         torch._foreach_copy_(captured.inputs, list(inputs))
@@ -156,8 +149,8 @@ class _Replay(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(ctx: _Context, *gradients: Tensor | None) -> tuple[None, ...]:
-        captured = ctx.captured
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, ...]:
+        captured: _CapturedPass = ctx.captured
         pairs = [(b, g) for b, g in zip(captured.output_gradients, gradients, strict=True) if b is not None]
         torch._foreach_copy_([b for b, g in pairs if g is not None], [g for _, g in pairs if g is not None])
         for unused in (b for b, g in pairs if g is None):

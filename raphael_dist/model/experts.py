@@ -6,11 +6,10 @@ Shape legend: R rows (token vectors), K experts, D width of a row, F hidden widt
 import math
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 from raphael_dist.config.types import fits_grouped_product
@@ -212,13 +211,6 @@ class Experts(nn.Module):
         return (out_KRD * w_RK.t().unsqueeze(-1)).sum(dim=0)
 
 
-class _Context(FunctionCtx):
-    """The autograd context, with the tensors that the forward pass saves for the backward pass."""
-
-    saved_tensors: tuple[Tensor, ...]
-    needs_input_grad: tuple[bool, ...]
-
-
 class _GeluProduct(torch.autograd.Function):
     """Computes `gelu(a_k) w_k^T` for every expert k, [K, R, D], from `a` [K, R, F] and the weights w [K, D, F].
 
@@ -227,12 +219,12 @@ class _GeluProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: _Context, a_KRF: Tensor, w_KDF: Tensor) -> Tensor:
+    def forward(ctx: Any, a_KRF: Tensor, w_KDF: Tensor) -> Tensor:
         ctx.save_for_backward(a_KRF, w_KDF)
         return F.gelu(a_KRF) @ w_KDF.transpose(1, 2)
 
     @staticmethod
-    def backward(ctx: _Context, grad_KRD: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx: Any, grad_KRD: Tensor) -> tuple[Tensor, Tensor | None]:
         a_KRF, w_KDF = ctx.saved_tensors
         grad_w = grad_KRD.transpose(1, 2) @ F.gelu(a_KRF) if ctx.needs_input_grad[1] else None
         return torch.ops.aten.gelu_backward(grad_KRD @ w_KDF, a_KRF), grad_w

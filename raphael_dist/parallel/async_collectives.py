@@ -7,12 +7,11 @@ launches the transposed collective on the gradient, and the backward pass of `st
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from raphael_dist.parallel import gloo_collectives
 from raphael_dist.parallel.gloo_collectives import Work
@@ -237,32 +236,26 @@ class ReduceScatter(Exchange):
         return self.group.all_gather(grad)
 
 
-class _Context(FunctionCtx):
-    """The context that autograd passes from forward to backward. It holds the exchange."""
-
-    exchange: Exchange
-
-
 class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _Context, rows: Tensor, exchange: Exchange) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, exchange: Exchange) -> Tensor:
         ctx.exchange = exchange
         return exchange.launch(rows, forward=True)
 
     @staticmethod
-    def backward(ctx: _Context, _: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
         return ctx.exchange.wait(), None
 
 
 class _Finish(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _Context, pending: Tensor, exchange: Exchange) -> Tensor:
+    def forward(ctx: Any, pending: Tensor, exchange: Exchange) -> Tensor:
         ctx.exchange = exchange
         exchange.wait()
         return pending.view_as(pending)
 
     @staticmethod
-    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         # The received gradient stays in the exchange until `start` reads it; `grad` is a placeholder of the right shape.
         ctx.exchange.launch(grad, forward=False)
         return grad, None

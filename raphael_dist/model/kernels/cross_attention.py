@@ -20,7 +20,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 from torch.utils.flop_counter import register_flop_formula
 
 from raphael_dist.model.kernels.products import factor_type
@@ -234,21 +233,13 @@ def _(dout: Tensor, dmap: Tensor | None, q: Tensor, k: Tensor, v: Tensor, heads:
     return torch.empty_like(q), _parts(q, k, heads)
 
 
-class _Context(FunctionCtx):
-    """The autograd context, with the tensors and options that the forward pass saves for the backward pass."""
-
-    saved_tensors: tuple[Tensor, ...]
-    heads: int
-    scale: float
-
-
-def _save(ctx: _Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.heads, ctx.scale = inputs
     ctx.set_materialize_grads(False)  # the map has a gradient only if edges are predicted from it
     ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx: _Context, dout: Tensor | None, dmap: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dout: Tensor | None, dmap: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v = ctx.saved_tensors
     dout = torch.zeros_like(q) if dout is None else dout.contiguous()
     dq, parts = _backward(dout, None if dmap is None else dmap.contiguous(), q, k, v, ctx.heads, ctx.scale)

@@ -15,11 +15,12 @@ products, which torch computes.
 Legend: R rows (tokens), K experts, D width, F hidden width; a = w1_k x[r] + b1_k.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 from torch.utils.flop_counter import register_flop_formula
 
 from raphael_dist.model.kernels.products import gelu_slope, multiply, normal_cdf, tile_of
@@ -145,17 +146,11 @@ def _(dout: Tensor, x: Tensor, w: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) ->
     return _hidden_gradients(x, w1)
 
 
-class _Context(FunctionCtx):
-    """The autograd context, with the tensors that the forward pass saves for the backward pass."""
-
-    saved_tensors: tuple[Tensor, ...]
-
-
-def _save(ctx: _Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _differentiate(ctx: _Context, dout: Tensor) -> tuple[Tensor, ...]:
+def _differentiate(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
     x, w, w1, b1, w2 = ctx.saved_tensors
     dout = dout.contiguous()
     da_RKF, h_RKF, dw_parts, db_parts = _backward_hidden(dout, x, w, w1, b1, w2)

@@ -23,7 +23,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 _ROWS, _COLS = 64, 64  # pixels and channels of a tile: 128 bytes of a pixel in bfloat16
 _CHUNK = 16  # tiles whose sums are added at a time
@@ -269,21 +268,13 @@ def _(
     return torch.empty_like(x), x.new_empty(2, *x.shape[:2], dtype=torch.float32)
 
 
-class _Context(FunctionCtx):
-    """The autograd context, with the tensors and options that the forward pass saves for the backward pass."""
-
-    saved_tensors: tuple[Tensor, ...]
-    groups: int
-    silu: bool
-
-
-def _save(ctx: _Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, ctx.groups, _, ctx.silu = inputs
     ctx.set_materialize_grads(False)  # of mean and deviation, which have no gradient
     ctx.save_for_backward(x, weight, bias, *output[1:])
 
 
-def _differentiate(ctx: _Context, dy: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dy: Tensor, *_: object) -> tuple[Tensor | None, ...]:
     dx, sums = _backward(_channels_last(dy), *ctx.saved_tensors, ctx.groups, ctx.silu)
     d_bias, d_weight = sums.sum(dim=1).to(ctx.saved_tensors[1].dtype).unbind()
     return dx, d_weight, d_bias, None, None, None

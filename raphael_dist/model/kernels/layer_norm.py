@@ -10,11 +10,12 @@ Whole rows are read anyway, so mean and deviation are computed again at no cost.
 Legend: R rows, D columns.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 _TILE = 4096  # numbers of a tile
@@ -56,22 +57,15 @@ def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tenso
     return y
 
 
-class _Context(FunctionCtx):
-    """The autograd context, with the tensors and options that the forward pass saves for the backward pass."""
-
-    saved_tensors: tuple[Tensor, ...]
-    eps: float
-
-
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _Context, x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight_D)
         ctx.eps = eps
         return F.layer_norm(x, weight_D.shape, weight_D, bias_D, eps)
 
     @staticmethod
-    def backward(ctx: _Context, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_D = ctx.saved_tensors
         dx, parts = _backward(dy.contiguous(), x.contiguous(), weight_D, ctx.eps)
         d_weight, d_bias = parts.sum(dim=1).to(weight_D.dtype).unbind()

@@ -17,11 +17,12 @@ pass only `a` is kept.
 Legend: R rows (tokens), K experts, D width, F hidden width, P largest number of pairs (R K, or R for one expert per row).
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 from torch.utils.flop_counter import register_flop_formula
 
 from raphael_dist.model.kernels.pairs import find_pairs
@@ -257,19 +258,13 @@ def _(
     return torch.empty_like(x), torch.empty_like(w), torch.empty_like(w1), b1, torch.empty_like(w2)
 
 
-class _Context(FunctionCtx):
-    """The autograd context, with the tensors that the forward pass saves for the backward pass."""
-
-    saved_tensors: tuple[Tensor, ...]
-
-
-def _save(ctx: _Context, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
     x, w, w1, _, w2, *pairs = inputs
     ctx.set_materialize_grads(False)  # of a, which has no gradient
     ctx.save_for_backward(x, w, w1, w2, *pairs, output[1])
 
 
-def _differentiate(ctx: _Context, dout: Tensor, _: object) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dout: Tensor, _: object) -> tuple[Tensor | None, ...]:
     dx, dw, dw1, db1, dw2 = _backward(dout.contiguous(), *ctx.saved_tensors)
     return dx, dw, dw1, db1, dw2, None, None, None
 
