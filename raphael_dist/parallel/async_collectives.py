@@ -5,7 +5,7 @@ launches the collective and `finish` waits for it. Autograd runs the halves in r
 launches the transposed collective on the gradient, and the backward pass of `start` waits for it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -138,15 +138,25 @@ class ExpertGroup:
         return out, work
 
 
+Collective = Callable[[Tensor], tuple[Tensor, Work]]  # started with rows; returns the result, and a `Work` to wait for
+
+
 class Exchange:
-    """Base class for sending tensor rows between ranks: `start` launches a collective, `finish` waits for its result.
+    """Sends tensor rows between ranks: `start` launches a collective, `finish` waits for its result.
 
     Between the two calls, the caller can compute something else. Both calls are differentiable: in the backward pass, the
     gradients are sent in the opposite direction.
     """
 
-    def __init__(self, group: ExpertGroup) -> None:
-        self.group = group
+    def __init__(self, forward: Collective, backward: Collective) -> None:
+        """Prepare an exchange.
+
+        Args:
+            forward: the collective of the forward pass, such as `ExpertGroup.all_gather` of a group.
+            backward: the transposed collective, which the backward pass applies to the gradient, such as
+                `ExpertGroup.reduce_scatter` of the same group.
+        """
+        self._forward, self._backward = forward, backward
         self._pending: tuple[Tensor, Work] | None = None
 
     def start(self, rows: Tensor) -> Tensor:
@@ -185,55 +195,14 @@ class Exchange:
         work.wait()
         return out
 
-    def _forward(self, rows: Tensor) -> tuple[Tensor, Work]:
-        raise NotImplementedError
 
-    def _backward(self, grad: Tensor) -> tuple[Tensor, Work]:
-        raise NotImplementedError
-
-
-class AllToAll(Exchange):
-    """An exchange in which each rank sends different rows of a tensor to each other rank of a group. It is differentiable.
+def row_exchange(group: ExpertGroup, sent: Sequence[int], received: Sequence[int]) -> Exchange:
+    """Return an exchange in which each rank of a group sends different rows of a tensor to each other rank.
 
     This rank sends `sent[p]` consecutive rows to rank p of the group, and receives `received[p]` rows from it. The result
     has the received rows in the order of the ranks. Gradients go in the opposite direction.
     """
-
-    def __init__(self, group: ExpertGroup, sent: Sequence[int], received: Sequence[int]) -> None:
-        super().__init__(group)
-        self._sent, self._received = sent, received
-
-    def _forward(self, rows: Tensor) -> tuple[Tensor, Work]:
-        return self.group.all_to_all(rows, self._sent, self._received)
-
-    def _backward(self, grad: Tensor) -> tuple[Tensor, Work]:
-        return self.group.all_to_all(grad, self._received, self._sent)
-
-
-class AllGather(Exchange):
-    """An exchange that gives every rank of a group the tensor rows of all ranks, in rank order. It is differentiable.
-
-    The gradient of a row is the sum of all ranks' gradients for this row.
-    """
-
-    def _forward(self, rows: Tensor) -> tuple[Tensor, Work]:
-        return self.group.all_gather(rows)
-
-    def _backward(self, grad: Tensor) -> tuple[Tensor, Work]:
-        return self.group.reduce_scatter(grad)
-
-
-class ReduceScatter(Exchange):
-    """An exchange that sums tensors over all ranks of a group and gives each rank its part of the rows of the sum.
-
-    It is differentiable: the gradient of each summand is the gradient of the sum.
-    """
-
-    def _forward(self, rows: Tensor) -> tuple[Tensor, Work]:
-        return self.group.reduce_scatter(rows)
-
-    def _backward(self, grad: Tensor) -> tuple[Tensor, Work]:
-        return self.group.all_gather(grad)
+    return Exchange(lambda rows: group.all_to_all(rows, sent, received), lambda grad: group.all_to_all(grad, received, sent))
 
 
 class _Start(torch.autograd.Function):

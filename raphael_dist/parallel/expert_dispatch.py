@@ -36,7 +36,7 @@ from raphael_dist.model.experts import Experts
 from raphael_dist.model.layers import TransformerBlock
 from raphael_dist.model.moe import SpaceMoE, TimeMoE
 from raphael_dist.model.unet import RaphaelUNet
-from raphael_dist.parallel.async_collectives import AllGather, AllToAll, ExpertGroup, ReduceScatter, Traffic
+from raphael_dist.parallel.async_collectives import Exchange, ExpertGroup, Traffic, row_exchange
 from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.parallel.placement import choose_placement
 
@@ -90,7 +90,7 @@ class ParallelTimeMoE(TimeMoE):
         first = sum(sent[:me])
         stay_O = order_B[first : first + stays]
         leave_S = torch.cat([order_B[:first], order_B[first + stays :]])
-        there, back = AllToAll(self.group, sent, received), AllToAll(self.group, received, sent)
+        there, back = row_exchange(self.group, sent, received), row_exchange(self.group, received, sent)
         pending = there.start(h_BND[leave_S])
         out_OND = self._by_expert(h_BND[stay_O], device_PPK[me, me])
         others = [p for p in range(self.group.size) if p != me]
@@ -153,7 +153,7 @@ class ParallelSpaceMoE(SpaceMoE):
 
         `own_KD`: the vectors of this rank's K/P experts. They are the experts' outputs for a token of zeros.
         """
-        return AllGather(self.group)(own_KD)
+        return Exchange(self.group.all_gather, self.group.reduce_scatter)(own_KD)
 
     def _rows_between_ranks(self, needed_PR: Tensor) -> list[list[int]] | None:
         """Return how many rows (tokens) rank p of the group sends to rank q, as [p][q]; equal on all ranks of the group.
@@ -175,7 +175,7 @@ class ParallelSpaceMoE(SpaceMoE):
     ) -> Tensor:
         me = self.group.index
         sent, received = counts_PP[me], [row[me] for row in counts_PP]
-        there, back = AllToAll(self.group, sent, received), AllToAll(self.group, received, sent)
+        there, back = row_exchange(self.group, sent, received), row_exchange(self.group, received, sent)
         own_O = needed_PR[me].nonzero().squeeze(1)
         elsewhere_PR = needed_PR.clone()
         elsewhere_PR[me] = False
@@ -189,7 +189,7 @@ class ParallelSpaceMoE(SpaceMoE):
 
     def _all_gather(self, x_RD: Tensor, w_RPK: Tensor, zero_KD: Tensor) -> Tensor:
         me, each = self.group.index, [x_RD.shape[0]] * self.group.size
-        tokens, weights = AllGather(self.group), AllToAll(self.group, each, each)
+        tokens, weights = Exchange(self.group.all_gather, self.group.reduce_scatter), row_exchange(self.group, each, each)
         pending = tokens.start(x_RD), weights.start(w_RPK.transpose(0, 1).flatten(0, 1))
         out_RD = super().routed_sum(x_RD, w_RPK[:, me], zero_KD)
         x_PRD, w_PRK = (torch.split(t, each) for t in (tokens.finish(pending[0]), weights.finish(pending[1])))
@@ -198,7 +198,7 @@ class ParallelSpaceMoE(SpaceMoE):
         y_SD = super().routed_sum(x_SD, w_SK, zero_KD)
         y_PRD = list(torch.split(y_SD, each[1:]))
         y_PRD.insert(me, torch.zeros_like(x_RD))
-        return out_RD + ReduceScatter(self.group)(torch.cat(y_PRD))
+        return out_RD + Exchange(self.group.reduce_scatter, self.group.all_gather)(torch.cat(y_PRD))
 
 
 def count_samples(onehot_LBK: Tensor, group: ExpertGroup, sharded: Sequence[bool]) -> list[SampleCounts]:
