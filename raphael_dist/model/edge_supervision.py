@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from raphael_dist.config.types import FocalForm
+from raphael_dist.config.model_sections import Edge
 
 
 class EdgeModule(nn.Module):
@@ -72,26 +72,15 @@ def quality_focal_loss(logits: Tensor, target: Tensor, gamma: float) -> Tensor:
     return distance ** (gamma / 2) * F.binary_cross_entropy_with_logits(logits, target, reduction="none")
 
 
-def edge_loss_B(
-    logits: Sequence[Tensor],
-    edge_BHW: Tensor,
-    timestep_B: Tensor,
-    *,
-    max_timestep: int,
-    alpha: float,
-    gamma: float,
-    form: FocalForm = "focal",
-) -> Tensor:
+def edge_loss_B(logits: Sequence[Tensor], edge_BHW: Tensor, timestep_B: Tensor, config: Edge) -> Tensor:
     """Compute the edge loss of each sample, L_edge in Sec. 3.2, between predicted edges and HED's edge maps.
 
     Args:
         logits: the edges predicted in each transformer block, as logits, float32 [B, h, w].
         edge_BHW: HED's edge maps, 0..1. They are averaged to the size h x w of each block's logits.
         timestep_B: diffusion timestep of each sample, int64.
-        max_timestep: T_c in the paper; samples with a timestep of at least T_c have loss 0.
-        alpha: weight of edge pixels, for the form "focal".
-        gamma: focusing parameter: down-weights pixels that are already classified correctly.
-        form: the loss function: "focal" (`focal_loss`) or "quality" (`quality_focal_loss`).
+        config: the section `edge`. Samples with a timestep of at least edge.max_timestep (T_c in the paper) have loss 0;
+            edge.weight is not applied.
 
     Returns:
         The mean of the loss over blocks and pixels of the predicted edge maps, float32 [B].
@@ -103,13 +92,13 @@ def edge_loss_B(
     all_logits = torch.cat([torch.stack(maps, dim=1).flatten(1) for maps in by_size.values()], dim=1)
     targets = (F.adaptive_avg_pool2d(edge_BHW.float(), size).flatten(1).repeat(1, len(m)) for size, m in by_size.items())
     target = torch.cat(list(targets), dim=1)
-    if form == "focal":
-        loss = focal_loss(all_logits, target, alpha, gamma)
+    if config.focal_form == "focal":
+        loss = focal_loss(all_logits, target, config.focal_alpha, config.focal_gamma)
     else:
-        loss = quality_focal_loss(all_logits, target, gamma)
+        loss = quality_focal_loss(all_logits, target, config.focal_gamma)
     parts = torch.split(loss, [len(maps) * height * width for (height, width), maps in by_size.items()], dim=1)
     per_block = [
         torch.unflatten(part, 1, (len(maps), -1)).mean(dim=2) for part, maps in zip(parts, by_size.values(), strict=True)
     ]
     loss_B = torch.cat(per_block, dim=1).mean(dim=1)
-    return torch.where(timestep_B < max_timestep, loss_B, torch.zeros_like(loss_B))
+    return torch.where(timestep_B < config.max_timestep, loss_B, torch.zeros_like(loss_B))

@@ -70,17 +70,8 @@ def compute_losses(
         total = denoise * min_snr_weight_B(schedule.abar_T[batch.timestep], gamma, schedule.prediction)
     edge = torch.zeros_like(denoise)
     if out.edge_logits and batch.edge is not None:
-        e = config.edge
-        per_sample = edge_loss_B(
-            out.edge_logits,
-            batch.edge,
-            batch.timestep,
-            max_timestep=e.max_timestep,
-            alpha=e.focal_alpha,
-            gamma=e.focal_gamma,
-            form=e.focal_form,
-        )
-        edge = e.weight * per_sample * batch.weight
+        per_sample = edge_loss_B(out.edge_logits, batch.edge, batch.timestep, config.edge)
+        edge = config.edge.weight * per_sample * batch.weight
     total = total + edge
     if out.balance:
         total = total + config.model.balance_weight * torch.stack(out.balance).mean(dim=0) * batch.weight

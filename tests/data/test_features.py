@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from raphael_dist.config.model_sections import Edge
 from raphael_dist.config.resume_check import check_same_data
 from raphael_dist.config.schema import Config, config_from_tree, load_config
 from raphael_dist.data import open_streams as open_data
@@ -174,12 +175,10 @@ def test_cached_sample_at_512_pixels_takes_80_kilobytes(tmp_path: Path, config: 
 def test_edge_loss_of_pooled_map_equals_that_of_full_map(size: tuple[int, int]) -> None:
     edge = torch.rand(2, 8 * size[0], 8 * size[1], generator=torch.Generator().manual_seed(0))
     logits = [torch.randn(2, size[0] // d, size[1] // d, generator=torch.Generator().manual_seed(d)) for d in (1, 2, 4)]
-    whole, small = (
-        edge_loss_B(logits, one, torch.tensor([3, 4]), max_timestep=500, alpha=0.5, gamma=2.0)
-        for one in (edge, pool_edges(edge, 8))
-    )
+    timesteps, section = torch.tensor([3, 4]), Edge(max_timestep=500, focal_alpha=0.5, focal_gamma=2.0)
+    whole, small = (edge_loss_B(logits, edges, timesteps, section) for edges in (edge, pool_edges(edge, 8)))
     torch.testing.assert_close(small, whole, rtol=1e-6, atol=0)
-    half = edge_loss_B(logits, pool_edges(edge, 8).half(), torch.tensor([3, 4]), max_timestep=500, alpha=0.5, gamma=2.0)
+    half = edge_loss_B(logits, pool_edges(edge, 8).half(), timesteps, section)
     torch.testing.assert_close(half, whole, rtol=1e-5, atol=0)
 
 

@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from raphael_dist.config.model_sections import Edge
 from raphael_dist.model.edge_supervision import EdgeModule, edge_loss_B, focal_loss, quality_focal_loss
 from raphael_dist.model.unet import RaphaelUNet
 from tests.lib.synthetic import synthetic_batch, tiny_config
 
 torch.set_num_threads(1)  # tiny products: threads that wait for each other cost ten times the work
 
-OPTIONS = {"max_timestep": 500, "alpha": 0.5, "gamma": 2.0}
+EDGE = Edge(max_timestep=500, focal_alpha=0.5, focal_gamma=2.0)
 LN2, LN4 = math.log(2), math.log(4)
 
 
@@ -51,10 +52,10 @@ def test_without_focusing_it_is_half_the_binary_cross_entropy():
 
 def test_the_loss_is_off_at_and_above_the_largest_timestep():
     logits, edge = [torch.randn(4, 3, 3)], torch.rand(4, 6, 6)
-    loss = edge_loss_B(logits, edge, torch.tensor([0, 499, 500, 999]), **OPTIONS)
+    loss = edge_loss_B(logits, edge, torch.tensor([0, 499, 500, 999]), EDGE)
     assert (loss > 0).tolist() == [True, True, False, False]
     off = [torch.randn(4, 3, 3, requires_grad=True)]
-    loss = edge_loss_B(off, edge, torch.full((4,), 500), **OPTIONS)
+    loss = edge_loss_B(off, edge, torch.full((4,), 500), EDGE)
     loss.sum().backward()
     assert loss.tolist() == [0] * 4
     assert not off[0].grad.any()
@@ -63,7 +64,7 @@ def test_the_loss_is_off_at_and_above_the_largest_timestep():
 def test_blocks_count_alike_whatever_the_size_of_their_maps():
     # Logits of 0 give ln 2 / 8 anywhere; logits of ln 3 without edges 9/32 ln 4. One large map, one small one.
     logits = [torch.zeros(1, 8, 6), torch.full((1, 2, 2), math.log(3))]
-    loss = edge_loss_B(logits, torch.zeros(1, 16, 12), torch.tensor([3]), **OPTIONS)
+    loss = edge_loss_B(logits, torch.zeros(1, 16, 12), torch.tensor([3]), EDGE)
     assert loss.item() == pytest.approx((LN2 / 8 + 9 / 32 * LN4) / 2)
 
 
@@ -71,14 +72,14 @@ def test_the_edge_map_is_brought_to_the_blocks_size_by_averaging():
     edge = torch.tensor([[[1.0, 0, 0, 0], [1, 0, 0, 1]]])  # 2 x 4 to 1 x 2: means 1/2 and 1/4
     logits = torch.randn(1, 1, 2)
     expected = focal_loss(logits, torch.tensor([[[0.5, 0.25]]]), 0.5, 2.0).mean()
-    torch.testing.assert_close(edge_loss_B([logits], edge, torch.tensor([0]), **OPTIONS), expected[None])
+    torch.testing.assert_close(edge_loss_B([logits], edge, torch.tensor([0]), EDGE), expected[None])
 
 
 def test_splitting_a_batch_changes_no_samples_loss():
     torch.manual_seed(1)
     logits, edge, t = [torch.randn(5, 4, 6), torch.randn(5, 2, 3)], torch.rand(5, 8, 12), torch.tensor([1, 700, 3, 4, 499])
-    parts = [edge_loss_B([x[i] for x in logits], edge[i], t[i], **OPTIONS) for i in (slice(0, 2), slice(2, 5))]
-    torch.testing.assert_close(torch.cat(parts), edge_loss_B(logits, edge, t, **OPTIONS))
+    parts = [edge_loss_B([x[i] for x in logits], edge[i], t[i], EDGE) for i in (slice(0, 2), slice(2, 5))]
+    torch.testing.assert_close(torch.cat(parts), edge_loss_B(logits, edge, t, EDGE))
 
 
 def test_the_module_reads_the_end_tokens_map_scaled_to_a_maximum_of_one():
@@ -102,7 +103,7 @@ def test_edge_modules_and_cross_attention_learn_from_the_edge_loss_alone():
     batch = synthetic_batch(config, [(0, 1.0), (1, 1.0)], model.num_blocks)
     out = model(batch.x0, torch.tensor([10, 20]), batch.text, batch.text_mask, batch.end, batch.gate_noise)
     assert len(out.edge_logits) == model.num_blocks
-    edge_loss_B(out.edge_logits, batch.edge, torch.tensor([10, 20]), **OPTIONS).sum().backward()
+    edge_loss_B(out.edge_logits, batch.edge, torch.tensor([10, 20]), EDGE).sum().backward()
     learning = [n for n, p in model.named_parameters() if ".edge." in n or "attn2.to_q" in n or "attn2.to_k" in n]
     assert len(learning) == model.num_blocks * 12
     grads = {n: p.grad for n, p in model.named_parameters()}
