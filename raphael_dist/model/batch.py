@@ -10,6 +10,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from raphael_dist.model.device import is_gpu
 from raphael_dist.model.unet_interface import GateNoise
@@ -104,30 +105,12 @@ class Batch:
 
         `memory` is the block of pinned memory in which the tensors of a packed batch lie.
         """
-        required = [self.position, self.weight, self.x0, self.noise, self.timestep, self.text, self.text_mask, self.end]
-        optional = [self.edge, *(self.gate_noise or ()), self.small]
-        return required + [tensor for tensor in optional if tensor is not None]
+        leaves = tree_leaves({**vars(self), "memory": None})
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """Return a new batch with `function` applied to every tensor. The new batch is not packed: its `memory` is None."""
-
-        def optional(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else function(tensor)
-
-        return Batch(
-            position=function(self.position),
-            weight=function(self.weight),
-            x0=function(self.x0),
-            noise=function(self.noise),
-            timestep=function(self.timestep),
-            text=function(self.text),
-            text_mask=function(self.text_mask),
-            end=function(self.end),
-            edge=optional(self.edge),
-            gate_noise=None if self.gate_noise is None else GateNoise(*map(function, self.gate_noise)),
-            small=optional(self.small),
-            seconds=self.seconds,
-        )
+        return Batch(**tree_map_only(Tensor, function, {**vars(self), "memory": None}))
 
 
 def _is_on_host(tensor: Tensor) -> bool:
