@@ -49,10 +49,12 @@ def check_diffusion(diffusion: Diffusion, edge: Edge, sample: Sample) -> Iterato
         )
     if diffusion.prediction == "flow":
         yield from _check_flow(diffusion, sample)
-    if diffusion.zero_terminal_snr:
-        why = "it is epsilon: the last timestep is pure noise, and its predicted noise says nothing about the image"
-        requirement = (diffusion.prediction != "epsilon", "diffusion.prediction=v_prediction", why)
-        yield from _unfulfilled("diffusion.zero_terminal_snr=true", [requirement], "set diffusion.zero_terminal_snr=false")
+    if diffusion.zero_terminal_snr and diffusion.prediction == "epsilon":
+        yield (
+            "diffusion.zero_terminal_snr=true requires diffusion.prediction=v_prediction, but it is epsilon: the last "
+            "timestep is pure noise, and its predicted noise says nothing about the image. Set "
+            "diffusion.prediction=v_prediction, or diffusion.zero_terminal_snr=false."
+        )
 
 
 def _check_flow(diffusion: Diffusion, sample: Sample) -> Iterator[str]:
