@@ -108,7 +108,7 @@ def test_closing_stops_workers_in_the_middle(config, encoders, shard, tmp_path) 
     assert not psutil.wait_procs(list(workers), timeout=10)[1]
 
 
-@pytest.mark.parametrize("often", [False, True])
+@pytest.mark.parametrize("often", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_batches_of_killed_workers_are_built_again(config, encoders, shard, tmp_path, caplog, monkeypatch, often):  # noqa: F811
     builder = builder_of(with_data(config, features="cached", cache_dir=str(tmp_path / "cache")), encoders, shard)
     expected, children = read(builder, 0), set(psutil.Process().children())
