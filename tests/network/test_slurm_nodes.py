@@ -80,7 +80,7 @@ def test_node_whose_link_is_cut_is_named_and_replaced(cluster: Cluster, tmp_path
     cluster.network.set_link(1, "up")
     assert "rank 1 on node1 cannot be reached from node0" in log
     assert "exit code 76 after a cancellation, preemption or requeue by Slurm" in log
-    assert "restart 1: 2 nodes" in log
+    assert "restart 1: nodes: 2" in log
     assert [node for node, _ in job.pids().values()] == ["node0", "node2"]
     assert losses(job.dir) == losses(alone)
     assert files_of(job.dir, 25) == files_of(alone, 25)
