@@ -9,6 +9,7 @@ Code that only training needs is left out:
 """
 
 import ast
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -116,7 +117,7 @@ class _Module:
 def _read(name: str) -> _Module:
     text = (_ROOT / Path(*name.split(".")[1:]).with_suffix(".py")).read_text()
     # An exported folder does not contain the classes of the configuration.
-    text = text.replace('config: "Config"', "config: Any").replace('config: "Model"', "config: Any")
+    text = re.sub(r'config: "\w+"', "config: Any", text)
     lines = text.splitlines()
     left_out = {n for node in ast.walk(ast.parse(text)) if _is_never(node) for n in _lines_of(node, lines)}
     lines = [line for n, line in enumerate(lines) if n not in left_out]

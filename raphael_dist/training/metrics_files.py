@@ -9,7 +9,9 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial, wraps
 from pathlib import Path
+from typing import Concatenate, ParamSpec
 
 import numpy as np
 from PIL import Image
@@ -17,6 +19,7 @@ from PIL import Image
 from raphael_dist.storage.files import no_links, replace_bytes, write_all
 from raphael_dist.text import json_type, open_regular, parse_json, shorten
 
+_P = ParamSpec("_P")
 Series = list[tuple[int, float]]  # (step, value)
 LARGEST = 1e30  # larger values count as infinite: float64 can hold the variance of all values up to this
 LAST_STEP = 10**15  # larger integers are not exact in the JavaScript of a report
@@ -36,6 +39,18 @@ LAYOUT = {
 }
 _OF_A_BLOCK = re.compile(r"moe/\w+/L\d+/")
 _BOARD = "TensorBoard's file"
+
+
+def _in_thread(
+    method: Callable[Concatenate["MetricsWriter", _P], None],
+) -> Callable[Concatenate["MetricsWriter", _P], None]:
+    """Let the writer's thread run the method. Its calls return at once."""
+
+    @wraps(method)
+    def submit(writer: "MetricsWriter", *args: _P.args, **kwargs: _P.kwargs) -> None:
+        writer._submit(partial(method, writer, *args, **kwargs))
+
+    return submit
 
 
 class MetricsWriter:
@@ -61,14 +76,12 @@ class MetricsWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="metrics")
         self._last: Future[None] | None = None
 
+    @_in_thread
     def describe(self, yaml: str, values: Mapping[str, bool | int | float | str]) -> None:
         """Write a run's configuration to TensorBoard, as YAML text and as hyperparameters for comparing runs.
 
         `values`: the settings by key `section.key`.
         """
-        self._submit(self._describe, yaml, values)
-
-    def _describe(self, yaml: str, values: Mapping[str, bool | int | float | str]) -> None:
         from torch.utils.tensorboard.summary import hparams
 
         if self._board is not None:
@@ -78,14 +91,12 @@ class MetricsWriter:
                 for summary in hparams(dict(values), {"train/loss": 0.0, "val/loss": 0.0}):
                     self._board._get_file_writer().add_summary(summary)
 
+    @_in_thread
     def write(self, step: int, samples_seen: int, values: dict[str, float]) -> None:
         """Write metrics of optimizer step `step`: one line in metrics.jsonl, and one TensorBoard scalar per metric.
 
         `samples_seen`: number of training samples that the run has used up to this step. `values`: the metrics by name.
         """
-        self._submit(self._write, step, samples_seen, values)
-
-    def _write(self, step: int, samples_seen: int, values: dict[str, float]) -> None:
         line = json.dumps({"step": step, "samples_seen": samples_seen, **values}) + "\n"
         with self._tolerating(str(self._path)):
             self._append(line)
@@ -95,11 +106,9 @@ class MetricsWriter:
                     if self._every_scalar or not _OF_A_BLOCK.match(tag):
                         self._board.add_scalar(tag, value, step)
 
+    @_in_thread
     def return_to(self, step: int) -> None:
         """Remove all values of steps after `step` from the files, because the run will log those steps again."""
-        self._submit(self._return_to, step)
-
-    def _return_to(self, step: int) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         with self._tolerating(str(self._path)):
@@ -109,11 +118,9 @@ class MetricsWriter:
                 start = Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))
                 self._board._get_file_writer().add_event(start, step + 1)
 
+    @_in_thread
     def image(self, tag: str, step: int, image: Image.Image) -> None:
         """Write an image of optimizer step `step` to TensorBoard, where it is shown under the name `tag`."""
-        self._submit(self._image, tag, step, image)
-
-    def _image(self, tag: str, step: int, image: Image.Image) -> None:
         if self._board is not None:
             with self._tolerating(_BOARD):
                 self._board.add_image(tag, np.asarray(image.convert("RGB")), step, dataformats="HWC")
@@ -125,20 +132,21 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Write everything, and close TensorBoard's file."""
-        self._submit(self._close)
+        self._close_board()
         self.flush()
         self._thread.shutdown()
 
-    def _close(self) -> None:
+    @_in_thread
+    def _close_board(self) -> None:
         if self._board is not None:
             with self._tolerating(_BOARD):
                 self._board.close()
 
-    def _submit(self, job: Callable[..., None], *args: object) -> None:
-        """Let the thread call `job(*args)` after all earlier jobs. Raises the error of an earlier job, if it has failed."""
+    def _submit(self, job: Callable[[], None]) -> None:
+        """Let the thread call `job` after all earlier jobs. Raises the error of an earlier job, if it has failed."""
         if self._last is not None and self._last.done():
             self._last.result()
-        self._last = self._thread.submit(_run_after, self._last, job, *args)
+        self._last = self._thread.submit(_run_after, self._last, job)
 
     def _append(self, line: str) -> None:
         with open(self._path, "ab", buffering=0, opener=no_links) as file:
@@ -162,10 +170,10 @@ class MetricsWriter:
             self._warned = True
 
 
-def _run_after(earlier: Future[None] | None, job: Callable[..., None], *args: object) -> None:
+def _run_after(earlier: Future[None] | None, job: Callable[[], None]) -> None:
     if earlier is not None:
         earlier.result()  # complete: raises its error
-    job(*args)
+    job()
 
 
 def _drop_after(path: Path, step: int) -> None:

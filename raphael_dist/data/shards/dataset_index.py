@@ -119,9 +119,11 @@ class DatasetIndex:
 
     @property
     def num_shards(self) -> int:
+        """The number of shards (tar files), also of those without usable samples."""
         return len(self.about["names"])
 
     def shard(self, number: int) -> Shard:
+        """Return the description of a shard. `number`: number of the shard in the index, from 0."""
         first, end = self.starts[number : number + 2].tolist()
         about = self.about
         return Shard(about["names"][number], Stamp(*about["stamps"][number]), about["content"][number], end - first)
