@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu_all import ROUNDS, TIME_IS_UP, Case, Results, cases, measure_all, table
+from benchmarks.gpu_all import ROUNDS, TIME_IS_UP, Case, Results, cases, goals, measure_all, table
 from raphael_dist.config.schema import load_config
+from raphael_dist.engine.ds_config import merge, read_deepspeed_json
 from raphael_dist.errors import UserError
 from tests.lib.launch import ROOT
 
-CASES = [Case("emoji", n) for n in (1, 2, 3)]
+CASES = [Case("emoji", n, rounds=ROUNDS) for n in (1, 2, 3)]
 MACHINE = {"device": "a GPU", "commit": "abc"}
 
 
@@ -29,7 +30,13 @@ class Clock:
         self.now += 10
         if case.images == 2:
             return {"error": "out of memory | device"}
-        return {"seconds": self.now / 1e3, "mfu": 0.2, "useful_mfu": 0.1, "peak_gib": 3.0}
+        return step_record(seconds=self.now / 1e3, mfu=0.2)
+
+
+def step_record(seconds: float, mfu: float) -> dict:
+    """Return the record of a step, half of whose FLOPs are useful, on a device of 100 TFLOP/s."""
+    flops = {"flops": 2e12, "useful_flops": 1e12, "tflops": 100 * mfu}
+    return {"seconds": seconds, "mfu": mfu, "useful_mfu": mfu / 2, "peak_gib": 3.0, **flops}
 
 
 def test_every_case_is_measured_once_before_any_is_repeated(tmp_path: Path) -> None:
@@ -58,7 +65,7 @@ def test_what_is_cut_off_is_tried_again_with_the_whole_time(tmp_path: Path) -> N
 
     def slow(case: Case, left: float) -> dict:
         clock.now += min(left, 10 if case.images == 1 else 100)
-        return {"error": TIME_IS_UP} if case.images == 2 else {"seconds": 1.0}
+        return {"error": TIME_IS_UP} if case.images == 2 else step_record(1.0, 0.2)
 
     assert measure_all(CASES, results, slow, 60, clock) > 0
     assert [record["case"] for record in results.records] == [CASES[0].name]
@@ -74,14 +81,41 @@ def test_results_of_another_machine_are_refused(tmp_path: Path) -> None:
         Results(path, {**MACHINE, "commit": "def"})
 
 
-def test_every_case_is_a_configuration_and_a_command() -> None:
+def test_cases_of_goals_are_repeated_before_the_others_are_measured(tmp_path: Path) -> None:
+    once, clock, results = Case("emoji", 9), Clock(), Results(tmp_path / "gpu.json", MACHINE)
+    measure_all([once, CASES[0]], results, clock.measure, 1000, clock)
+    assert [record["case"] for record in results.records] == [CASES[0].name, CASES[0].name, once.name]
+
+
+def test_goals_are_compared_with_the_fastest_measurement(tmp_path: Path) -> None:
+    chosen, results = cases(), Results(tmp_path / "gpu.json", MACHINE)
+    lines = goals(chosen, results).splitlines()
+    assert len(lines) == 7
+    assert all("not measured" in line for line in lines)
+    for case in chosen:
+        if (case.config, case.images) in {("sd2-dense", 64), ("raphael-3b", 8)}:
+            kernels = "layer_norm" in case.name
+            results.add(
+                {"case": case.name, **step_record(0.4, (0.4 if kernels else 0.3) if case.step_of == "ours" else 0.2)}
+            )
+    lines = goals(chosen, results).splitlines()
+    # 40 TFLOP/s and 2 TFLOP per image are 20 images/s.
+    assert lines[0] == "- sd2-dense, 64 images: images/s: 20, goal 150: missed by 86.7%"
+    assert lines[1] == "- sd2-dense, 64 images: times diffusers compiled: 2, goal 1.6: reached"
+    assert lines[3] == "- raphael-3b, 8 images: useful MFU: 0.2, goal 0.25: missed by 20.0%"
+    assert lines[5] == "- raphael-3b, 8 images: FLOP/s of sd2-dense's: 1, goal 0.86957: reached"
+
+
+def test_every_case_is_a_configuration_that_the_engine_accepts() -> None:
     chosen = cases()
-    assert len(set(chosen)) == len(chosen)
+    assert len({case.name for case in chosen}) == len(chosen)
     for case in chosen:
         sizes = [f"train.{key}={case.images}" for key in ("micro_batch_size", "global_batch_size")]
-        load_config(case.config, [*case.overrides, *sizes, f"data.bucket_run={case.images}"])
+        config = load_config(case.config, [*case.overrides, *sizes, f"data.bucket_run={case.images}"])
+        if case.step_of == "ours":
+            merge(config, read_deepspeed_json(None, config.train.dtype), 1, 1)
     assert {case.step_of for case in chosen} == {"ours", "diffusers", "diffusers-compiled"}
-    assert ROUNDS > 1
+    assert {case.rounds for case in chosen} == {1, ROUNDS}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")

@@ -1,18 +1,20 @@
 """`tools/bench.py gpu --all`: takes all documented measurements of one GPU. The same command can be repeated to continue.
 
 Each measurement runs in its own process (`tools/bench.py gpu --json`), so that a failed measurement does not affect the
-others. Every measurement is taken once before the second round begins, so that slow changes of the machine affect all of
-them. Results are written to a JSON file (`--out`) after each measurement; the next call takes the missing measurements. The
-command ends after `--minutes` at the latest, and prints the table of all results so far.
+others. The measurements that a goal needs come first, and are taken twice: once each before any is repeated, so that slow
+changes of the machine affect all of them. Results are written to a JSON file (`--out`) after each measurement; the next call
+takes the missing measurements. The command ends after `--minutes` at the latest, and prints the goals and the table of all
+results so far.
 """
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -28,9 +30,10 @@ from raphael_dist.storage.versions import versions
 from raphael_dist.text import counted
 
 KERNELS: tuple[str, ...] = get_args(Kernel)
-ROUNDS = 2  # how often each measurement is taken
+ROUNDS = 2  # how often a measurement that a goal needs is taken
 _GRAPHS = "train.cuda_graphs=true"
-_NO_RECOMPUTE = "model.checkpoint_activations=none"
+_KEEP, _RECOMPUTE = ("model.checkpoint_activations=none",), ("model.checkpoint_activations=blocks",)
+_FLOAT32 = {"emoji"}  # presets that train in float32, in which CUDA graphs cannot be captured
 Record = dict[str, Any]
 
 
@@ -43,12 +46,14 @@ class Case:
         images: images of a micro-batch.
         step_of: whose step is measured: "ours", "diffusers" or "diffusers-compiled".
         overrides: overrides of the configuration, as on the command line.
+        rounds: how often it is taken.
     """
 
     config: str
     images: int
     step_of: str = "ours"
     overrides: tuple[str, ...] = ()
+    rounds: int = 1
 
     @property
     def name(self) -> str:
@@ -62,42 +67,63 @@ class Case:
 
 def cases() -> list[Case]:
     """Return all measurements, the most important first."""
-    chosen = [c for images in (64, 8, 32) for c in _against_diffusers("sd2-dense", images)]
+    chosen = _against_diffusers("sd2-dense", 64, ROUNDS)
+    for config, images in (("raphael-3b", 8), ("raphael-sd2", 8), ("emoji", 1024)):
+        chosen += _ours(config, images, _KEEP, ROUNDS)
+    for images in (8, 32):
+        chosen += _against_diffusers("sd2-dense", images)
+    chosen += _ours("emoji", 256, _KEEP)
     for config in ("raphael-3b", "raphael-sd2"):
-        for images in (8, 2, 16, 32):
-            for overrides in ((), (_NO_RECOMPUTE,)):
-                each_off = (config, images, overrides) == ("raphael-3b", 8, ())
-                switches = _switches(config, each_off)
-                chosen += [Case(config, images, overrides=(_GRAPHS, *overrides, *kernels)) for kernels in switches]
-    chosen += [Case("emoji", n, overrides=(_GRAPHS, *kernels)) for n in (1024, 256) for kernels in _switches("emoji")]
+        chosen += _ours(config, 8, _RECOMPUTE) + _ours(config, 2, _KEEP)
+        # The largest that fits: a size that is too large ends at once.
+        chosen += [
+            case for images in (16, 32, 64) for keep in (_KEEP, _RECOMPUTE) for case in _ours(config, images, keep)[1:2]
+        ]
+    for config, images in (("sd2-dense", 64), ("raphael-3b", 8)):
+        chosen += [_graphed(config, images, _KEEP, kernels) for kernels in _each_left_out(config)]
     return chosen
 
 
-def _against_diffusers(config: str, images: int) -> list[Case]:
-    ours = [Case(config, images, overrides=(_GRAPHS, *kernels)) for kernels in _switches(config, each_off=True)]
-    compiled = Case(config, images, overrides=(_GRAPHS, "train.compile=true"))
-    return [*ours, compiled, Case(config, images, "diffusers"), Case(config, images, "diffusers-compiled")]
+def _against_diffusers(config: str, images: int, rounds: int = 1) -> list[Case]:
+    diffusers = [Case(config, images, step, _KEEP, rounds) for step in ("diffusers", "diffusers-compiled")]
+    compiled = _graphed(config, images, (*_KEEP, "train.compile=true"), rounds=rounds)
+    return [*_ours(config, images, _KEEP, rounds), compiled, *diffusers]
 
 
-def _switches(config: str, each_off: bool = False) -> list[tuple[str, ...]]:
-    """Return combinations of train.kernels to measure, as overrides.
+def _ours(config: str, images: int, overrides: tuple[str, ...], rounds: int = 1) -> list[Case]:
+    return [_graphed(config, images, overrides, kernels, rounds) for kernels in _switches(config)]
 
-    They are: no kernel, all kernels that the preset can use, and these with deferred_update. The kernels space_moe and
-    space_moe_dense exclude each other, so a model with space experts has a combination for each of them. With `each_off`
-    there are also combinations that leave out one kernel each.
-    """
+
+def _graphed(config: str, images: int, overrides: tuple[str, ...], kernels: Sequence[str] = (), rounds: int = 1) -> Case:
+    """Return the case of our step in CUDA graphs with these kernels and further overrides."""
+    dtype = ("train.dtype=bfloat16",) if config in _FLOAT32 else ()
+    switches = (f"train.kernels=[{','.join(kernels)}]",) if kernels else ()
+    return Case(config, images, overrides=(_GRAPHS, *dtype, *overrides, *switches), rounds=rounds)
+
+
+def _usable(config: str) -> list[str]:
+    """Return the kernels that a preset can use together, with space_moe rather than space_moe_dense."""
     loaded = load_config(config)
     model = loaded.model
-    unfit = {"space_moe_dense"} if model.space_experts else {"space_moe", "space_moe_dense"}
+    unfit = {"space_moe_dense", "deferred_update"} | (set() if model.space_experts else {"space_moe"})
     unfit |= set() if model.time_experts and model.time_activation == "gelu" else {"time_moe"}
     unfit |= set() if model.space_experts or loaded.edge.weight > 0 else {"cross_attention"}
-    names = [name for name in KERNELS if name not in {*unfit, "deferred_update"}]
-    sets = [[], names, [*names, "deferred_update"]]
-    if model.space_experts:
-        sets.append(["space_moe_dense" if name == "space_moe" else name for name in names])
-    if each_off:
-        sets += [[other for other in names if other != name] for name in names]
-    return [(f"train.kernels=[{','.join(kernels)}]",) if kernels else () for kernels in sets]
+    return [name for name in KERNELS if name not in unfit]
+
+
+def _switches(config: str) -> list[list[str]]:
+    """Return the sets of kernels to measure: none, all that the preset can use, and these with deferred_update.
+
+    The kernels space_moe and space_moe_dense exclude each other, so a model with space experts has a set for each of them.
+    """
+    names = _usable(config)
+    dense = [["space_moe_dense" if name == "space_moe" else name for name in names]] if "space_moe" in names else []
+    return [[], names, [*names, "deferred_update"], *dense]
+
+
+def _each_left_out(config: str) -> list[list[str]]:
+    names = _usable(config)
+    return [[other for other in names if other != name] for name in names]
 
 
 class Results:
@@ -130,10 +156,15 @@ class Results:
         return [record for record in self.records if record["case"] == case.name]
 
     def pending(self, chosen: list[Case]) -> list[Case]:
-        """Return the measurements of `chosen` that are missing, in order. Failed ones are not repeated."""
+        """Return the measurements of `chosen` that are missing: the repeated ones first, round by round.
+
+        Failed ones are not repeated. To try one again, remove its record from the file.
+        """
         counts = {case: len(self.of(case)) for case in chosen}
         failed = {case for case in chosen if any("error" in record for record in self.of(case))}
-        return [case for i in range(ROUNDS) for case in chosen if counts[case] <= i and case not in failed]
+        repeated = [case for i in range(ROUNDS) for case in chosen if case.rounds == ROUNDS and counts[case] <= i]
+        once = [case for case in chosen if case.rounds < ROUNDS and not counts[case]]
+        return [case for case in [*repeated, *once] if case not in failed]
 
 
 def measure_all(
@@ -198,11 +229,59 @@ def table(chosen: list[Case], results: Results) -> str:
         if "error" in records[-1]:
             lines.append(f"{head} {records[-1]['error'].replace('|', '/')} | | | | | {len(records)} |")
             continue
-        mid = {key: statistics.median(r[key] for r in records) for key in ("seconds", "mfu", "useful_mfu", "peak_gib")}
-        rate = case.images / mid["seconds"]
+        mid = _medians(records)
         shares = f"{mid['mfu']:.1%} | {mid['useful_mfu']:.1%} | {mid['peak_gib']:.1f}"
-        lines.append(f"{head} {mid['seconds'] * 1e3:.1f} | {rate:.1f} | {shares} | {len(records)} |")
+        lines.append(f"{head} {mid['seconds'] * 1e3:.1f} | {mid['rate']:.1f} | {shares} | {len(records)} |")
     return "\n".join(lines)
+
+
+def goals(chosen: Sequence[Case], results: Results) -> str:
+    """Return a line for each goal: its number, the number measured, and whether it is reached.
+
+    Of our steps the fastest counts. Steps of models with experts are compared with the fastest step of `sd2-dense` with 64
+    images: by FLOPs per second, without the FLOPs of space experts where they are not needed.
+    """
+    measured = {case: _medians(records) for case in chosen if (records := results.of(case)) and "error" not in records[-1]}
+
+    def best(config: str, images: int, key: str, step_of: str = "ours") -> float:
+        """Return the largest value of `key` of such a step; NaN if none is measured."""
+        found = [
+            values[key]
+            for case, values in measured.items()
+            if (case.config, case.images, case.step_of) == (config, images, step_of)
+        ]
+        return max(found, default=math.nan)
+
+    dense = best("sd2-dense", 64, "useful_tflops")
+    rows = [
+        ("sd2-dense, 64 images: images/s", 150, best("sd2-dense", 64, "rate")),
+        (
+            "sd2-dense, 64 images: times diffusers compiled",
+            1.6,
+            best("sd2-dense", 64, "rate") / best("sd2-dense", 64, "rate", "diffusers-compiled"),
+        ),
+        ("raphael-sd2, 8 images: useful MFU", 0.35, best("raphael-sd2", 8, "useful_mfu")),
+        ("raphael-3b, 8 images: useful MFU", 0.25, best("raphael-3b", 8, "useful_mfu")),
+        ("raphael-sd2, 8 images: FLOP/s of sd2-dense's", 1 / 1.15, best("raphael-sd2", 8, "useful_tflops") / dense),
+        ("raphael-3b, 8 images: FLOP/s of sd2-dense's", 1 / 1.15, best("raphael-3b", 8, "useful_tflops") / dense),
+        ("emoji, 1,024 images: images/s", 12000, best("emoji", 1024, "rate")),
+    ]
+    return "\n".join(f"- {what}: {_judged(value, goal)}" for what, goal, value in rows)
+
+
+def _judged(value: float, goal: float) -> str:
+    if math.isnan(value):
+        return f"not measured (goal {goal:.5g})"
+    missed = f"missed by {1 - value / goal:.1%}"
+    return f"{value:.4g}, goal {goal:.5g}: {'reached' if value >= goal else missed}"
+
+
+def _medians(records: Sequence[Record]) -> dict[str, float]:
+    """Return the medians over the records of a measurement, with images per second and useful TFLOP/s."""
+    keys = ("seconds", "mfu", "useful_mfu", "peak_gib", "tflops", "flops", "useful_flops")
+    mid = {key: statistics.median(record[key] for record in records) for key in keys}
+    share = mid["useful_flops"] / mid["flops"]
+    return {**mid, "rate": mid["tflops"] * 1e12 / mid["flops"], "useful_tflops": mid["tflops"] * share}
 
 
 def machine() -> Record:
@@ -219,7 +298,7 @@ def run_all(args: argparse.Namespace) -> None:
     except UserError as error:
         raise SystemExit(str(error)) from None
     left = measure_all(chosen, results, run_case, 60 * args.minutes)
-    print(table(chosen, results))
+    print(goals(chosen, results), table(chosen, results), sep="\n\n")
     print(
         f"\n{counted(left, 'measurement')} left. Run the same command again." if left else f"\nAll is measured: {args.out}"
     )

@@ -34,6 +34,7 @@ from raphael_dist.model.batch import Batch
 from raphael_dist.model.device import HostCopy, is_gpu
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.latents import latent_factor
+from raphael_dist.model.layers import TransformerBlock
 from raphael_dist.model.losses import compute_losses
 from raphael_dist.model.moe import SpaceMoE
 from raphael_dist.model.unet import RaphaelUNet
@@ -43,6 +44,7 @@ from raphael_dist.storage.versions import versions
 from raphael_dist.training.throughput import FLOPS, throughput, warmup_step
 
 STEPS = ("ours", "diffusers", "diffusers-compiled")
+DENSITY = 0.42  # share of the image tokens that a space expert needs in a trained model (docs/expert_routes.md)
 WARM_UP = 3  # steps: libraries choose their kernels, optimizers make their state
 
 
@@ -75,6 +77,7 @@ def time_ours(config: Config, tree: dict[str, Any], ranks: Ranks, device: torch.
     engine = Engine(config, tree, plan, device, model)
     ema = engine.create_ema()
     schedule, batch = NoiseSchedule.create(config.diffusion, device), _batch(config, device)
+    _set_density(engine, batch.to(device), schedule)
     flops = warmup_step(engine, batch, schedule)
     idle = _idle_flops(engine, batch.to(device), schedule)
 
@@ -99,23 +102,44 @@ def _start_update(engine: Engine, ema: Ema | None) -> HostCopy:
     return HostCopy(norm)
 
 
+def _set_density(engine: Engine, batch: Batch, schedule: NoiseSchedule) -> None:
+    """Set `mask_threshold` of each transformer block so that its space experts need about DENSITY of the image tokens.
+
+    With random weights a word's attention is spread over the image, so with the preset's threshold experts would need nearly
+    all tokens, unlike in a trained model.
+    """
+    modules = engine.module.modules()  # in order of execution
+    blocks = [module for module in modules if isinstance(module, TransformerBlock) and module.space_moe is not None]
+    low, high = [0.0] * len(blocks), [1.0] * len(blocks)
+    for _ in range(12 if blocks else 0):
+        for block, *ends in zip(blocks, low, high, strict=True):
+            block.mask_threshold = sum(ends) / 2
+        for i, (_, _, share) in enumerate(_needed_shares(engine, batch, schedule)):
+            (low if share > DENSITY else high)[i] = blocks[i].mask_threshold
+
+
 def _idle_flops(engine: Engine, batch: Batch, schedule: NoiseSchedule) -> float:
     """Return the FLOPs per sample of space experts on image tokens whose weight for the expert is 0, in a training step.
 
     The FLOPs of the backward pass are included, as twice those of the forward pass.
     """
-    flops: list[float] = []
+    needed = _needed_shares(engine, batch, schedule)
+    return 3 * sum((1 - share) * 4 * tokens * m.num_experts * m.dim * m.hidden for m, tokens, share in needed)
+
+
+def _needed_shares(engine: Engine, batch: Batch, schedule: NoiseSchedule) -> list[tuple[SpaceMoE, int, float]]:
+    """Run the model; return each SpaceMoE, its image tokens, and the share of them with a weight, averaged over experts."""
+    needed: list[tuple[SpaceMoE, int, float]] = []
 
     def count(layer: SpaceMoE, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
-        tokens, unused = inputs[0].shape[1], 1 - float(outputs[1].mean())
-        flops.append(unused * 4 * tokens * layer.num_experts * layer.dim * layer.hidden)
+        needed.append((layer, inputs[0].shape[1], float(outputs[1].mean())))
 
     hooks = [m.register_forward_hook(count) for m in engine.module.modules() if isinstance(m, SpaceMoE)]
     with torch.no_grad():
         compute_losses(engine.module, batch, schedule, engine.config, engine.dtype)
     for hook in hooks:
         hook.remove()
-    return 3 * sum(flops)
+    return needed
 
 
 def time_diffusers(config: Config, device: torch.device, steps: int, compiled: bool = False) -> StepTime:
