@@ -113,3 +113,25 @@ def test_kernels_compile_for_two_gpus_and_spill_no_registers():
         "adamw",
     }
     assert not [row for row in rows for cell in row[2:] if int(cell.split(", ")[1]) > 0]
+
+
+def test_flops_of_kernels_are_counted_in_the_first_pass_of_a_process():
+    program = """
+import torch
+from tests.lib.synthetic import synthetic_batch, tiny_config
+from raphael_dist.model.diffusion import NoiseSchedule
+from raphael_dist.model.kernels.switch import use_kernels
+from raphael_dist.model.unet import RaphaelUNet
+from raphael_dist.training.throughput import forward_flops
+
+config = tiny_config()
+model = RaphaelUNet(config)
+use_kernels(model, ["space_moe", "cross_attention"], torch.device("cpu"))
+batch = synthetic_batch(config, [(0, 1.0), (1, 1.0)], model.num_blocks)
+for _ in range(2):
+    print(forward_flops(model, batch, NoiseSchedule.create(config.diffusion), config, torch.float32))
+"""
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
+    first, second = done.stdout.split()
+    assert first == second, done.stderr

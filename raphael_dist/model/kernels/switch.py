@@ -1,5 +1,6 @@
 """`train.kernels`: selects the parts of the model that run in Triton kernels. Triton is imported only if one is selected."""
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -14,14 +15,14 @@ from raphael_dist.model.layers import TransformerBlock
 from raphael_dist.model.moe import SpaceMoE, TimeMoE
 from raphael_dist.model.norms import GroupNorm, LayerNorm
 
-# The type of the modules that each kernel is for, and the attribute that makes them use it.
-_MODULES: dict[str, tuple[type[nn.Module], str]] = {
-    "group_norm": (GroupNorm, "use_kernel"),
-    "layer_norm": (LayerNorm, "use_kernel"),
-    "cross_attention": (TransformerBlock, "use_kernel"),
-    "space_moe": (SpaceMoE, "use_kernel"),
-    "space_moe_dense": (SpaceMoE, "use_dense_kernel"),
-    "time_moe": (TimeMoE, "use_kernel"),
+# The type of the modules that each kernel is for, the attribute that makes them use it, and its file in this folder.
+_MODULES: dict[str, tuple[type[nn.Module], str, str]] = {
+    "group_norm": (GroupNorm, "use_kernel", "group_norm"),
+    "layer_norm": (LayerNorm, "use_kernel", "layer_norm"),
+    "cross_attention": (TransformerBlock, "use_kernel", "cross_attention"),
+    "space_moe": (SpaceMoE, "use_kernel", "sparse_experts"),
+    "space_moe_dense": (SpaceMoE, "use_dense_kernel", "dense_experts"),
+    "time_moe": (TimeMoE, "use_kernel", "sparse_experts"),
 }
 
 
@@ -52,8 +53,10 @@ def set_kernels(model: nn.Module, kernels: Sequence[Kernel]) -> None:
     Unlike `use_kernels`, it can be used to trace the model on `meta` tensors. `kernels`: the setting `train.kernels`.
     """
     switches = [_MODULES[name] for name in kernels if name in _MODULES]
+    for _, _, file in switches:  # torch's FLOP counter sees only operations that exist when it is created
+        importlib.import_module(f"raphael_dist.model.kernels.{file}")
     for module in model.modules():
-        for module_type, attribute in switches:
+        for module_type, attribute, _ in switches:
             if isinstance(module, module_type):
                 setattr(module, attribute, True)
 
