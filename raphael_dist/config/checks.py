@@ -146,9 +146,12 @@ def check_kernels(
         yield from _unfulfilled(subject, requirements[name], f"remove {name} from train.kernels")
 
 
-def check_expert_backend(model: Model) -> Iterator[str]:
-    """Yield an error message if `model.megablocks_folder` is set and not used."""
+def check_expert_backend(model: Model, dtype: str) -> Iterator[str]:
+    """Yield an error message if `model.megablocks_folder` is not used, or `train.dtype` is not MegaBlocks' only one."""
     folder, backend = model.megablocks_folder, model.expert_backend
+    if backend == "megablocks":
+        requirement = (dtype == "bfloat16", "train.dtype=bfloat16", f"it is {dtype}")
+        yield from _unfulfilled("model.expert_backend=megablocks", [requirement], "set model.expert_backend=auto")
     if folder is not None:
         requirement = (backend == "megablocks", "model.expert_backend=megablocks", f"it is {backend}")
         yield from _unfulfilled(f"model.megablocks_folder={folder}", [requirement], "set model.megablocks_folder=null")

@@ -128,7 +128,7 @@ class Model(Section):
     formula as printed, which is slow. auto: dense on a GPU. On a CPU, auto decides in each layer for each micro-batch by the
     share of the experts to which an image token is routed, averaged over all image tokens of this micro-batch: grouped if
     this average is at most 80%, otherwise dense. megablocks: like dense, but on a GPU the Time-MoE layers (experts selected
-    by the timestep) use the grouped matrix product of the package grouped_gemm.
+    by the timestep) use the grouped matrix product of the package grouped_gemm, which requires train.dtype=bfloat16.
     """
 
     megablocks_folder: Free[PathText | None] = None

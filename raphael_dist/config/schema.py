@@ -76,7 +76,7 @@ class Config(Section):
             *check_lr_schedule(self.optim.lr_schedule, self.optim.lr_schedule_args),
             *checks.check_parallel(self.parallel, self.model),
             *checks.check_kernels(self.train, self.model, self.optim, self.lora, self.parallel, self.text, self.edge),
-            *checks.check_expert_backend(self.model),
+            *checks.check_expert_backend(self.model, self.train.dtype),
             *checks.check_lora(self.lora, self.model, self.run),
             *checks.check_control(self.control, self.run, self.edge, self.lora, self.parallel),
             *checks.check_upscale(self.upscale, self.control),

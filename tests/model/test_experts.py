@@ -147,6 +147,8 @@ def test_megablocks_backend_passes_rows_and_weights_in_the_right_form(monkeypatc
         torch.testing.assert_close(experts.apply_sorted(x, counts, bias), expected)
 
 
+BFLOAT16 = {"dtype": "bfloat16"}
+
 MEGABLOCKS = {  # the layout of a kernel that the package `kernels` loads, with a product of our own
     "__init__.py": "from . import gg_ops\n",
     "gg_ops.py": """import torch
@@ -172,7 +174,8 @@ def write_kernel(folder: Path) -> Path:
 def test_megablocks_from_a_local_folder_equals_the_loop(tmp_path):
     pytest.importorskip("kernels", reason="needs the package kernels")
     config = tiny_config(
-        model={"expert_backend": "megablocks", "megablocks_folder": str(write_kernel(tmp_path)), "time_experts": 2}
+        model={"expert_backend": "megablocks", "megablocks_folder": str(write_kernel(tmp_path)), "time_experts": 2},
+        train=BFLOAT16,
     )
     layers = [m for m in RaphaelUNet(config).modules() if isinstance(m, TimeMoE)]
     assert all(layer.use_megablocks and layer.megablocks_folder == str(tmp_path) for layer in layers)
@@ -193,10 +196,10 @@ def test_a_folder_without_the_kernel_is_refused_in_one_line(tmp_path, monkeypatc
     model = {"expert_backend": "megablocks", "megablocks_folder": str(tmp_path)}
     monkeypatch.setitem(sys.modules, "kernels", None)
     with pytest.raises(UserError, match=r"requires the package kernels, which is not installed\. Run `pip install kernels"):
-        RaphaelUNet(tiny_config(model=model))
+        RaphaelUNet(tiny_config(model=model, train=BFLOAT16))
     monkeypatch.setitem(sys.modules, "kernels", types.SimpleNamespace(get_local_kernel=get_local_kernel))
     with pytest.raises(UserError, match=r"must hold a build of .* fails: Cannot find a build variant .*Download") as error:
-        RaphaelUNet(tiny_config(model=model))
+        RaphaelUNet(tiny_config(model=model, train=BFLOAT16))
     assert len(str(error.value).splitlines()) == 1
     with pytest.raises(
         UserError, match=r"model.megablocks_folder=.* requires model.expert_backend=megablocks, but it is auto"
@@ -212,7 +215,7 @@ def test_flops_of_megablocks_product_are_counted(monkeypatch):
     monkeypatch.setitem(sys.modules, "grouped_gemm.ops", types.SimpleNamespace(gmm=unseen))
     actual = []
     for backend in ("dense", "megablocks"):
-        config = tiny_config(model={"expert_backend": backend})
+        config = tiny_config(model={"expert_backend": backend}, train=BFLOAT16)
         model = RaphaelUNet(config)
         batch = synthetic_batch(config, [(p, 1.0) for p in range(4)], model.num_blocks)
         actual.append(forward_flops(model, batch, NoiseSchedule.create(config.diffusion), config, torch.float32))
@@ -220,8 +223,14 @@ def test_flops_of_megablocks_product_are_counted(monkeypatch):
     assert all(m.use_megablocks for m in model.modules() if isinstance(m, Experts))
 
 
+def test_megablocks_in_float32_is_refused():
+    message = "model.expert_backend=megablocks requires train.dtype=bfloat16, but it is float32.*model.expert_backend=auto"
+    with pytest.raises(UserError, match=message):
+        tiny_config(model={"expert_backend": "megablocks"})
+
+
 def test_megablocks_without_grouped_gemm_is_refused_with_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "grouped_gemm", None)
     command = r"GROUPED_GEMM_CUTLASS=1 pip install --no-build-isolation --no-deps grouped_gemm==0\.3\.0"
     with pytest.raises(UserError, match=rf"model.expert_backend=megablocks requires the package grouped_gemm.*{command}"):
-        RaphaelUNet(tiny_config(model={"expert_backend": "megablocks"}))
+        RaphaelUNet(tiny_config(model={"expert_backend": "megablocks"}, train=BFLOAT16))
