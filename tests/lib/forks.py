@@ -34,7 +34,13 @@ class Forks:
     """Starts a server process, and asks it to run ranks. `close` ends the server."""
 
     def __init__(self) -> None:
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        env = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "TRITON_INTERPRET": "1",
+        }
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.lib.forks"],
             stdin=subprocess.PIPE,
