@@ -19,7 +19,7 @@ _OTHER_NAMES = {
     "optim.lr": "learning_rate",
     "optim.eps": "adam_epsilon",
     "optim.weight_decay": "adam_weight_decay",
-    "optim.max_grad_norm": "clip grad_clip gradient_clipping",
+    "optim.max_grad_norm": "grad_clip gradient_clipping",
     "optim.lr_schedule": "lr_scheduler lr_scheduler_type",
     "optim.warmup_steps": "lr_warmup_steps warmup",
     "optim.kind": "optimizer",
@@ -48,6 +48,26 @@ _OTHER_NAMES = {
     "lora.rank": "lora_rank",
 }
 NAMES_ELSEWHERE = {name: key for key, names in _OTHER_NAMES.items() for name in names.split()}
+
+# Former names of keys. They are refused with the new name, not accepted: one setting has one name.
+RENAMED = {
+    "data.edges": "data.edge_maps",
+    "image.encoder": "image.vae",
+    "model.space_backend": "model.expert_backend",
+    "optim.clip": "optim.max_grad_norm",
+    "optim.decay": "optim.lr_schedule",
+    "optim.decay_arguments": "optim.lr_schedule_args",
+    "recipe.gate_noise_schedule": "model.gate_noise_schedule",
+    "recipe.min_snr_gamma": "diffusion.min_snr_gamma",
+    "recipe.offset_noise": "diffusion.offset_noise",
+    "recipe.stages": "train.stages",
+    "run.fresh": "run.ignore_damaged",
+    "run.init_missing": "run.reinit",
+    "sample.pictures": "sample.images",
+    "train.caption_drop": "train.caption_dropout",
+    "train.global_batch": "train.global_batch_size",
+    "train.micro_batch": "train.micro_batch_size",
+}
 
 
 def known_key(name: str, config_type: type[BaseModel]) -> str | None:

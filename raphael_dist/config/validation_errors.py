@@ -8,7 +8,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from raphael_dist.config.key_names import meant_keys, near_key
+from raphael_dist.config.key_names import RENAMED, meant_keys, near_key
 from raphael_dist.errors import UserError, did_you_mean
 from raphael_dist.text import escape_control, hide_secrets_in_text, shorten
 
@@ -82,6 +82,9 @@ def _unknown_key(location: Sequence[str | int], value: object, config_type: type
     key = shorten(".".join([*parents, name]))
     # An unknown section is recognised by its keys.
     inner = [str(other) for other in value] if len(location) == 1 and isinstance(value, dict) else []
+    renamed = [other for other in (key, *(f"{key}.{other}" for other in inner)) if other in RENAMED]
+    if renamed:
+        return "; ".join(f"{other} was renamed to {RENAMED[other]}. Use the new name." for other in renamed)
     prefix = f"{parents[0]}." if len(parents) == 1 else ""
     near = difflib.get_close_matches(name, section.model_fields, n=1, cutoff=0.6)
     hint = f" (did you mean {prefix + near[0]!r}?)" if near else ""

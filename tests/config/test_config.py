@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from raphael_dist.config.key_names import RENAMED, known_key
 from raphael_dist.config.load import preset_names
 from raphael_dist.config.model_sections import Model
 from raphael_dist.config.schema import ARCHITECTURE_FIELDS, Config, load_config, to_yaml
@@ -351,3 +353,14 @@ def test_nonsense_file_is_one_short_line(tmp_path: Path, text: str) -> None:
         load_config(str(tmp_path / "x.yaml"))
     assert "\n" not in str(refusal.value)
     assert len(str(refusal.value)) < 1000
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_renamed_key_is_refused_with_its_new_name(old: str, new: str, tmp_path: Path) -> None:
+    section, _, name = old.partition(".")
+    path = tmp_path / "c.yaml"
+    path.write_text(f"base: emoji-tiny\n{section}: {{{name}: 1}}\n")
+    for arguments in (("emoji-tiny", [f"{old}=1"]), (str(path), [])):
+        with pytest.raises(UserError, match=f"^{re.escape(old)} was renamed to {re.escape(new)}"):
+            load_config(*arguments)
+    assert known_key(new, Config) == new
