@@ -12,7 +12,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from raphael_dist.parallel.async_collectives import Traffic, Work, all_gather, reduce_scatter
+from raphael_dist.parallel.async_collectives import Traffic, all_gather, reduce_scatter
+from raphael_dist.parallel.gloo_collectives import Work
 
 DeepSpeedObject = Any  # DeepSpeed has no types
 Group = dist.ProcessGroup | None

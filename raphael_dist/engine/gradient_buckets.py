@@ -15,7 +15,7 @@ from raphael_dist.engine.deepspeed_comm import deepspeed_comm
 from raphael_dist.engine.ds_config import CONTIGUOUS_BUCKET, reduces_in_backward
 from raphael_dist.engine.ds_keys import Tree
 from raphael_dist.model.routing import gate_kind
-from raphael_dist.parallel.async_collectives import Work
+from raphael_dist.parallel.gloo_collectives import Work
 
 BUCKETS = 16  # the last bucket is complete only at the end of the backward pass; more buckets cost a latency each
 SMALLEST_PART = 2**18  # elements of a bucket that a rank owns. A ring sends them in one hop, as long as its latency.

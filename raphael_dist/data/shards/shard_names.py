@@ -9,13 +9,12 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
-from raphael_dist.config.load import shorten
 from raphael_dist.data.fetch import remote
 from raphael_dist.data.fetch.remote import DEFAULT_RETRY, RemoteError, RetryPolicy
 from raphael_dist.data.fetch.shard_cache import ShardError
 from raphael_dist.data.shards.skipped import HIDDEN, SkipCounts, is_hidden
 from raphael_dist.errors import UserError
-from raphael_dist.text import hide_secrets
+from raphael_dist.text import hide_secrets, shorten
 
 _log = logging.getLogger(__name__)
 _MAX_SHARDS = 1_000_000
