@@ -39,7 +39,7 @@ from raphael_dist.storage.torchfile import load_tree
 from raphael_dist.text import LineFormat, decode_text, escape_control, parse_json, print_line, read_json, split_lines
 from raphael_dist.training.console_summary import end_lines
 from tests.cluster.test_slurm_scripts import report
-from tests.data.test_shards import png
+from tests.data.shards.test_shards import png
 from tests.lib.checkpoints import DENSE, handmade_canonical, random_state
 from tests.lib.launch import ROOT
 from tests.lib.planted_run import plant

@@ -14,7 +14,7 @@ from raphael_dist.cluster.preflight_report import judge, read_reports
 from raphael_dist.config.schema import load_config
 from raphael_dist.errors import UserError
 from raphael_dist.runtime.ranks import Ranks, discover
-from tests.data.test_encoders import save_clip
+from tests.data.features.test_encoders import save_clip
 from tests.lib.launch import ROOT
 from tests.training.test_training import SMALL
 from tools import check_cluster, prepare_data

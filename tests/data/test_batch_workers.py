@@ -21,8 +21,8 @@ from raphael_dist.data_prep.build_shards import Preparer
 from raphael_dist.data_prep.inputs import parts_of
 from raphael_dist.errors import UserError
 from raphael_dist.model.batch import Batch
-from tests.data.test_features import config, encoders, samples, stream_of, with_data  # noqa: F401  (fixtures)
-from tests.data.test_shards import write_shard
+from tests.data.features.test_features import config, encoders, samples, stream_of, with_data  # noqa: F401  (fixtures)
+from tests.data.shards.test_shards import write_shard
 
 SLOTS = [[(position, 1.0) for position in range(first, first + 4)] for first in range(0, 40, 4)]
 

@@ -28,8 +28,8 @@ from raphael_dist.data_prep.inputs import parts_of
 from raphael_dist.errors import UserError
 from raphael_dist.storage import checksummed
 from raphael_dist.storage.checksummed import read_sealed, write_sealed
-from tests.data.test_features import config, encoders, samples, stream_of, with_data, write_shard  # noqa: F401
-from tests.data.test_index import laion_shard
+from tests.data.features.test_features import config, encoders, samples, stream_of, with_data, write_shard  # noqa: F401
+from tests.data.shards.test_index import laion_shard
 from tests.data.test_order import BUCKETS
 from tests.lib.servers import http_files
 

@@ -8,8 +8,8 @@ import pytest
 from raphael_dist.data.order import SampleOrder
 from raphael_dist.data.shards.build_index import build_index
 from raphael_dist.training.metrics_files import read_metrics
-from tests.data.test_decode_sample import encode
-from tests.data.test_shards import write_shard
+from tests.data.shards.test_decode_sample import encode
+from tests.data.shards.test_shards import write_shard
 from tests.lib.launch import run_ranks
 from tests.training.test_training import SMALL, SPREAD
 

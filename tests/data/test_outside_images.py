@@ -34,8 +34,8 @@ from raphael_dist.errors import UserError
 from raphael_dist.evaluation.draw import read_image as read_drawn
 from raphael_dist.sampling.pipeline_variants import small_images
 from raphael_dist.sampling.prompts import fit_image, read_edges, read_fitted_image, read_small, sample_requests
-from tests.data.test_edges import needs_weights
-from tests.data.test_shards import good, png, write_raw, write_shard
+from tests.data.features.test_edges import needs_weights
+from tests.data.shards.test_shards import good, png, write_raw, write_shard
 from tests.data_prep.test_data_prep import captions_in, draw, folder_of, prepare, read_shard
 from tools import inspect_data
 

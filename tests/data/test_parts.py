@@ -47,8 +47,8 @@ from raphael_dist.pipeline import RaphaelPipeline
 from raphael_dist.sampling.sampler import Request, Sampler
 from raphael_dist.storage.weight_files import DIFFUSERS, TRANSFORMERS
 from raphael_dist.training.dry_run import problems
-from tests.data.test_features import samples, train, with_data
-from tests.data.test_shards import write_shard
+from tests.data.features.test_features import samples, train, with_data
+from tests.data.shards.test_shards import write_shard
 from tests.lib.launch import ROOT, run_ranks
 from tests.lib.parts import FORMS, TEXTS, VAES, WIDTH, save_as, save_text, save_vae
 from tests.sampling.test_pipeline import trained

@@ -25,9 +25,9 @@ from raphael_dist.data.stream import StreamSample, TrainStream
 from raphael_dist.data_prep.build_shards import Preparer
 from raphael_dist.data_prep.inputs import parts_of
 from raphael_dist.parallel.batch_plan import BatchPlan
-from tests.data.test_decode_sample import encode
-from tests.data.test_remote import QUICK
-from tests.data.test_shards import write_shard
+from tests.data.fetch.test_remote import QUICK
+from tests.data.shards.test_decode_sample import encode
+from tests.data.shards.test_shards import write_shard
 from tests.data.test_stream import BUCKETS, Text, encoders
 from tests.lib.launch import LONG
 from tests.lib.servers import Faults, http_files

@@ -31,8 +31,8 @@ from raphael_dist.data.shards.decode_sample import ImageDataset
 from raphael_dist.data.stream import TrainStream
 from raphael_dist.errors import UserError
 from raphael_dist.training.lr_schedule import gate_noise_deviation
-from tests.data.test_decode_sample import encode
-from tests.data.test_shards import png, write_shard
+from tests.data.shards.test_decode_sample import encode
+from tests.data.shards.test_shards import png, write_shard
 from tests.lib.synthetic import TREE, tiny_config
 
 BUCKETS = [(16, 16), (16, 32)]

@@ -17,8 +17,8 @@ from PIL import Image, ImageDraw
 from raphael_dist.data.shards.build_index import build_index
 from raphael_dist.data_prep.inspect_data import find_duplicates
 from raphael_dist.training.metrics_files import read_metrics
-from tests.data.test_index import laion_shard
-from tests.data.test_shards import write_shard
+from tests.data.shards.test_index import laion_shard
+from tests.data.shards.test_shards import write_shard
 from tests.lib.documents import DOCUMENTS, blocks_of
 from tests.lib.launch import ROOT
 from tools import inspect_data, prepare_data

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from raphael_dist.data_prep import build_shards, image_folder
-from tests.data.test_shards import write_shard
+from tests.data.shards.test_shards import write_shard
 from tests.data_prep.test_data_prep import captions_in, draw, folder_of, prepare, read_shard
 
 FIRST, CAPTION = "my picture 001.jpg", "my picture 001.txt"

@@ -11,7 +11,7 @@ from raphael_dist.data.image import IMAGE_SUFFIXES
 from raphael_dist.data_prep.caption_tables import find_table
 from raphael_dist.data_prep.inputs import parts_of
 from raphael_dist.errors import UserError
-from tests.data.test_shards import good, write_shard
+from tests.data.shards.test_shards import good, write_shard
 from tests.data_prep.test_data_prep import draw, folder_of
 
 HIDDEN = "hidden file or folder of the system"

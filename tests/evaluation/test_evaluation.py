@@ -26,7 +26,7 @@ from raphael_dist.evaluation.study import Result, write_results
 from raphael_dist.evaluation.study_data import read_captions, read_reference
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.sampling.sampler import Request
-from tests.data.test_shards import good, write_shard
+from tests.data.shards.test_shards import good, write_shard
 from tests.lib.checkpoints import handmade_canonical
 from tests.lib.launch import ROOT, run_ranks
 from tests.sampling.test_sampling import config_of

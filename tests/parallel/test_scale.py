@@ -18,7 +18,7 @@ from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.runtime.ranks import Ranks
 from raphael_dist.sampling.sampler import Request, Sampler
 from raphael_dist.training.validation import active_ranks, prompt_share
-from tests.data.test_encoders import save_clip
+from tests.data.features.test_encoders import save_clip
 from tests.lib.launch import ROOT
 from tests.workers.light import Letters, config_of_prompts, tiny_unet
 

@@ -12,7 +12,7 @@ from raphael_dist.config.schema import Config, config_from_tree, load_config
 from raphael_dist.errors import UserError
 from raphael_dist.reporting import data_sample
 from raphael_dist.reporting.data_sample import sample_data
-from tests.data.test_shards import write_shard
+from tests.data.shards.test_shards import write_shard
 from tests.lib.planted_run import plant
 
 LONG = " ".join(["word"] * 60)

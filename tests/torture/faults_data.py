@@ -18,8 +18,8 @@ from pathlib import Path
 import psutil
 
 from raphael_dist.text import counted
-from tests.data.test_encoders import save_clip
-from tests.data.test_shards import png, png_header, write_raw, write_shard
+from tests.data.features.test_encoders import save_clip
+from tests.data.shards.test_shards import png, png_header, write_raw, write_shard
 from tests.lib.servers import Faults, http_files
 from tests.torture.faults_process import alive
 from tests.torture.kinds import fault

@@ -23,7 +23,7 @@ from raphael_dist.errors import UserError
 from raphael_dist.training import dry_run
 from raphael_dist.training.dry_run import problems
 from raphael_dist.training.run_dir import acquire
-from tests.data.test_shards import extended_headers
+from tests.data.shards.test_shards import extended_headers
 from tests.lib.checkpoints import MOE, handmade_canonical, random_state, tool
 from tests.lib.launch import ROOT
 

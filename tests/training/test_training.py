@@ -22,7 +22,7 @@ from raphael_dist.checkpoint.reader import CheckpointReader, open_newest
 from raphael_dist.errors import EXIT_INTERRUPTED, EXIT_NON_FINITE
 from raphael_dist.runtime.ranks import free_port
 from raphael_dist.training.metrics_files import read_metrics
-from tests.data.test_edges import needs_weights
+from tests.data.features.test_edges import needs_weights
 from tests.lib.documents import DOCUMENTS, blocks_of, text_of
 from tests.lib.launch import ROOT, rank_env, run_ranks
 

@@ -22,7 +22,7 @@ from raphael_dist.data.shards.decode_sample import ImageDataset
 from raphael_dist.data.shards.shard_names import expand_shards
 from raphael_dist.data.stream import TrainStream
 from raphael_dist.errors import UserError
-from tests.data.test_remote import BUCKETS, QUICK, cached_names, local, store_in  # noqa: F401
+from tests.data.fetch.test_remote import BUCKETS, QUICK, cached_names, local, store_in  # noqa: F401
 from tests.data.test_stream import Text, encoders
 from tests.lib.servers import Faults, hf_dataset, http_files, s3_bucket
 

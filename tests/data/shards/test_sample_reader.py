@@ -20,8 +20,8 @@ from raphael_dist.data.shards.sample_reader import SampleReader
 from raphael_dist.data.shards.view import open_view
 from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.rng import Purpose, generator
-from tests.data.test_index import laion_shard
-from tests.data.test_remote import QUICK
+from tests.data.fetch.test_remote import QUICK
+from tests.data.shards.test_index import laion_shard
 from tests.lib.launch import LONG
 from tests.lib.servers import Faults, http_files, s3_bucket
 

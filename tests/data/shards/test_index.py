@@ -26,8 +26,8 @@ from raphael_dist.data.shards.open_index import check_damage
 from raphael_dist.data.shards.shard_record import load_record, pack_keys, unpack_keys
 from raphael_dist.data.shards.view import open_view
 from raphael_dist.errors import UserError
+from tests.data.shards.test_shards import good, png, write_raw, write_shard
 from tests.data.test_order import BUCKETS, index_of, make_index, record_of
-from tests.data.test_shards import good, png, write_raw, write_shard
 from tests.lib.launch import ROOT
 
 

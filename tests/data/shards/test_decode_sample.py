@@ -17,7 +17,7 @@ from raphael_dist.data.shards.build_index import build_index
 from raphael_dist.data.shards.dataset_index import BadSampleError
 from raphael_dist.data.shards.decode_sample import ImageDataset
 from raphael_dist.errors import UserError
-from tests.data.test_shards import png, png_header, write_raw
+from tests.data.shards.test_shards import png, png_header, write_raw
 
 SIZED = b'{"caption": "sized", "width": 16, "height": 16}'
 

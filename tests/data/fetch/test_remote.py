@@ -18,7 +18,7 @@ from raphael_dist.data.shards.decode_sample import ImageDataset
 from raphael_dist.data.shards.shard_names import expand_shards
 from raphael_dist.errors import UserError
 from raphael_dist.storage.files import free_bytes
-from tests.data.test_index import laion_shard
+from tests.data.shards.test_index import laion_shard
 from tests.lib.servers import Faults, gcs_bucket, hf_dataset, http_files, s3_bucket
 from tests.lib.small_disk import small_disk
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from emoji_data import vae
 from raphael_dist.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "data/vae-emoji"
 WEIGHTS = FOLDER / "diffusion_pytorch_model.safetensors"
 

@@ -36,8 +36,8 @@ from raphael_dist.model.losses import compute_losses
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.runtime.ranks import Ranks
 from raphael_dist.training.data_timer import DataTimer
-from tests.data.test_encoders import save_clip
-from tests.data.test_shards import write_shard
+from tests.data.features.test_encoders import save_clip
+from tests.data.shards.test_shards import write_shard
 from tests.lib.launch import ROOT, run_ranks
 from tests.training.test_training import SMALL
 from tools import prepare_data

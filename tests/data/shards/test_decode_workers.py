@@ -23,10 +23,10 @@ from raphael_dist.data.shards.build_index import build_index
 from raphael_dist.data.shards.dataset_index import BadSampleError
 from raphael_dist.data.shards.decode_sample import ImageDataset
 from raphael_dist.data.shards.decode_workers import DecodePool
-from tests.data.test_decode_sample import encode
-from tests.data.test_index import laion_shard
-from tests.data.test_remote import QUICK
-from tests.data.test_shards import write_raw
+from tests.data.fetch.test_remote import QUICK
+from tests.data.shards.test_decode_sample import encode
+from tests.data.shards.test_index import laion_shard
+from tests.data.shards.test_shards import write_raw
 from tests.lib.launch import ROOT
 from tests.lib.servers import Faults, http_files
 from tests.workers.harmful import Harmful
