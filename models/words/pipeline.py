@@ -1786,7 +1786,7 @@ class LoraFiles:
             "text_encoder_lora_adapter_metadata": bool(text_encoder_lora_adapter_metadata),
             "safe_serialization=False": not safe_serialization,
         }
-        if name := next((name for name, given in unsupported.items() if given), None):
+        if name := next((name for name, is_set in unsupported.items() if is_set), None):
             raise UserError(
                 f"{name} is not supported: only adapters of the U-Net can be saved, and only with safe_serialization=True, "
                 f"because load_lora_weights() reads only safetensors files. Leave out {name}."

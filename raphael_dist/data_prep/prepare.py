@@ -99,7 +99,9 @@ def prepare(
     except OSError as error:
         raise UserError(f"--out={out} cannot be created: {error.strerror}. Choose another folder.") from error
     preparer = Preparer(out, kind, hed, config if features else None, encoders)
-    finished = [preparer.finished_report(one) for one in all_parts][part::parts]  # of all: no process writes if one refuses
+    finished = [preparer.finished_report(images) for images in all_parts][
+        part::parts
+    ]  # of all: no process writes if one refuses
     local_parts = all_parts[part::parts]
     reports = _make_shards(preparer, local_parts, finished, show_progress=part == 0)
     if encoders is not None:

@@ -10,6 +10,7 @@ import torch
 
 from raphael_dist.checkpoint.folders import resolve_latest
 from raphael_dist.checkpoint.reader import open_newest
+from raphael_dist.checkpoint.tensors import default_weights
 from raphael_dist.config.schema import Config, config_from_tree
 from raphael_dist.convert.controlnet_files import read_control
 from raphael_dist.convert.layouts import detect, open_checkpoint
@@ -184,14 +185,14 @@ def _kind(checkpoint: Checkpoint, weights: str | None) -> str:
     lacks the weights that the option requires.
     """
     kinds = checkpoint.kinds()
-    if "ema" not in kinds and (weights is None or (weights == "ema" and not checkpoint.whole)):
+    if weights == "ema" and "ema" not in kinds and not checkpoint.whole:
         return "master"
     if weights is not None and weights not in kinds:
         raise UserError(
             f"--weights {weights} must be one of {', '.join(kinds)}, the kinds of weights in this checkpoint. Leave out "
             "--weights, or give one of these."
         )
-    return weights or "ema"
+    return weights or default_weights(kinds)
 
 
 def read_model(checkpoint: Source, config: Config, kind: str) -> RaphaelUNet:

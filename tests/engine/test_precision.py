@@ -2,7 +2,7 @@
 
 One step of SGD, since Adam hides the scale of a gradient: the change of the fp32 master weights is the gradient. The oracle
 starts from the masters that the run started from, so that what is compared is the gradient and no rounding of the weights.
-Before it comes what comes before it in a run: the rehearsal, and a step of NaN that is dropped. The stages are those of
+Before it comes what comes before it in a run: the warm-up step, and a step of NaN that is dropped. The stages are those of
 `ds_configs/`. On a machine with GPUs the ranks use them, as far as there is one for each.
 """
 
@@ -218,4 +218,4 @@ def test_thirty_adamw_steps_in_bfloat16_stay_close_to_float32(zero, tmp_path):
 
 @pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_warmup_step_uses_the_memory_of_a_step_and_changes_nothing(world_size):
-    run_ranks(["tests/workers/rehearsal.py"], world_size)
+    run_ranks(["tests/workers/warmup_step.py"], world_size)

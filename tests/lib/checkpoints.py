@@ -90,7 +90,7 @@ def fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def vouch_again(folder: Path) -> None:
+def rewrite_checksums(folder: Path) -> None:
     """Make the manifest in `folder` valid again after a test has changed or removed files: update sizes and checksums."""
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"] = {name: fingerprint(folder / name) for name in manifest["files"] if (folder / name).is_file()}

@@ -36,7 +36,7 @@ def arguments(folder: Path) -> list[str]:
         ),
         (0, "never", "there was no progress for 5 s at looking for the other ranks: rank 0 at MASTER_ADDR="),
         pytest.param(1, "logging", "rank 1 is missing and has given no sign of life yet", marks=pytest.mark.slow),
-        (1, "claiming", "at locking the run directory: rank 1 on "),
+        (1, "locking", "at locking the run directory: rank 1 on "),
         (0, "met", ""),
     ],
 )

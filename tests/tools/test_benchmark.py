@@ -21,7 +21,7 @@ from tests.lib.synthetic import TREE
 SIZES = ["--batch", "2", "--tokens", "16", "--text-tokens", "8", "--dim", "8", "--repeats", "1", "--threads", "1"]
 
 
-def test_expert_layers_are_timed_beside_deepspeeds_on_two_ranks():
+def test_expert_layers_are_compared_with_deepspeeds_on_two_ranks():
     output = run_ranks(["tools/bench.py", "moe", *SIZES, "--masks", "1.0"], 2)[0]
     rows = dict(re.findall(r"^(\S.*?) {2,}(\d+) +[\d.]+ +\d+ +faster", output, flags=re.M))
     tokens = 2 * 2 * 16  # ranks, samples, image tokens
@@ -76,7 +76,7 @@ def test_the_balance_of_time_experts_by_hand():
     assert (worst.mean, worst.worst) == (np.mean([4, 4, 1]), 4.0)
 
 
-def test_a_save_is_timed_beside_deepspeeds_and_leaves_nothing(tmp_path):
+def test_a_save_is_compared_with_deepspeeds_and_leaves_nothing(tmp_path):
     folder = tmp_path / "bench"
     output = run_ranks(["tools/bench.py", "checkpoint", "--folder", str(folder), "--repeats", "1"], 2)[0]
     size = int(re.search(r"^(\d+) MiB on 2 ranks", output, flags=re.M)[1])

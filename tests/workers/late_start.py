@@ -2,7 +2,7 @@
 
 The keys of the argument `spec` are
     rank: the rank that stops
-    at: when it stops: "never": before it contacts other ranks; "met": after all ranks have contacted each other; "claiming":
+    at: when it stops: "never": before it contacts other ranks; "met": after all ranks have contacted each other; "locking":
         before it waits for rank 0 to lock the run directory; "logging": after it has started logging
     arguments: command line of train.py
 """
@@ -39,7 +39,7 @@ def main(spec: dict[str, Any]) -> int:
             os.kill(os.getpid(), signal.SIGSTOP)
         elif spec["at"] == "met":
             stop_after(rendezvous, "wait_for_all")
-        elif spec["at"] == "claiming":
+        elif spec["at"] == "locking":
             stop_after(startup, "long_work")
         elif spec["at"] == "logging":
             stop_after(run_dir, "start_logging")

@@ -35,7 +35,7 @@ def main(spec: dict[str, Any]) -> int:
         return write(*arguments)
 
     save.write_snapshot = slowly  # type: ignore[assignment]
-    Path(spec["folder"], "checkpoints").mkdir(exist_ok=True)  # as claiming a run directory does
+    Path(spec["folder"], "checkpoints").mkdir(exist_ok=True)  # as locking a run directory does
     config = tiny_config(run={"dir": spec["folder"]})
     torch.manual_seed(0)
     saved = save.CheckpointStore(config, ranks, plain_fragments(RaphaelUNet(config)), None, {"data.shards": "synthetic"})

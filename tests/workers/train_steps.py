@@ -5,7 +5,7 @@ Usage: train_steps.py OUT.pt JSON. The results of a rank are written to OUT.pt.R
     steps: the step before which training ends
     last_experts_until: as in `synthetic_batch`
     checkpoint: if true, continue from the newest checkpoint in run.dir, and save at the end
-    spoiled: if true, first run a rehearsal and a step with NaN gradients that are discarded. Neither may change results.
+    spoiled: if true, first run a warm-up step and a step with NaN gradients that are discarded. Neither may change results.
     ema: if true, also compute the moving average of the weights
 JSON may also be a list of such objects, which are run in turn. The results of number i are written to OUT.pt.i.RANK.
 """

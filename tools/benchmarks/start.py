@@ -102,7 +102,7 @@ def measure(ranks: Ranks, ep: int, repeats: int, folder: Path) -> dict[str, floa
     entry = {f"master/block.{i}.weight": (i, 10_000) for i in range(RANGES)}
     once: dict[str, Callable[[], Any]] = {
         "claim the run directory": lambda: long_work.run_on_all_ranks(
-            "claiming", lambda report: run_dir.acquire(config, report) if ranks.is_main else None
+            "locking", lambda report: run_dir.acquire(config, report) if ranks.is_main else None
         ),
         "expert groups, every rank in every call": lambda: _groups_of_all(ep),
         "expert groups, members only": lambda: _own_groups(ep),

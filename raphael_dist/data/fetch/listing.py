@@ -43,7 +43,7 @@ def find_files(
             if not below and entry["type"] != "directory":
                 yield str(entry["name"]), name
             elif below and entry["type"] == "directory":
-                yield from ((found, f"{name}/{inner}") for found, inner in find_files(list_folder, path, below))
+                yield from ((full, f"{name}/{inner}") for full, inner in find_files(list_folder, path, below))
 
 
 def _parts_below(name: str, parts: Sequence[str]) -> list[Sequence[str]]:

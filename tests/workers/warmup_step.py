@@ -1,8 +1,8 @@
-"""Rank process: checks the rehearsal (`warmup_step`), which the trainer runs before the first step to fail early.
+"""Rank process: checks the warm-up step (`warmup_step`), which the trainer runs before the first step to fail early.
 
-The rehearsal must need as much memory as a step, and must not change weights and optimizer state. Bytes of live tensors are
-compared at two moments: when a backward pass begins, and when the gradients are complete. The rehearsal then discards them;
-a step applies them.
+It must need as much memory as a step, and must not change weights and optimizer state. Bytes of live tensors are compared at
+two moments: when a backward pass begins, and when the gradients are complete. The warm-up step then discards them; a step
+applies them.
 """
 
 import gc
@@ -22,7 +22,7 @@ from tests.lib.synthetic import synthetic_batch, tiny_config
 from tests.workers.train_steps import state
 
 # Each kind of DeepSpeed's optimizers, with and without float32 sums of bfloat16 gradients. Not zero2_offload in bfloat16:
-# its step holds 2 bytes a parameter more than its rehearsal, which nobody has explained yet.
+# its step holds 2 bytes a parameter more than its warm-up step, which nobody has explained yet.
 KINDS = (("zero1", "float32"), ("zero1", "bfloat16"), ("zero2", "bfloat16"), ("zero3", "float32"))
 
 
@@ -73,7 +73,7 @@ def main() -> None:
         batch = synthetic_batch(config, plan.slots(0, ranks.rank, 0), engine.module.num_blocks).to(device)
         before, held = state(engine.fragments), watch_bytes(engine)
         assert warmup_step(engine, batch, schedule) > 0
-        rehearsed = held.copy()
+        warm_up = held.copy()
         held.clear()
         for (name_of, _, _, was), (_, _, _, now) in zip(before, state(engine.fragments), strict=True):
             assert torch.equal(was["master"], now["master"]), name_of
@@ -83,7 +83,7 @@ def main() -> None:
             engine.backward(losses.total.sum() * plan.loss_scale)
         assert engine.step(1e-3)
         for moment in ("backward", "end"):
-            assert held[moment] <= 1.02 * rehearsed[moment], f"{dtype}, {name}: {held}, rehearsed {rehearsed}"
+            assert held[moment] <= 1.02 * warm_up[moment], f"{dtype}, {name}: {held}, in the warm-up step {warm_up}"
     leave()
 
 
