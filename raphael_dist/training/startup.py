@@ -7,11 +7,13 @@ import torch
 
 from raphael_dist.checkpoint.save import CheckpointStore
 from raphael_dist.config.schema import Config
+from raphael_dist.config.types import fits_grouped_product
 from raphael_dist.convert.init_weights import adapted_base, load_initial
 from raphael_dist.data.run_data import DataSource
 from raphael_dist.engine.ds_keys import Tree
 from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.engine import Engine
+from raphael_dist.model.device import is_gpu
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.parallel.batch_plan import BatchPlan
 from raphael_dist.runtime.long_work import long_work, run_on_rank0
@@ -47,7 +49,7 @@ def open_run_dir(
     hosts = rank_table(ranks, device)
     with long_work("opening the metrics"):
         telemetry = Telemetry(config, ranks, device, hosts)
-    for line in [*config.find_warnings(), *plan.advice()]:
+    for line in [*config.find_warnings(), *plan.advice(), *expert_loop_warnings(config, device)]:
         telemetry.warn(line)
     return lock, plan, telemetry
 
@@ -71,6 +73,18 @@ def build_engine(
     engine = Engine(config, json_tree, plan, device, base)
     ema = engine.create_ema()
     return engine, ema, CheckpointStore(config, ranks, engine.fragments, ema, data.fingerprints() | digest)
+
+
+def expert_loop_warnings(config: Config, device: torch.device) -> list[str]:
+    """Return a warning if the Time-MoE layers run their experts one by one on a GPU, else an empty list."""
+    model, dtype = config.model, config.train.dtype
+    fits = fits_grouped_product(dtype, (*model.channels, *model.expert_width))
+    if not model.time_experts or not is_gpu(device) or fits:
+        return []
+    return [
+        "Time experts run one after another, and the host waits for the GPU in each Time-MoE layer. One product for all of "
+        "them requires train.dtype=bfloat16, and multiples of 8 in model.channels and model.expert_width."
+    ]
 
 
 def _read_base(config: Config, ranks: Ranks) -> tuple[RaphaelUNet | None, dict[str, str]]:

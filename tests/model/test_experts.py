@@ -17,6 +17,7 @@ from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.experts import Experts, add_bias, expert_of_rows
 from raphael_dist.model.moe import SPACE_BACKENDS, SpaceMoE, TimeMoE
 from raphael_dist.model.unet import RaphaelUNet
+from raphael_dist.training.startup import expert_loop_warnings
 from raphael_dist.training.throughput import forward_flops
 from tests.lib.synthetic import synthetic_batch, tiny_config
 from tests.model.test_moe import HIDDEN, B, D, K, close
@@ -234,3 +235,12 @@ def test_megablocks_without_grouped_gemm_is_refused_with_install_command(monkeyp
     command = r"GROUPED_GEMM_CUTLASS=1 pip install --no-build-isolation --no-deps grouped_gemm==0\.3\.0"
     with pytest.raises(UserError, match=rf"model.expert_backend=megablocks requires the package grouped_gemm.*{command}"):
         RaphaelUNet(tiny_config(model={"expert_backend": "megablocks"}, train=BFLOAT16))
+
+
+def test_experts_that_run_one_after_another_on_a_gpu_are_reported():
+    aligned = {"model": {"channels": [16, 32], "expert_width": [24, 32]}, "train": BFLOAT16}
+    assert expert_loop_warnings(tiny_config(**aligned), torch.device("cuda")) == []
+    assert expert_loop_warnings(tiny_config(**aligned | {"train": {}}), torch.device("cpu")) == []
+    for sections in (aligned | {"train": {}}, aligned | {"model": {"channels": [16, 32], "expert_width": [20, 32]}}):
+        (line,) = expert_loop_warnings(tiny_config(**sections), torch.device("cuda"))
+        assert "requires train.dtype=bfloat16, and multiples of 8 in model.channels and model.expert_width" in line

@@ -307,6 +307,7 @@ def test_plan_says_that_nothing_ran_on_several_gpus():
         assert "on several GPUs: nothing yet" in run_so_far(choice, "gpu", 8)
     assert run_so_far(Choice(1, 1, 2, False, 6, "none", "auto"), "gpu", 1) == "one H200"
     assert "H200" not in run_so_far(Choice(1, 1, 2, True, 6, "none", "auto"), "gpu", 1)
+    assert "H200" not in run_so_far(Choice(1, 1, 2, False, 6, "none", "auto"), "gpu", 1, ["layer_norm"])
 
 
 @pytest.mark.slow
