@@ -47,8 +47,10 @@ MORE: dict[str, dict[str, dict[str, Any]]] = {
     # In Triton's interpreter without a GPU. SGD has no fused update.
     "kernels": {"train": {"kernels": ["group_norm", "layer_norm", "cross_attention", "space_moe", "time_moe"]}},
     "dense kernel": {"train": {"kernels": ["space_moe_dense"]}},
+    "space kernel": {"train": {"kernels": ["cross_attention", "space_moe"]}},  # on sharded experts
 }
 KERNELS = ("kernels", "dense kernel") if find_spec("triton") is not None else ()
+SHARDED_KERNELS = ("space kernel", "dense kernel") if KERNELS else ()
 KERNEL_DTYPES = ("float32", "bfloat16") if torch.cuda.is_available() else ("float32",)  # the interpreter cuts bfloat16 off
 
 
@@ -121,6 +123,7 @@ OTHERS = [
     *(Case("bfloat16", "zero2", 4, 2, 2, extra) for extra in ("kept", "recomputed", "dense")),
     *(Case("bfloat16", "zero3", 4, 2, 1, extra) for extra in ("kept", "recomputed", "dense")),
     *(Case(dtype, "zero2", 1, 1, 1, extra) for dtype in KERNEL_DTYPES for extra in KERNELS),
+    *(Case(dtype, "zero2", 2, 2, 2, extra) for dtype in KERNEL_DTYPES for extra in SHARDED_KERNELS),
 ]
 
 
