@@ -59,6 +59,7 @@ def draw_curves(runs: Sequence[RunResult], out: Path) -> None:
             else:
                 curves = [_minus(dict(run.curves["val/loss"]), full[run.seed]) for run in own if run.seed in full]
             _band(axes, curves, to_hex(COLOURS((2 * number + number // 10) % 20)), name)
+    figure.supxlabel("thousands of images seen", fontsize=9)
     all_axes[0].set_yscale("log")
     all_axes[0].legend(fontsize=7, ncol=2)
     _save(figure, all_axes, out / "curves.png")
@@ -69,11 +70,11 @@ def _minus(curve: dict[int, float], other: dict[int, float]) -> dict[int, float]
 
 
 def _band(axes: Axes, curves: Sequence[dict[int, float]], colour: str, label: str) -> None:
-    """Draw the mean of curves ({images seen: value}) and its 95% interval, at the points that all curves have."""
+    """Draw the mean of curves ({images seen: value}) and its 95% interval over thousands of images."""
     points = (
         {x: interval([curve[x] for curve in curves]) for x in sorted(set.intersection(*map(set, curves)))} if curves else {}
     )
-    known = [(x, y.mean, y.half or 0.0) for x, y in points.items() if y is not None]
+    known = [(x / 1000, y.mean, y.half or 0.0) for x, y in points.items() if y is not None]
     axes.plot([x for x, _, _ in known], [y for _, y, _ in known], color=colour, label=label, linewidth=1)
     axes.fill_between(
         [x for x, _, _ in known], [y - h for _, y, h in known], [y + h for _, y, h in known], color=colour, alpha=0.15
