@@ -11,13 +11,14 @@ RUN := runs/demo
 JOBS ?= 3
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(ARGS)
 
-.PHONY: help demo sample sample-words speedrun test test-slow test-slurm test-network test-gpu torture docs lint install clean
+.PHONY: help demo sample sample-words speedrun speedrun-gpu test test-slow test-slurm test-network test-gpu torture docs lint install clean
 
 help:
 	@echo "make demo       train emoji-tiny on two ranks and sample from it, about 5 minutes on 2 CPU cores"
 	@echo "make sample     draw with the model in models/emoji, trained on all emoji: build/emoji.png, within a minute"
 	@echo "make sample-words  draw words with the model in models/words: build/words.png, within a minute"
 	@echo "make speedrun   train models/emoji's architecture from scratch and measure it, about 14 hours on 2 CPU cores: docs/speedrun.md"
+	@echo "make speedrun-gpu  the same on one GPU, about 8 minutes on an H200 (estimate)"
 	@echo "make test       ruff, types and the test suite"
 	@echo "make test-slow  the long tests"
 	@echo "make test-slurm the Slurm tests, on two clusters of four nodes simulated on this host (Debian: slurmctld slurmd munge slurm-client)"
@@ -52,6 +53,13 @@ speedrun: $(INSTALLED)
 	PATH="$(abspath $(BIN)):$$PATH" deepspeed --num_gpus 2 raphael_dist/train.py --config emoji \
 		--deepspeed_config ds_configs/zero2.json run.dir=runs/speedrun train.max_steps=42000
 	$(BIN)/python tools/emoji_benchmark.py --checkpoint runs/speedrun --out runs/speedrun/benchmark
+
+speedrun-gpu: $(INSTALLED)
+	PATH="$(abspath $(BIN)):$$PATH" deepspeed --num_gpus 1 raphael_dist/train.py --config emoji \
+		--deepspeed_config ds_configs/zero2.json run.dir=runs/speedrun-gpu train.global_batch_size=1024 \
+		train.micro_batch_size=1024 train.dtype=bfloat16 train.cuda_graphs=true train.max_steps=2625 data.workers=8 \
+		optim.lr=2.0e-3 ema.decay=0.995
+	$(BIN)/python tools/emoji_benchmark.py --checkpoint runs/speedrun-gpu --out runs/speedrun-gpu/benchmark
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
