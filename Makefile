@@ -46,7 +46,7 @@ sample: $(INSTALLED)
 	$(BIN)/python -m raphael_dist.sample --checkpoint models/emoji --prompts data/emoji/prompts.txt --out build/emoji.png
 
 sample-words: $(INSTALLED)
-	$(BIN)/python -m raphael_dist.sample --checkpoint models/words --prompts data/words/prompts.txt --out build/words.png
+	$(BIN)/python -m raphael_dist.sample --checkpoint models/words --prompts data/words/prompts.jsonl --out build/words.png
 
 # From random weights to the emoji benchmark's goal (docs/speedrun.md): about 14 hours on two cores. A second call continues.
 speedrun: $(INSTALLED)

@@ -203,8 +203,9 @@ def _draw(
     images = gather_to_rank0(grid_images)
     if ranks.is_main:
         numbers = sorted(images)
+        labels = [requests[n].label or requests[n].prompt for n in numbers]
         with _write_errors():
-            save_image(caption_grid([images[n] for n in numbers], [requests[n].prompt for n in numbers]), args.out)
+            save_image(caption_grid([images[n] for n in numbers], labels), args.out)
     return images
 
 

@@ -29,8 +29,15 @@ from words_data.vocabulary import HELD_OUT_STRINGS, MIN_HELD_OUT, Vocabulary, em
 SHARD_SAMPLES = 5000
 # Number of prompts in each set of held-out (or trained) texts, one file prompts-NAME.txt each.
 PROMPTS = 300
-# How many prompts of each set are in prompts.txt, whose images form a grid of six columns.
+# How many prompts of each set are in prompts.jsonl, whose images form a grid of six columns.
 GRID = {"trained-words": 6, "held-out-words": 12, "held-out-strings": 6, "held-out-font": 6}
+# The first word of an image's label in the grid, in place of the prompt's "the".
+MARKS = {
+    "trained-words": "trained",
+    "held-out-words": "held-out",
+    "held-out-strings": "held-out",
+    "held-out-font": "held-out font: trained",
+}
 _TRAIN, _VAL, _PROMPTS = range(3)  # streams of random numbers
 
 
@@ -89,26 +96,33 @@ def encode_lossless(image: Image.Image) -> bytes:
 def training_samples(vocabulary: Vocabulary, seed: int, numbers: range, scope: Scope) -> Iterator[Sample]:
     """Yield the training samples with these numbers. Each sample depends only on its number and the other arguments."""
     for number in numbers:
-        random = np.random.default_rng((seed, _TRAIN, number))
-        text = vocabulary.training_text(random, scope.longest)
+        text, random = draw_text(vocabulary, seed, number, scope)
         yield make_sample(f"{number:07d}", text, scope.look(random), random, scope)
 
 
-def held_out_texts(vocabulary: Vocabulary, longest: int | None) -> dict[str, list[str]]:
+def draw_text(vocabulary: Vocabulary, seed: int, number: int, scope: Scope) -> tuple[str, np.random.Generator]:
+    """Return the text of the training sample with this number, and the generator of the sample's further random choices."""
+    random = np.random.default_rng((seed, _TRAIN, number))
+    return vocabulary.training_text(random, scope.longest), random
+
+
+def held_out_texts(vocabulary: Vocabulary, scope: Scope) -> dict[str, list[str]]:
     """Return 300 texts (PROMPTS) for each evaluation set, by the name of the set, such as "held-out-words".
 
     Prompts and validation shards use these texts. If there are fewer than 300 different texts, they are repeated, and
-    drawn in different looks. The sets "trained-words" and "held-out-font" have words that training images also show.
-    `longest`: largest number of characters of a text; None: any.
+    drawn in different looks. The sets "trained-words" and "held-out-font" have words that training images also show. There
+    is no set "held-out-font" if all training images have one font. `scope`: limits the length of the texts, and the fonts.
     """
+    longest = scope.longest
     order = np.random.default_rng(PROMPTS).permutation(len(vocabulary.words))
     trained = [vocabulary.words[i] for i in order if len(vocabulary.words[i]) >= MIN_HELD_OUT]
     sets = {
         "trained-words": trained,
         "held-out-words": sorted(vocabulary.held_out_words, key=lambda w: hashlib.sha256(w[::-1].encode()).digest()),
         "held-out-strings": vocabulary.held_out_strings,
-        "held-out-font": trained,
     }
+    if not scope.simple:
+        sets["held-out-font"] = trained
     short = {name: [text for text in texts if longest is None or len(text) <= longest] for name, texts in sets.items()}
     return {name: list(islice(cycle(texts), PROMPTS)) for name, texts in short.items()}
 
@@ -134,20 +148,22 @@ def prompt(name: str, text: str, look: Look) -> str:
 
 
 def write_prompts(vocabulary: Vocabulary, out: Path, scope: Scope) -> None:
-    """Write the prompts of each evaluation set NAME to prompts-NAME.txt, and a selection of all sets to prompts.txt.
+    """Write the prompts of each evaluation set NAME to prompts-NAME.txt, and a selection of all sets to prompts.jsonl.
 
     The selection is the first GRID[NAME] prompts of each set: 12 of "held-out-words", 6 of each other set. Their images form
-    a grid. `vocabulary`: the words and strings of which the sets consist. `out`: folder of the files. `scope`: limits the
-    length and the looks of the texts.
+    a grid, with labels that state whether the text is held out. `vocabulary`: the words and strings of which the sets
+    consist. `out`: folder of the files. `scope`: limits the length and the looks of the texts.
     """
     out.mkdir(parents=True, exist_ok=True)
     grid = []
-    for name, texts in held_out_texts(vocabulary, scope.longest).items():
+    for name, texts in held_out_texts(vocabulary, scope).items():
         drawn = zip(texts, looks(name, 0, _PROMPTS, scope), strict=False)
         lines = [prompt(name, text, look) for text, (look, _) in drawn]
         (out / f"prompts-{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        grid += lines[: GRID[name]]
-    (out / "prompts.txt").write_text("\n".join(grid) + "\n", encoding="utf-8")
+        for line in lines[: GRID[name]]:
+            label, _, _ = line.replace("the", MARKS[name], 1).partition(", ")
+            grid.append(json.dumps({"prompt": line, "label": label}))
+    (out / "prompts.jsonl").write_text("\n".join(grid) + "\n", encoding="utf-8")
 
 
 def write_shards(
@@ -167,7 +183,7 @@ def write_shards(
         write_tar(path, training_samples(vocabulary, seed, numbers, scope))
         shards[path.name] = len(numbers)
         report(f"{numbers.stop} of {samples} training samples")
-    for name, texts in held_out_texts(vocabulary, scope.longest).items():
+    for name, texts in held_out_texts(vocabulary, scope).items():
         if name == "trained-words":
             continue
         path = out / f"val-{name}.tar"
@@ -181,7 +197,7 @@ def write_shards(
             font.name: f"{font.module.replace('_', '-')} {font.file} {font.licence}"
             for font in FONTS[: 1 if scope.simple else None]
         },
-        "held_out_font": HELD_OUT_FONT.name,
+        "held_out_font": None if scope.simple else HELD_OUT_FONT.name,
         "words": len(vocabulary.words),
         "held_out_words": vocabulary.held_out_words,
         "held_out_strings": vocabulary.held_out_strings,
@@ -220,7 +236,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--simple", action="store_true", help="draw all text in one font and size, centred, evenly spaced")
     parser.add_argument("--monochrome", action="store_true", help="draw all text black on white")
-    parser.add_argument("--prompts-only", action="store_true", help="write only prompts*.txt, no shards")
+    parser.add_argument("--prompts-only", action="store_true", help="write only prompts*, no shards")
     return parser.parse_args(argv)
 
 

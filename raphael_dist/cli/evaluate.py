@@ -66,6 +66,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="NAME",
         help="rapidocr (PP-OCRv6, the default), tesseract, or MODULE:FUNCTION that turns an image's pixels into text",
     )
+    text.add_argument(
+        "--alphabet",
+        metavar="CHARACTERS",
+        help="the characters that rapidocr may read, with those of the captions (default: all capital letters if the "
+        "captions have one, and likewise small letters and digits)",
+    )
     return parser.parse_args(argv)
 
 
@@ -220,7 +226,8 @@ def _make_study(args: argparse.Namespace, trained: "TrainedModel", default: "Req
             )
         true = read_lettering(args.reference, trained.config.data.cache_dir, default.size_hw) if args.reference else []
         texts = [requested_text(request.prompt) or "" for request in requests] + [text for _, text in true]
-        return Study(args.out, requests, scheduler, reader=load_reader(args.ocr, alphabet_of(texts)), true_texts=true)
+        reader = load_reader(args.ocr, alphabet_of(texts, args.alphabet))
+        return Study(args.out, requests, scheduler, reader=reader, true_texts=true)
     features = load_features(args.features, trained.device) if args.features else None
     clip = ClipScore(args.clip, trained.device) if args.clip else None
     return Study(args.out, requests, scheduler, features, clip, side=args.side)
@@ -234,7 +241,7 @@ def _describe_study(args: argparse.Namespace, study: "Study") -> dict[str, objec
     import hashlib
 
     prompts = hashlib.sha256(json.dumps([[r.prompt, r.seed, r.index] for r in study.requests]).encode()).hexdigest()[:16]
-    names = ("captions", "reference", "features", "side", "ocr", "clip")
+    names = ("captions", "reference", "features", "side", "ocr", "alphabet", "clip")
     options = {name: str(getattr(args, name)) for name in names if getattr(args, name, None) is not None}
     return {**options, "count": len(study.requests), "prompts_digest": prompts}
 

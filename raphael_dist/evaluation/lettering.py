@@ -34,13 +34,16 @@ def normalise_text(text: str) -> str:
     return " ".join(re.sub(r"[\W_]", " ", text.upper()).split())
 
 
-def alphabet_of(texts: Iterable[str]) -> set[str]:
+def alphabet_of(texts: Iterable[str], alphabet: str | None = None) -> set[str]:
     """Return the characters that the OCR engine may recognise in images that should show the strings `texts`.
 
-    If one capital letter occurs, all capitals are included, and likewise for small letters and digits. So the text that is
-    read in one image hardly depends on the text in the other images.
+    `alphabet`: the characters that such texts can contain. If it is None and one capital letter occurs, all capitals are
+    included, and likewise for small letters and digits. So the text that is read in one image hardly depends on the text in
+    the other images.
     """
     used = set().union(*texts)
+    if alphabet is not None:
+        return used | set(alphabet)
     for group in (string.ascii_uppercase, string.ascii_lowercase, string.digits):
         if used & set(group):
             used |= set(group)

@@ -18,15 +18,16 @@ from raphael_dist.sampling.sampler import Request, check_small
 from raphael_dist.text import JsonObject, parse_json, read_text, split_lines
 
 MAX_PROMPTS = 1_000_000
-_FIELDS = ("prompt", "negative_prompt", "seed", "size")
+_FIELDS = ("prompt", "negative_prompt", "seed", "size", "label")
 
 
 def read_requests(path: Path, default: Request) -> list[Request]:
     """Return a request (an image to draw) for each line of a prompt file; empty lines are skipped.
 
-    A line of a .jsonl file is an object with `prompt` and optionally `negative_prompt`, `seed` and `size` ([H, W]). A line
-    of any other file is a prompt. If a line states a seed, this seed alone determines the noise of its image. Otherwise the
-    noise depends on the default seed and on the prompt's index in the file, from 0 and without empty lines.
+    A line of a .jsonl file is an object with `prompt` and optionally `negative_prompt`, `seed`, `size` ([H, W]) and `label`
+    (text below the image in a grid). A line of any other file is a prompt. If a line states a seed, this seed alone
+    determines the noise of its image. Otherwise the noise depends on the default seed and on the prompt's index in the file,
+    from 0 and without empty lines.
 
     Args:
         path: the file.
@@ -83,13 +84,16 @@ def _fields(line: str, where: str) -> JsonObject:
 
 
 def _request(fields: JsonObject, index: int, default: Request, where: str) -> Request:
-    seed, size, negative = fields.get("seed"), fields.get("size", default.size_hw), fields.get("negative_prompt")
+    seed, size = fields.get("seed"), fields.get("size", default.size_hw)
+    negative, label = fields.get("negative_prompt"), fields.get("label")
     if seed is not None and not (type(seed) is int and 0 <= seed < 2**63):
         raise UserError(f'{where}: seed={seed!r} must be a whole number from 0 to 2**63 - 1. Write e.g. "seed": 3.')
     if not (isinstance(size, list | tuple) and len(size) == 2 and all(type(side) is int for side in size)):
         raise UserError(f'{where}: size={size!r} must be [height, width] in pixels. Write e.g. "size": [512, 512].')
     if negative is not None and not isinstance(negative, str):
         raise UserError(f'{where}: negative_prompt={negative!r} must be a string. Write e.g. "negative_prompt": "blurry".')
+    if label is not None and not isinstance(label, str):
+        raise UserError(f'{where}: label={label!r} must be a string. Write e.g. "label": "held out".')
     return replace(
         default,
         prompt=fields["prompt"],
@@ -97,6 +101,7 @@ def _request(fields: JsonObject, index: int, default: Request, where: str) -> Re
         seed=default.seed if seed is None else seed,
         index=index if seed is None else 0,
         negative=default.negative if negative is None else negative,
+        label=label,
     )
 
 

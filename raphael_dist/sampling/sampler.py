@@ -38,6 +38,7 @@ class Request:
         start: image to start from, uint8 [H, W, 3] of size `size_hw`. None: start from noise.
         edges: edge map for a model with a ControlNet, float32 [H, W] in 0..1, or None.
         small: small image for a super-resolution model, uint8 [Hs, Ws, 3], or None.
+        label: text below the image in a grid. None: the prompt.
     """
 
     prompt: str
@@ -49,6 +50,7 @@ class Request:
     start: np.ndarray | None = None
     edges: np.ndarray | None = None
     small: np.ndarray | None = None
+    label: str | None = None
 
 
 def initial_noise(seed: int, index: int, shape: tuple[int, ...], copy: int = 0) -> Tensor:

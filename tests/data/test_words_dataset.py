@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import make_words_dataset
-from make_words_dataset import PROMPTS, Scope
+from make_words_dataset import PROMPTS, Scope, draw_text
 from raphael_dist.errors import UserError
 from raphael_dist.evaluation.lettering import requested_text
 from words_data.drawing import FONTS, HEIGHT, HELD_OUT_FONT, WIDTH, Look, captions, full_caption, render
@@ -28,8 +28,9 @@ def test_training_texts_contain_nothing_held_out(vocabulary: Vocabulary) -> None
     held_out = [*vocabulary.held_out_words, *vocabulary.held_out_strings]
     assert len(vocabulary.held_out_words) >= 300
     assert len(set(vocabulary.held_out_strings)) == 300
-    random = np.random.default_rng(5)
-    texts = {vocabulary.training_text(random) for _ in range(3000)} | set(vocabulary.words)
+    sets = ((None, 4000), (4, 20000), (8, 4000))  # --longest and --samples of the documented data sets, with seed 0
+    drawn = (draw_text(vocabulary, 0, n, Scope(longest)) for longest, samples in sets for n in range(samples))
+    texts = {text for text, _ in drawn} | set(vocabulary.words)
     joined = " ".join(texts) + " " + " ".join(text.replace(" ", "") for text in texts)
     assert [text for text in held_out if text in joined] == []
     kinds = {" " in text: text for text in texts}

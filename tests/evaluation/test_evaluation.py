@@ -187,6 +187,7 @@ def test_missing_rapidocr_is_one_line(monkeypatch: pytest.MonkeyPatch):
 def test_alphabet_of_texts():
     assert alphabet_of(["Ab"]) == set(string.ascii_letters)
     assert alphabet_of(["7 É!"]) == {*string.digits, " ", "É", "!"}
+    assert alphabet_of(["A7É"], "AB89") == set("AB789É")
 
 
 def test_score_of_read_texts():

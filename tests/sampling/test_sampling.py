@@ -146,6 +146,7 @@ def test_batches_hold_one_size_and_every_number_once():
         ('{"prompt": "a", "sed": 3}', r"line 2: the key 'sed' is unknown \(did you mean 'seed'\?\)"),
         ('{"prompt": "a", "seed": -1}', "line 2: seed=-1 must be"),
         ('{"prompt": "a", "size": [8]}', r"line 2: size=\[8\] must be"),
+        ('{"prompt": "a", "label": 3}', r"line 2: label=3 must be a string"),
         ('{"prompt": "a", "negative_prompt": 3}', "line 2: negative_prompt=3 must be"),
     ],
 )

@@ -53,10 +53,10 @@ def test_shipped_code_is_what_an_export_writes_now(name: str) -> None:
 @EACH
 def test_shipped_model_draws_the_images_of_the_documents(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    some = (ROOT / "data" / name / "prompts.txt").read_text().splitlines()[:2]
-    (tmp_path / "prompts.txt").write_text("\n".join(some) + "\n")
+    (prompts,) = (ROOT / "data" / name).glob("prompts.*")
+    (tmp_path / prompts.name).write_text("\n".join(prompts.read_text().splitlines()[:2]) + "\n")
     out = tmp_path / "grid.png"
-    words = ["--checkpoint", f"models/{name}", "--prompts", str(tmp_path / "prompts.txt"), "--out", str(out)]
+    words = ["--checkpoint", f"models/{name}", "--prompts", str(tmp_path / prompts.name), "--out", str(out)]
     assert sample.main(words) == 0
     drawn, shown = (np.asarray(Image.open(path)).astype(float) for path in (out, ROOT / "docs" / f"{name}.png"))
     # The same first cells; another processor rounds otherwise in the last bits, which 25 steps may carry to a level or two.

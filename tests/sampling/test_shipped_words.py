@@ -13,6 +13,7 @@ from PIL import Image
 from raphael_dist.evaluation.distances import wilson
 from tests.lib.launch import ROOT
 from words_data.drawing import COLOURS
+from words_data.vocabulary import ALPHABET
 
 NUMBERS = ROOT / "docs" / "words.json"
 
@@ -40,10 +41,10 @@ def test_documented_shares_have_the_intervals_of_their_counts() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # 300 images for each set
-@pytest.mark.parametrize("name", ["trained-words", "held-out-words"])
+@pytest.mark.parametrize("name", ["trained-words", "held-out-words", "held-out-strings"])
 def test_words_can_be_read_as_documented(name: str, tmp_path: Path) -> None:
     command = ["-m", "raphael_dist", "evaluate", "text", "--checkpoint", "models/words", "--steps", "10"]
-    command += ["--captions", f"prompts=data/words/prompts-{name}.txt", "--out", str(tmp_path)]
+    command += ["--captions", f"prompts=data/words/prompts-{name}.txt", "--out", str(tmp_path), "--alphabet", ALPHABET]
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=1700)
     assert done.returncode == 0, done.stderr
     (measured,) = json.loads((tmp_path / "results.json").read_text())
