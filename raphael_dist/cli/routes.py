@@ -48,7 +48,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the initial noise (default 0)")
     parser.add_argument(
-        "--captions", nargs="+", metavar="SHARDS", help="shards to take captions from (default: data.shards of the run)"
+        "--captions",
+        nargs="+",
+        metavar="SHARDS",
+        help="shards to take captions from, or prompts=FILE (default: data.shards of the run)",
     )
     return parser.parse_args(argv)
 
@@ -71,11 +74,11 @@ def run(args: argparse.Namespace) -> None:
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         _draw_time_routes(args.out, trained, report)
+        _report_experts(args, trained, report)
         # A super-resolution model requires a small image: only its experts are examined.
         own = () if trained.config.upscale.factor else trained.config.sample.prompts[:3]
         for number, prompt in enumerate(args.prompt or own):
             _draw_prompt(args, trained, number, prompt, report)
-        _report_experts(args, trained, report)
         replace_bytes(args.out / "paths.json", json.dumps(report.routes, indent=1).encode(), durable=False)
         replace_bytes(args.out / "report.md", report.text().encode(), durable=False)
     except OSError as error:
@@ -172,7 +175,12 @@ def _report_experts(args: argparse.Namespace, trained: "TrainedModel", report: "
 
 def _read_captions(args: argparse.Namespace, trained: "TrainedModel") -> list[str]:
     from raphael_dist.data.plain_samples import read_samples
+    from raphael_dist.sampling.prompts import read_requests
+    from raphael_dist.sampling.sampler import Request
 
+    if args.captions and args.captions[0].startswith("prompts="):
+        path = Path(args.captions[0].removeprefix("prompts="))
+        return [request.prompt for request in read_requests(path, Request("", (8, 8)))][:CAPTIONS]
     config, option = trained.config, "--captions" if args.captions else "data.shards"
     samples = read_samples(args.captions or config.data.shards, config.data.cache_dir, (8, 8), option, limit=CAPTIONS)
     return [sample.captions[0] for sample in samples]

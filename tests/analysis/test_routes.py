@@ -271,6 +271,10 @@ def test_routes_command_writes_figures_and_data(tmp_path: Path, capsys: pytest.C
     assert list(words) == ["a", "red", "heart", "noto", "style"]
     assert all(len(path) == blocks for path in words.values())
     assert "| 0.2 | " in capsys.readouterr().out
+    command[command.index("data/emoji-demo/val-0000.tar")] = "prompts=data/emoji/prompts.txt"
+    assert command_line.main(command) == 0
+    assert len(json.loads((tmp_path / "out" / "paths.json").read_text())["words"]) == 3  # sample.prompts
+    capsys.readouterr()
     assert command_line.main([*command, "--timestep", "1000"]) == 2
     error = capsys.readouterr().err
     assert all(word in error for word in ("--timestep", "1000", "999"))
