@@ -147,7 +147,7 @@ def check_kernels(
 
 
 def check_expert_backend(model: Model, dtype: str) -> Iterator[str]:
-    """Yield an error message if `model.megablocks_folder` is not used, or `train.dtype` is not MegaBlocks' only one."""
+    """Yield an error message if MegaBlocks' product cannot compute in `dtype` (`train.dtype`), or its folder is not used."""
     folder, backend = model.megablocks_folder, model.expert_backend
     if backend == "megablocks":
         requirement = (dtype == "bfloat16", "train.dtype=bfloat16", f"it is {dtype}")

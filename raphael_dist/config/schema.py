@@ -25,7 +25,7 @@ from raphael_dist.config.load import ConfigTree, apply_override, check_repeated_
 from raphael_dist.config.lr_schedules import check_lr_schedule
 from raphael_dist.config.model_sections import Control, Diffusion, Edge, Lora, Model, Parallel
 from raphael_dist.config.run_sections import CheckpointConfig, EmaConfig, Optim, RunConfig, Sample, Train
-from raphael_dist.config.types import SHAPES, Section, keys_marked, keys_of
+from raphael_dist.config.types import SHAPES, Section, fits_grouped_product, keys_marked, keys_of
 from raphael_dist.config.upscale import Upscale
 from raphael_dist.config.validation_errors import explain
 from raphael_dist.errors import UserError, did_you_mean
@@ -90,6 +90,11 @@ class Config(Section):
     def trains_adapter_only(self) -> bool:
         """Whether only LoRA adapters or a ControlNet are trained, on top of a frozen base model."""
         return self.lora.rank > 0 or self.control.enabled
+
+    @property
+    def fits_grouped_product(self) -> bool:
+        """Whether torch's grouped product on GPUs can compute all experts of a Time-MoE layer at once."""
+        return fits_grouped_product(self.train.dtype, (*self.model.channels, *self.model.expert_width))
 
     def find_warnings(self) -> list[str]:
         """Return a warning for each setting (such as ema.start_step) that names a step after the end of the run."""

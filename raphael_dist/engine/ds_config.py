@@ -11,7 +11,7 @@ from pathlib import Path
 
 from raphael_dist.config.assets import locate
 from raphael_dist.config.schema import Config
-from raphael_dist.config.types import EXPERT_KINDS, Dtype, ExpertKind, fits_grouped_product
+from raphael_dist.config.types import EXPERT_KINDS, Dtype, ExpertKind
 from raphael_dist.engine.ds_keys import Tree, check_keys, without_unset
 from raphael_dist.errors import UserError
 from raphael_dist.parallel.batch_plan import BatchPlan
@@ -295,7 +295,7 @@ def _check_capture(config: Config, tree: Tree) -> None:
     if train.check_gradients:
         raise cuda_graphs_error("train.check_gradients=false", "it is true", "Set train.check_gradients=false")
     # Without the grouped product the host reads how many rows each expert has, which a graph cannot contain.
-    if model.time_experts and not fits_grouped_product(train.dtype, (*model.channels, *model.expert_width)):
+    if model.time_experts and not config.fits_grouped_product:
         widths = f"model.channels={list(model.channels)}, model.expert_width={list(model.expert_width)}"
         raise cuda_graphs_error(
             "train.dtype=bfloat16, and multiples of 8 in model.channels and model.expert_width",

@@ -7,7 +7,6 @@ import torch
 
 from raphael_dist.checkpoint.save import CheckpointStore
 from raphael_dist.config.schema import Config
-from raphael_dist.config.types import fits_grouped_product
 from raphael_dist.convert.init_weights import adapted_base, load_initial
 from raphael_dist.data.run_data import DataSource
 from raphael_dist.engine.ds_keys import Tree
@@ -77,9 +76,10 @@ def build_engine(
 
 def expert_loop_warnings(config: Config, device: torch.device) -> list[str]:
     """Return a warning if the Time-MoE layers run their experts one by one on a GPU, else an empty list."""
-    model, dtype = config.model, config.train.dtype
-    fits = fits_grouped_product(dtype, (*model.channels, *model.expert_width))
-    if not model.time_experts or not is_gpu(device) or fits:
+    at_once = (
+        config.fits_grouped_product or config.model.expert_backend == "megablocks" or "time_moe" in config.train.kernels
+    )
+    if not config.model.time_experts or not is_gpu(device) or at_once:
         return []
     return [
         "Time experts run one after another, and the host waits for the GPU in each Time-MoE layer. One product for all of "

@@ -241,6 +241,8 @@ def test_experts_that_run_one_after_another_on_a_gpu_are_reported():
     aligned = {"model": {"channels": [16, 32], "expert_width": [24, 32]}, "train": BFLOAT16}
     assert expert_loop_warnings(tiny_config(**aligned), torch.device("cuda")) == []
     assert expert_loop_warnings(tiny_config(**aligned | {"train": {}}), torch.device("cpu")) == []
+    for at_once in ({"train": {"kernels": ["time_moe"]}}, {"model": {"expert_backend": "megablocks"}, "train": BFLOAT16}):
+        assert expert_loop_warnings(tiny_config(**at_once), torch.device("cuda")) == []
     for sections in (aligned | {"train": {}}, aligned | {"model": {"channels": [16, 32], "expert_width": [20, 32]}}):
         (line,) = expert_loop_warnings(tiny_config(**sections), torch.device("cuda"))
         assert "requires train.dtype=bfloat16, and multiples of 8 in model.channels and model.expert_width" in line
