@@ -31,6 +31,7 @@ from raphael_dist.engine.ema import Ema
 from raphael_dist.engine.engine import Engine
 from raphael_dist.errors import UserError
 from raphael_dist.model.batch import Batch
+from raphael_dist.model.compiling import uncompiled
 from raphael_dist.model.device import HostCopy, is_gpu
 from raphael_dist.model.diffusion import NoiseSchedule
 from raphael_dist.model.latents import latent_factor
@@ -135,7 +136,7 @@ def _needed_shares(engine: Engine, batch: Batch, schedule: NoiseSchedule) -> lis
         needed.append((layer, inputs[0].shape[1], float(outputs[1].mean())))
 
     hooks = [m.register_forward_hook(count) for m in engine.module.modules() if isinstance(m, SpaceMoE)]
-    with torch.no_grad():
+    with uncompiled(), torch.no_grad():  # each other `mask_threshold` would be compiled
         compute_losses(engine.module, batch, schedule, engine.config, engine.dtype)
     for hook in hooks:
         hook.remove()
