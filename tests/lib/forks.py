@@ -23,6 +23,7 @@ from typing import Any
 from raphael_dist.runtime.clock import RunningClock
 
 ROOT = Path(__file__).parents[2]
+NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}  # hides GPUs from a process; kernels run in the interpreter
 GRACE = 8.0  # seconds that ranks get to notice that one of them is gone
 
 
@@ -34,13 +35,7 @@ class Forks:
     """Starts a server process, and asks it to run ranks. `close` ends the server."""
 
     def __init__(self) -> None:
-        env = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "TRITON_INTERPRET": "1",
-        }
+        env = {**os.environ, **NO_GPU, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.lib.forks"],
             stdin=subprocess.PIPE,

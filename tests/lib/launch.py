@@ -35,7 +35,7 @@ def rank_env(world_size: int, gpus: bool = False) -> dict[str, str]:
     """
     return {
         **os.environ,
-        **({} if gpus else {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}),
+        **({} if gpus else forks.NO_GPU),
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),

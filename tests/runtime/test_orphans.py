@@ -11,6 +11,7 @@ import pytest
 
 from raphael_dist.runtime.launchers import Process, launcher_in, launchers
 from raphael_dist.runtime.stop_request import StopRequest
+from tests.lib.forks import NO_GPU
 from tests.lib.launch import ROOT
 from tests.training.test_training import SMALL, wait_for
 
@@ -95,7 +96,7 @@ def test_killed_launcher_leaves_no_ranks(tmp_path: Path, launcher: str) -> None:
         "sample.prompts=[]",
         "data.val_shards=[]",
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **NO_GPU, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         command,
         cwd=ROOT,

@@ -16,6 +16,7 @@ import psutil
 
 from raphael_dist.errors import EXIT_HUNG, EXIT_NOT_SAVED
 from raphael_dist.text import counted
+from tests.lib.forks import NO_GPU
 from tests.lib.launch import ROOT, rank_env
 from tests.lib.servers import Faults, http_files
 from tests.torture.faults_commands import command, judge, limited
@@ -118,7 +119,7 @@ def launcher_killed(trial: Trial) -> Outcome:
     number = trial.draw.choice([signal.SIGKILL, signal.SIGTERM])
     ranks = ["--standalone", f"--nproc_per_node={WORLD}"] if "torch" in launcher else [f"--num_gpus={WORLD}"]
     words = [sys.executable, "-m", launcher, *ranks, "raphael_dist/train.py", *case.arguments(trial.run)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **NO_GPU, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with open(trial.folder / "launcher.txt", "w") as output:
         process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=output, stderr=output)
     deadline = time.monotonic() + 200
