@@ -7,6 +7,7 @@ daemons and removes its folder.
 
 import os
 import pwd
+import random
 import secrets
 import shutil
 import signal
@@ -22,7 +23,6 @@ from typing import Any
 import psutil
 
 from raphael_dist.runtime.launchers import alive
-from raphael_dist.runtime.ranks import free_port
 from tests.lib.netns import Network
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue")
@@ -105,11 +105,18 @@ def processes_of(folder: Path) -> list[psutil.Process]:
     return found
 
 
-def _daemon_port() -> int:
-    """Return a free port that no job of these tests uses (15,000 to 28,999, by the number of the job)."""
-    while (port := free_port()) in range(15_000, 29_000):
-        pass
-    return port
+def _daemon_ports(count: int, worker: int) -> list[int]:
+    """Return free ports that nothing else on this host is given: jobs of these tests use 15,000 to 28,999, by their number.
+
+    Linux gives ports from 32,768 on to connections and to servers that ask for any port, so it could give away such a port
+    between this call and the start of the daemon. Each test process (`worker`) has a range of its own.
+    """
+    first, free = 29_000 + 400 * (worker % 9), []
+    for port in random.sample(range(first, first + 400), 400):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            free.append(port)
+    return free[:count]
 
 
 class Cluster:
@@ -139,7 +146,12 @@ class Cluster:
 
     def __enter__(self) -> "Cluster":
         try:
-            self._start()
+            try:
+                self._start()
+            except AssertionError as error:  # seen once, reason unknown: the nodes did not register within 60 seconds
+                print(f"starting the daemons again: {error}")
+                self._stop_daemons()
+                self._start()
         except BaseException:
             self.__exit__()
             raise
@@ -148,22 +160,26 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         if "slurmctld" in self._daemons:
             self.cancel_all("--full", "--signal=KILL")
-        for name in reversed(list(self._daemons)):
-            self.stop(name)
+        self._stop_daemons()
         for process in processes_of(self.folder) if self.network else ():  # of jobs on a node that was cut off
             process.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def _stop_daemons(self) -> None:
+        for name in reversed(list(self._daemons)):
+            self.stop(name)
+
     def _start(self) -> None:
         self.folder.chmod(0o755)  # the socket's folder must be open to all
         key = self.folder / "munge.key"
+        key.unlink(missing_ok=True)
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o400)
         files = [f"--{n}-file={self.folder}/munge.{n}" for n in ("log", "pid", "seed")]
         files = [*files, f"--key-file={key}", f"--socket={self.folder}/munge.socket"]
         self._launch("munged", "--foreground", "--force", *files)
         wait_for((self.folder / "munge.socket").exists, 20, "munged")
-        (self.folder / "state").mkdir()
+        (self.folder / "state").mkdir(exist_ok=True)
         host, user = socket.gethostname().split(".")[0], pwd.getpwuid(os.getuid()).pw_name
         hosts, addresses = [host] * len(self.nodes), ["127.0.0.1"] * (len(self.nodes) + 1)
         if self.network is not None:
@@ -172,15 +188,23 @@ class Cluster:
         worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
         first_job = 1 + 250 * worker
         about = {"host": host, "address": addresses[-1], "user": user, "timeout": self._timeout}
-        text = CONFIG.format(port=_daemon_port(), folder=self.folder, first_job=first_job, **about)
-        for node, name, address in zip(self.nodes, hosts, addresses, strict=False):
-            text += f"NodeName={node} NodeHostname={name} NodeAddr={address} Port={_daemon_port()} CPUs=4 RealMemory=1000\n"
+        port, *ports = _daemon_ports(1 + len(self.nodes), worker)
+        text = CONFIG.format(port=port, folder=self.folder, first_job=first_job, **about)
+        for node, name, address, port in zip(self.nodes, hosts, addresses, ports, strict=False):
+            text += f"NodeName={node} NodeHostname={name} NodeAddr={address} Port={port} CPUs=4 RealMemory=1000\n"
         text += "PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP DefMemPerCPU=1\n"
         (self.folder / "slurm.conf").write_text(text)
         self._launch("slurmctld", "-D", "-i")
         for node in self.nodes:
             self.start_node(node)
-        wait_for(lambda: self.states().count("idle") == len(self.nodes), 60, "idle nodes")
+        wait_for(lambda: self.states().count("idle") == len(self.nodes), 60, "idle nodes", self._details)
+
+    def _details(self) -> str:
+        """The states of the nodes, the exit codes of daemons that ended, and the ends of all logs."""
+        ended = {name: daemon.returncode for name, daemon in self._daemons.items() if daemon.poll() is not None}
+        logs = sorted(path for path in self.folder.iterdir() if path.suffix in (".log", ".out"))
+        tails = [f"{path.name}: {path.read_text(errors='replace')[-1500:]}" for path in logs]
+        return "\n".join([f"states: {self.states()}; ended: {ended}", *tails])
 
     def start_node(self, node: str) -> None:
         """Start the daemon slurmd of the node with this name."""
