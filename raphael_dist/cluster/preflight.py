@@ -7,7 +7,6 @@ node is broken, its report names a problem or is missing, while the reports of o
 
 import json
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -15,10 +14,10 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-import psutil
 import torch
 import torch.distributed as dist
 
+from raphael_dist.cluster import host_devices
 from raphael_dist.cluster.collective_timing import Collective, timed
 from raphael_dist.cluster.expert_parity import expert_parity
 from raphael_dist.cluster.preflight_report import RankReport
@@ -31,7 +30,7 @@ from raphael_dist.runtime import rendezvous
 from raphael_dist.runtime.ranks import Ranks, gather_objects, host_name, initialise, num_threads, own_group
 from raphael_dist.storage.files import free_bytes, replace_bytes, write_bytes
 from raphael_dist.storage.versions import versions
-from raphael_dist.text import JsonObject, counted
+from raphael_dist.text import counted
 
 # Time limits as (seconds, additional seconds per rank): LIMIT_S of all checks together, JOIN_S of each collective.
 LIMIT_S = (55.0, 0.1)
@@ -126,6 +125,8 @@ class Probe:
 
     def _identity(self) -> RankReport:
         cuda = self.device.type == "cuda"
+        if not cuda:
+            host_devices.check_gpus_are_usable()
         if cuda and self.ranks.local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"local rank {self.ranks.local_rank} requires a GPU of its own, but this host has "
@@ -135,9 +136,9 @@ class Probe:
         library = {"cuda": torch.version.cuda, "nccl": ".".join(map(str, torch.cuda.nccl.version()))} if cuda else {}
         return {
             "name": name,
-            "network": network(os.environ.get("MASTER_ADDR", "127.0.0.1")),
+            "network": host_devices.network(os.environ.get("MASTER_ADDR", "127.0.0.1")),
             "versions": versions() | library,
-            "gpu": gpu_use(self.device),
+            "gpu": host_devices.gpu_use(self.device),
         }
 
     def _data(self) -> dict[str, float]:
@@ -292,23 +293,6 @@ def report_path(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank:05d}.json"
 
 
-def gpu_use(device: torch.device) -> JsonObject:
-    """Return the GPU's identity and how much of its memory is in use.
-
-    Call it before this process allocates GPU memory, so that the GiB are those of other processes.
-
-    Args:
-        device: device of this rank.
-
-    Returns:
-        {"id": UUID of the GPU, "used_gib": GiB in use on it}; {} for a CPU.
-    """
-    if device.type != "cuda":
-        return {}
-    free, total = torch.cuda.mem_get_info(device)
-    return {"id": str(torch.cuda.get_device_properties(device).uuid), "used_gib": (total - free) / 2**30}
-
-
 def rounds(members: list[int]) -> list[dict[int, int]]:
     """Arrange all pairs of members (ranks) in rounds, so that any two members are partners in exactly one round.
 
@@ -326,19 +310,6 @@ def rounds(members: list[int]) -> list[dict[int, int]]:
         schedule.append(partners)
         circle = [circle[0], circle[-1], *circle[1:-1]]
     return schedule
-
-
-def network(host: str) -> str:
-    """Return this machine's interface and IPv4 address for traffic to `host` ("eth0 10.0.0.5"), or an error message."""
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-            s.connect((host, 9))  # sends nothing
-            address = s.getsockname()[0]
-    except OSError as error:
-        return f"no route to {host}: {error.strerror}"
-    interfaces = psutil.net_if_addrs().items()
-    names = [name for name, addresses in interfaces if any(address == a.address for a in addresses)]
-    return " ".join([*names[:1], address])
 
 
 def _exchange(sent: torch.Tensor, received: torch.Tensor, other: int) -> None:

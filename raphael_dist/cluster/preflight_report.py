@@ -158,12 +158,13 @@ def _judge_gpus(verdict: Verdict, reports: list[RankReport]) -> None:
 
 def _judge_joint_checks(verdict: Verdict, reports: list[RankReport]) -> None:
     skews = {r["node"]: r["clock"] for r in reports if r.get("clock") is not None}
-    middle = median(skews.values()) if skews else 0.0
+    # The clock of rank 0's node, to which these values are relative, may be the wrong one. Of two nodes either may be.
+    middle = median(skews.values()) if len(skews) > 2 else 0.0
     for node, skew in skews.items():
         if abs(skew - middle) > MAX_SKEW_S:
-            verdict.add_fault(
-                node, f"its clock differs by {skew - middle:+.1f} s; start a time service (chrony, ntpd) there"
-            )
+            other = "" if len(skews) > 2 else f" from that of {reports[0]['node']}"
+            text = f"its clock differs by {skew - middle:+.1f} s{other}; start a time service (chrony, ntpd) there"
+            verdict.add_fault(node, text)
     if skews:
         verdict.lines.append(f"clocks       within {max(skews.values()) - min(skews.values()):.2f} s")
     for name, title in (("all_reduce", "all-reduce"), ("all_to_all", "all-to-all")):

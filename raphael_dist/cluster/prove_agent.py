@@ -102,7 +102,8 @@ class Agents:
 
     @staticmethod
     def _end() -> None:
-        print("prove: rank 0 does not answer; its node hangs or is gone", file=sys.stderr, flush=True)
+        host = os.environ.get("MASTER_ADDR", "its node")
+        print(f"prove: rank 0 does not answer: {host} hangs or is gone", file=sys.stderr, flush=True)
         os._exit(EXIT_USER_ERROR)
 
     def stop_others(self, piece: int) -> None:
@@ -212,8 +213,7 @@ class _Run:
     def _record(self, name: str, every: list[Outcome | None]) -> CheckReport:
         check = CHECKS[name]
         if name == PREFLIGHT:
-            probes = [o.result for o in every if o is not None and o.result]
-            status = prove_report.judge_environment(probes, self.hosts)
+            status = prove_report.judge_environment(every, self.hosts)
         else:
             status = prove_report.judge_check(every, self.hosts, check.environment, expects_kill=name == KILL)
         status = replace(status, name=name, title=check.title, seconds=max((o.seconds for o in every if o), default=0.0))

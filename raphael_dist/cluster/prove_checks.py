@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from raphael_dist.cluster import preflight, prove_hardware, prove_numbers, prove_saves
+from raphael_dist.cluster import preflight, prove_hardware, prove_numbers, prove_plan, prove_saves
 from raphael_dist.cluster.prove_results import Proof, Result
 
 
@@ -51,8 +51,8 @@ CHECKS = {
     "sums": Check("Gradient sums over many micro-steps in bfloat16", prove_numbers.sums, 600),
     "graphs": Check("CUDA graphs", prove_hardware.graphs, 120),
     "waits": Check("Waits of the host for the GPU", prove_hardware.waits, 300),
-    "plan": Check("A measured step compared with the planner's prediction", prove_hardware.plan, 300),
-    "micro_batch": Check("The largest micro-batch that fits", prove_hardware.micro_batch, 300),
+    "plan": Check("A measured step compared with the planner's prediction", prove_plan.plan, 300),
+    "micro_batch": Check("The largest micro-batch that fits", prove_plan.micro_batch, 300),
     KILL: Check("Save, then kill all ranks during the next save", prove_saves.save_and_kill, 300, alone=True),
     "resume": Check("Resume the killed run on fewer ranks", prove_saves.resume, 300, alone=True, ranks=fewer),
 }

@@ -121,15 +121,18 @@ def open_report(folder: Path, environment: JsonObject, titles: dict[str, str]) -
     return report
 
 
-def judge_environment(probes: list[JsonObject], hosts: list[str]) -> CheckReport:
+def judge_environment(outcomes: list[Outcome | None], hosts: list[str]) -> CheckReport:
     """Evaluate the preflight (tests of all nodes before a training starts) as a check of `prove`.
 
     Args:
-        probes: contents of the report files (`preflight.Probe.report`) of the ranks that wrote one.
+        outcomes: how the preflight ended, by rank; None for a rank whose supervising process (agent) did not answer. A
+            result is the content of the report file of the rank (`preflight.Probe.report`).
         hosts: host name of each rank.
     """
+    probes = [outcome.result for outcome in outcomes if outcome is not None and outcome.result]
     if not probes:
-        return CheckReport(status=RED, code=EXIT_USER_ERROR, problems=["no rank left a report"], joined=False)
+        problems = _silent(outcomes, hosts) or ["no rank left a report"]
+        return CheckReport(status=RED, code=EXIT_USER_ERROR, problems=problems, joined=False)
     verdict = judge(probes, len(hosts), list(dict.fromkeys(hosts)))
     problems = [f"{node}: {text}" for node, texts in verdict.faults.items() for text in texts]
     joined = len(probes) == len(hosts) and all("all_reduce" in probe for probe in probes)
@@ -147,8 +150,7 @@ def judge_check(outcomes: list[Outcome | None], hosts: list[str], environment: b
         environment: whether a failure means a bad environment, not wrong numbers.
         expects_kill: whether the check kills its own processes on all ranks. It passes only if all of them were killed.
     """
-    lost = [rank for rank, outcome in enumerate(outcomes) if outcome is None]
-    silent = [f"rank {rank} on {hosts[rank]} does not answer: its node hangs or is gone" for rank in lost]
+    silent = _silent(outcomes, hosts)
     answered = [outcome for outcome in outcomes if outcome is not None]
     if expects_kill and not silent and all(o.last == "killed" and "ended with" in o.why for o in answered):
         ranks = counted(len(answered), "rank")
@@ -171,6 +173,11 @@ def judge_check(outcomes: list[Outcome | None], hosts: list[str], environment: b
         not_proven=not_proven,
         values=results[0]["values"],
     )
+
+
+def _silent(outcomes: list[Outcome | None], hosts: list[str]) -> list[str]:
+    lost = [rank for rank, outcome in enumerate(outcomes) if outcome is None]
+    return [f"rank {rank} on {hosts[rank]} does not answer: its node hangs or is gone" for rank in lost]
 
 
 def _unfinished(outcomes: list[Outcome]) -> list[str]:

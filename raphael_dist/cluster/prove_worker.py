@@ -1,5 +1,6 @@
 """Runs checks of `prove` in a worker process, which sends progress and results to its agent."""
 
+import gc
 import os
 import signal
 import sys
@@ -60,6 +61,8 @@ def work(
         device = torch.device("cpu") if names[0] == PREFLIGHT else initialise(ranks)
         proof = Proof(ranks, device, config, out, launched, lambda text: pipe.send(("mark", text)))
         for name in names:
+            gc.collect()  # DeepSpeed's engine refers to itself, so that of the last check still has its memory
+            torch.cuda.empty_cache()
             proof.mark(name)
             pipe.send(("result", asdict(CHECKS[name].run(proof))))
     except Exception as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from raphael_dist.cluster.prove_report import html, judge_check
+from raphael_dist.cluster.prove_report import html, judge_check, judge_environment
 from raphael_dist.cluster.prove_results import Outcome
 from tests.lib.forks import Forks, output_of, server
 from tests.lib.small_disk import small_disk
@@ -151,3 +151,9 @@ def test_lost_connection_to_a_killed_rank_does_not_hide_who_was_late() -> None:
     lost = Outcome(0, "n1", marks=3, last="all_reduce", why="RuntimeError: Connection closed by peer")
     report = judge_check([lost, late], ["n1", "n2"], environment=True, expects_kill=False)
     assert report.problems == ["rank 1 on n2 hangs at 'a group of all ranks'; others are at 'all_reduce'"]
+
+
+def test_rank_that_never_answers_is_named_in_the_first_check() -> None:
+    report = judge_environment([Outcome(0, "n1"), None], ["n1", "n2"])
+    assert report.problems == ["rank 1 on n2 does not answer: its node hangs or is gone"]
+    assert not report.joined

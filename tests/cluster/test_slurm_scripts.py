@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from raphael_dist.cluster.preflight import Probe, network, rounds
+from raphael_dist.cluster import host_devices
+from raphael_dist.cluster.host_devices import network
+from raphael_dist.cluster.preflight import Probe, rounds
 from raphael_dist.cluster.preflight_report import judge, read_reports
 from raphael_dist.config.schema import load_config
 from raphael_dist.errors import UserError
@@ -316,6 +318,29 @@ def test_preflight_names_only_the_faulty_node(changed: dict, node: str, text: st
     assert list(verdict.faults) == [node]
     assert text in verdict.faults[node][0]
     assert not verdict.everywhere
+
+
+def test_preflight_states_the_difference_of_two_clocks_once() -> None:
+    verdict = judge([report(0), report(1, clock=60.0)], 2, NODES[:2])
+    assert list(verdict.faults) == ["n1"]
+    assert "its clock differs by +60.0 s from that of n0" in verdict.faults["n1"][0]
+
+
+@pytest.mark.parametrize("slurm", [True, False])
+def test_preflight_names_gpus_that_torch_cannot_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slurm: bool) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
+    monkeypatch.setattr(host_devices, "NVIDIA_DEVICE", tmp_path / "nvidia0")
+    host_devices.check_gpus_are_usable()  # there is none
+    if slurm:
+        monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    else:
+        (tmp_path / "nvidia0").touch()
+    with pytest.raises(UserError, match=r"Slurm gave this job 8" if slurm else "nvidia0 exists"):
+        Probe(load_config("emoji-tiny"), Ranks(0, 1, 0, 1), tmp_path)._identity()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    host_devices.check_gpus_are_usable()
 
 
 def test_preflight_leaves_a_missing_data_set_to_the_training(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from raphael_dist.checkpoint.reader import CheckpointReader
 from raphael_dist.checkpoint.tensors import stacked
 from raphael_dist.cli import prove as command
-from raphael_dist.cluster import preflight, prove_agent, prove_hardware, prove_model, prove_numbers
+from raphael_dist.cluster import host_devices, preflight, prove_agent, prove_hardware, prove_model, prove_numbers
 from raphael_dist.engine import ds_config
 from raphael_dist.engine.engine import Engine, square_sum
 
@@ -127,7 +127,7 @@ def late_clock() -> None:
 
 
 def shared_gpu() -> None:
-    preflight.gpu_use = lambda device: {"id": "GPU-1234", "used_gib": 31.0}
+    host_devices.gpu_use = lambda device: {"id": "GPU-1234", "used_gib": 31.0}
 
 
 def wrong_bytes() -> None:
