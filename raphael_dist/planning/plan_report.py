@@ -2,10 +2,10 @@
 
 import math
 import shlex
-from collections.abc import Sequence
 
 import numpy as np
 
+from raphael_dist.config.schema import Config
 from raphael_dist.planning.operation_recorder import KINDS, PHASES
 from raphael_dist.planning.run_plan import RunPlan, active_parameters
 from raphael_dist.planning.search import Choice, Outcome, reasons
@@ -29,7 +29,7 @@ def describe(plan: RunPlan, config_name: str, shown: int = 5) -> str:
         *_choices(plan.ranked[:shown], peak),
         "",
         "where such settings have been run so far (docs/proven.md):",
-        *(f"  {o.choice}: {run_so_far(o.choice, cluster.device, search.world, train.kernels)}" for o in plan.ranked[:shown]),
+        *(f"  {o.choice}: {run_so_far(o.choice, cluster.device, search.world, search.config)}" for o in plan.ranked[:shown]),
         "",
         "the first choice compared with others:",
         *(f"  {line}" for line in reasons(plan.best, plan.ranked, cluster.memory_gb.value)),
@@ -62,18 +62,19 @@ def _choices(best: list[Outcome], peak: float) -> list[str]:
     return lines
 
 
-def run_so_far(choice: Choice, device: str, world: int, kernels: Sequence[str] = ()) -> str:
+def run_so_far(choice: Choice, device: str, world: int, config: Config) -> str:
     """Return a phrase that names the hardware on which this project has run with such settings, as in docs/proven.md.
 
-    - One GPU, ZeRO stage 1 to 3, no overlap, no Triton kernel: "one H200".
+    - One GPU, ZeRO stage 1 to 3, no overlap, bfloat16, AdamW, no Triton kernel, no MegaBlocks: "one H200".
     - CPU, any number of ranks: "CPU ranks".
     - All other plans for GPUs have not run. The phrase states that their numbers were checked on CPU ranks and, for
       several GPUs, that nothing has run there yet.
 
     `choice`: the planned settings; only ZeRO stage and overlap are used. `device`, `world`: the planned hardware, which is
-    "gpu" or "cpu", and the number of devices. `kernels`: the setting `train.kernels`.
+    "gpu" or "cpu", and the number of devices. `config`: the run's configuration.
     """
-    if device == "gpu" and world == 1 and choice.stage > 0 and not choice.overlap and not kernels:
+    usual = config.train.dtype == "bfloat16" and config.optim.kind == "adamw" and config.model.expert_backend != "megablocks"
+    if device == "gpu" and world == 1 and choice.stage > 0 and not choice.overlap and usual and not config.train.kernels:
         return "one H200"
     if device == "cpu":
         return "CPU ranks"

@@ -303,11 +303,14 @@ def test_presets_can_be_planned():
 
 
 def test_plan_says_that_nothing_ran_on_several_gpus():
-    for choice in (Choice(1, 1, 2, False, 6, "none", "auto"), Choice(2, 2, 1, False, 6, "blocks", "shard")):
-        assert "on several GPUs: nothing yet" in run_so_far(choice, "gpu", 8)
-    assert run_so_far(Choice(1, 1, 2, False, 6, "none", "auto"), "gpu", 1) == "one H200"
-    assert "H200" not in run_so_far(Choice(1, 1, 2, True, 6, "none", "auto"), "gpu", 1)
-    assert "H200" not in run_so_far(Choice(1, 1, 2, False, 6, "none", "auto"), "gpu", 1, ["layer_norm"])
+    config, plain = load_config("raphael-3b"), Choice(1, 1, 2, False, 6, "none", "auto")
+    for choice in (plain, Choice(2, 2, 1, False, 6, "blocks", "shard")):
+        assert "on several GPUs: nothing yet" in run_so_far(choice, "gpu", 8, config)
+    assert run_so_far(plain, "gpu", 1, config) == "one H200"
+    assert "H200" not in run_so_far(replace(plain, overlap=True), "gpu", 1, config)
+    other = ("train.kernels=[layer_norm]", "train.dtype=float32", "optim.kind=muon", "model.expert_backend=megablocks")
+    for setting in other:
+        assert "H200" not in run_so_far(plain, "gpu", 1, load_config("raphael-3b", [setting])), setting
 
 
 @pytest.mark.slow
