@@ -307,7 +307,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--config", default=str(Path(__file__).with_suffix(".yaml")), help="preset or file of the model")
     command.add_argument("--nodes", type=int, nargs="+", default=[2, 4], help="numbers of nodes (default: 2 4)")
     command.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks per node (default: 1 2)")
-    command.add_argument("--all", action="store_true", help="measure every combination, which takes hours")
+    command.add_argument("--all", action="store_true", help="measure every combination, in about 15 minutes on two cores")
     command.add_argument("--out", type=Path, help="also write the rows to this JSON file")
     command.add_argument("--cases", nargs=2, help=argparse.SUPPRESS)  # on a rank
 
