@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__" or Path(sys.argv[0]).name.startswith("raphael-"):
-    from raphael_dist.cli.installed import report_missing_packages
+    from raphael_dist.cli.missing_packages import report_missing_packages
 
     report_missing_packages()
 

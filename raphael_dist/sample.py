@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if __name__ == "__main__":
-    from raphael_dist.cli.installed import report_missing_packages
+    from raphael_dist.cli.missing_packages import report_missing_packages
 
     report_missing_packages()
 

@@ -23,7 +23,7 @@ if __name__ == "__main__":
     # When run as a file, Python puts this folder first on the path, where its modules would shadow others.
     here = Path(__file__).resolve().parent
     sys.path[:] = [str(here.parent), *(p for p in sys.path if Path(p or ".").resolve() != here)]
-    from raphael_dist.cli.installed import report_missing_packages
+    from raphael_dist.cli.missing_packages import report_missing_packages
 
     report_missing_packages()
 

@@ -9,6 +9,6 @@ if (_root / "raphael_dist" / "__init__.py").is_file():  # in a wheel the tools a
     sys.path.insert(0, str(_root))
 
 with suppress(ImportError):  # an older installed package does not have this function
-    from raphael_dist.cli.installed import report_missing_packages
+    from raphael_dist.cli.missing_packages import report_missing_packages
 
     report_missing_packages()

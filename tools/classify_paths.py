@@ -203,7 +203,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from raphael_dist.analysis.gate_routes import collect_word_paths
-    from raphael_dist.data.plain_samples import read_samples
+    from raphael_dist.data.sequential_samples import read_samples
     from raphael_dist.sampling.load_model import load_trained
 
     trained = load_trained(args.checkpoint, args.weights, torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 
 import checkout  # noqa: F401 (before the package)
 from raphael_dist.cli.common import Parser
-from raphael_dist.data.plain_samples import read_samples
+from raphael_dist.data.sequential_samples import read_samples
 from raphael_dist.data.shards.decode_sample import DecodedSample
 from raphael_dist.errors import UserError, run_command
 from raphael_dist.model.diffusion import make_scheduler

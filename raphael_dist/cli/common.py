@@ -12,7 +12,7 @@ from typing import Any, NoReturn, get_args
 
 from raphael_dist import __version__
 from raphael_dist.config import assets
-from raphael_dist.config.key_names import known_key, near_key
+from raphael_dist.config.key_suggestions import known_key, near_key
 from raphael_dist.config.load import preset_names
 from raphael_dist.config.types import INT_LIMIT, WEIGHTS, Scheduler
 from raphael_dist.errors import UserError, did_you_mean, run_command

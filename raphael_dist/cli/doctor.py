@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
 def describe(examined: "Examined") -> list[str]:
     """Return the lines to print about an examined run: its state, its problems, and what was checked."""
-    from raphael_dist.reporting.events import ending
+    from raphael_dist.reporting.run_events import ending
 
     lines = [f"{examined.run.folder}: {ending(examined.run, examined.history, examined.now)}"]
     for number, finding in enumerate(examined.findings, 1):

@@ -174,7 +174,7 @@ def _report_experts(args: argparse.Namespace, trained: "TrainedModel", report: "
 
 
 def _read_captions(args: argparse.Namespace, trained: "TrainedModel") -> list[str]:
-    from raphael_dist.data.plain_samples import read_samples
+    from raphael_dist.data.sequential_samples import read_samples
     from raphael_dist.sampling.prompts import read_requests
     from raphael_dist.sampling.sampler import Request
 

@@ -11,7 +11,7 @@ from typing import Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Len, Lt, MinLen
 from pydantic.fields import FieldInfo
 
-from raphael_dist.config.key_names import NAMES_ELSEWHERE
+from raphael_dist.config.key_suggestions import NAMES_ELSEWHERE
 from raphael_dist.config.schema import Config
 from raphael_dist.config.types import FREE, INT_LIMIT, SHAPES, keys_marked, sections_of
 

@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel
 
 from raphael_dist.config.assets import locate
-from raphael_dist.config.key_names import known_key, near_key
+from raphael_dist.config.key_suggestions import known_key, near_key
 from raphael_dist.config.types import sections_of
 from raphael_dist.config.validation_errors import value_text
 from raphael_dist.errors import UserError, did_you_mean

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from raphael_dist.config.lr_schedules import ENDLESS
+from raphael_dist.config.lr_schedule_arguments import ENDLESS
 from raphael_dist.config.schema import ARCHITECTURE_FIELDS, Config, stored_tree
 from raphael_dist.config.training_stages import staged_keys
 from raphael_dist.config.types import FREE, keys_marked, keys_of

@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from raphael_dist.config.lr_schedules import LrSchedule
+from raphael_dist.config.lr_schedule_arguments import LrSchedule
 from raphael_dist.config.types import (
     FREE,
     BelowOne,

@@ -20,9 +20,9 @@ from pydantic import ValidationError, ValidationInfo, model_validator
 
 from raphael_dist.config import checks
 from raphael_dist.config.data_sections import Data, Image, Text
-from raphael_dist.config.key_names import known_key
+from raphael_dist.config.key_suggestions import known_key
 from raphael_dist.config.load import ConfigTree, apply_override, check_repeated_keys, check_tree, read_yaml
-from raphael_dist.config.lr_schedules import check_lr_schedule
+from raphael_dist.config.lr_schedule_arguments import check_lr_schedule
 from raphael_dist.config.model_sections import Control, Diffusion, Edge, Lora, Model, Parallel
 from raphael_dist.config.run_sections import CheckpointConfig, EmaConfig, Optim, RunConfig, Sample, Train
 from raphael_dist.config.types import SHAPES, Section, fits_grouped_product, keys_marked, keys_of

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from raphael_dist.config.key_names import known_key
+from raphael_dist.config.key_suggestions import known_key
 from raphael_dist.config.schema import Config, config_from_tree
 from raphael_dist.errors import UserError, did_you_mean
 from raphael_dist.text import JsonObject

@@ -8,7 +8,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from raphael_dist.config.key_names import RENAMED, meant_keys, near_key
+from raphael_dist.config.key_suggestions import RENAMED, meant_keys, near_key
 from raphael_dist.errors import UserError, did_you_mean
 from raphael_dist.text import escape_control, hide_secrets_in_text, shorten
 

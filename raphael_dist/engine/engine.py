@@ -26,7 +26,7 @@ from raphael_dist.errors import UserError
 from raphael_dist.model.compiling import compile_parts
 from raphael_dist.model.cuda_graphs import replay_cuda_graphs
 from raphael_dist.model.device import is_gpu
-from raphael_dist.model.kernels.switch import use_kernels
+from raphael_dist.model.kernels.selection import use_kernels
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.model.unet_interface import UNetOutput
 from raphael_dist.parallel import expert_dispatch

@@ -10,7 +10,7 @@ import numpy as np
 from raphael_dist.data.folder_files import files_below
 from raphael_dist.data.image import IMAGE_SUFFIXES
 from raphael_dist.data.image_files import CaptionFiles, image_files
-from raphael_dist.data.plain_samples import read_samples
+from raphael_dist.data.sequential_samples import read_samples
 from raphael_dist.errors import UserError
 from raphael_dist.evaluation.lettering import normalise_text, requested_text
 from raphael_dist.runtime.launcher_env import rank_of

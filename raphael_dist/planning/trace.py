@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from raphael_dist.config.schema import Config
 from raphael_dist.model.diffusion import NoiseSchedule
-from raphael_dist.model.kernels.switch import require_triton, set_kernels
+from raphael_dist.model.kernels.selection import require_triton, set_kernels
 from raphael_dist.model.losses import compute_losses
 from raphael_dist.planning.meta_batch import META, meta_batch
 from raphael_dist.planning.operation_recorder import KINDS, PHASES, Recorder, TracedUNet, observe_modules

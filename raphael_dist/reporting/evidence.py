@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from raphael_dist.reporting.events import History
+from raphael_dist.reporting.run_events import History
 from raphael_dist.reporting.run_files import RunFiles
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ import re
 from statistics import fmean, median
 
 from raphael_dist.analysis.expert_diagnostics import DEAD_SHARE
-from raphael_dist.config.lr_schedules import ENDLESS
-from raphael_dist.reporting.events import UNCLEAN, silent_seconds
+from raphael_dist.config.lr_schedule_arguments import ENDLESS
 from raphael_dist.reporting.evidence import MIN_LINES, Finding, Rule, RunEvidence
 from raphael_dist.reporting.expert_health import OVERLOADED, dead_blocks, experts_are_judged, overloaded_blocks
 from raphael_dist.reporting.loss_rules import loss_not_falling, loss_not_finite, loss_rising
+from raphael_dist.reporting.run_events import UNCLEAN, silent_seconds
 from raphael_dist.reporting.run_files import RunFiles
 from raphael_dist.text import counted
 from raphael_dist.training.data_timer import KINDS, REMEDIES

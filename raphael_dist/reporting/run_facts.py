@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from raphael_dist.checkpoint.folders import step_of
 from raphael_dist.config.schema import Config, load_config
 from raphael_dist.errors import UserError, describe_error
-from raphael_dist.reporting.events import History, read_history
 from raphael_dist.reporting.evidence import Finding, RunEvidence
 from raphael_dist.reporting.plan_comparison import PlanRow, compare, measured_rows
 from raphael_dist.reporting.rules import coverage, diagnose
+from raphael_dist.reporting.run_events import History, read_history
 from raphael_dist.reporting.run_files import RunFiles, paths_in, read_run
 from raphael_dist.storage.files import free_bytes
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NotRequired, TypedDict
 
-from raphael_dist.reporting.events import History
+from raphael_dist.reporting.run_events import History
 from raphael_dist.reporting.run_files import RunFiles, Series
 
 BUCKETS = 250  # number of intervals of a curve; each has two points

@@ -4,11 +4,11 @@ import math
 from collections.abc import Sequence
 from statistics import fmean, variance
 
-from raphael_dist.reporting.events import FAULTS, UNCLEAN, ending
 from raphael_dist.reporting.evidence import MIN_LINES
 from raphael_dist.reporting.expert_health import MIN_SAMPLES, dead_blocks, experts_are_judged
 from raphael_dist.reporting.loss_rules import FALLEN, find_rise
 from raphael_dist.reporting.rules import DATA_BOUND, longest_wait
+from raphael_dist.reporting.run_events import FAULTS, UNCLEAN, ending
 from raphael_dist.reporting.run_facts import Examined
 from raphael_dist.reporting.run_files import RunFiles
 from raphael_dist.text import JsonObject, counted

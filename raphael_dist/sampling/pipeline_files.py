@@ -12,7 +12,7 @@ from raphael_dist.convert.exported_code import CODE, model_code, pipeline_code
 from raphael_dist.data.features.characters import CHARACTERS
 from raphael_dist.errors import UserError
 from raphael_dist.model.diffusers_model import RaphaelControlNet, RaphaelUNet2D, uncompiled
-from raphael_dist.sampling.own_code import IN_PACKAGE
+from raphael_dist.sampling.code_origin import IN_PACKAGE
 from raphael_dist.storage.files import apply_umask
 from raphael_dist.storage.weight_files import DIFFUSERS, TRANSFORMERS, weight_files
 from raphael_dist.text import JsonObject, read_json

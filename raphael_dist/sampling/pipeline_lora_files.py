@@ -17,7 +17,7 @@ from raphael_dist.convert.lora_files import (
     read_peft_folder,
 )
 from raphael_dist.errors import UserError
-from raphael_dist.sampling.own_code import IN_PACKAGE
+from raphael_dist.sampling.code_origin import IN_PACKAGE
 
 
 class LoraFiles:

@@ -22,7 +22,7 @@ from raphael_dist.data.shards.open_index import find_shards, patterns_of, requir
 from raphael_dist.data.shards.tar_scan import EDGE_EXT, FEATURES_EXT, TAR_ERRORS, TarHeader
 from raphael_dist.errors import UserError
 from raphael_dist.model.controlnet import add_control
-from raphael_dist.model.kernels.switch import require_triton
+from raphael_dist.model.kernels.selection import require_triton
 from raphael_dist.model.lora import add_lora
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.sampling.prompts import sample_requests

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from raphael_dist import sample, train
-from raphael_dist.cli.installed import PACKAGES
-from raphael_dist.config.key_names import NAMES_ELSEWHERE
+from raphael_dist.cli.missing_packages import PACKAGES
+from raphael_dist.config.key_suggestions import NAMES_ELSEWHERE
 from raphael_dist.config.schema import Config, load_config
 from raphael_dist.config.training_stages import every_stage
 from raphael_dist.config.types import keys_of, sections_of

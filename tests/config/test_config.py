@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from raphael_dist.config.key_names import RENAMED, known_key
+from raphael_dist.config.key_suggestions import RENAMED, known_key
 from raphael_dist.config.load import preset_names
 from raphael_dist.config.model_sections import Model
 from raphael_dist.config.schema import ARCHITECTURE_FIELDS, Config, load_config, to_yaml

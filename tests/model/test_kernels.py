@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from raphael_dist.model.diffusion import NoiseSchedule
-from raphael_dist.model.kernels.switch import use_kernels
+from raphael_dist.model.kernels.selection import use_kernels
 from raphael_dist.model.losses import compute_losses
 from raphael_dist.model.moe import SpaceMoE, TimeMoE
 from raphael_dist.model.unet import RaphaelUNet

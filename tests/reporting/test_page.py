@@ -16,9 +16,9 @@ from PIL import Image
 
 from raphael_dist.cli import report
 from raphael_dist.reporting import summary
-from raphael_dist.reporting.events import UNCLEAN, Event, History
 from raphael_dist.reporting.page import MAX_BYTES, SECTIONS, build_page
 from raphael_dist.reporting.plan_comparison import PlanRow
+from raphael_dist.reporting.run_events import UNCLEAN, Event, History
 from raphael_dist.reporting.run_facts import examine
 from raphael_dist.reporting.series import BUCKETS, thinned, timeline_data
 from tests.lib.planted_run import plant, routes

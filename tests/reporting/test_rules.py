@@ -11,8 +11,8 @@ from raphael_dist.cli import doctor
 from raphael_dist.data.features.tokens import truncation_line
 from raphael_dist.reporting import rules, summary
 from raphael_dist.reporting.data_sample import DataSample
-from raphael_dist.reporting.events import KINDS, UNCLEAN, History, read_history
 from raphael_dist.reporting.rules import RULES, RunEvidence, diagnose
+from raphael_dist.reporting.run_events import KINDS, UNCLEAN, History, read_history
 from raphael_dist.reporting.run_files import read_run
 from tests.lib import planted_run
 from tests.lib.planted_run import BEGIN, LINES, Tag, log_line, plant

@@ -43,7 +43,7 @@ ENTRY = {"__main__", "train", "sample", "pipeline"}
 MAY_IMPORT_DEEPSPEED = {"engine.deepspeed_comm", "engine.expert_groups", "convert.layouts.deepspeed.write"}
 LIGHT_MODULES = {
     "errors", "cli.common", "engine.ds_config", "parallel.batch_plan", "parallel.placement", "planning.communication",
-    "cluster.preflight_report", "cli.installed",
+    "cluster.preflight_report", "cli.missing_packages",
     "runtime.launchers", "runtime.launcher_env", "runtime.stop_request", "model.latents", "text", "engine.ds_keys",
 }  # fmt: skip
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raphael_dist.data.features.encoders import ImageEncoder
-from raphael_dist.data.plain_samples import read_samples
+from raphael_dist.data.sequential_samples import read_samples
 from raphael_dist.errors import UserError
 from raphael_dist.evaluation.distances import bootstrap, frechet_distance
 from raphael_dist.evaluation.image_features import Features, compute_features, make_hed_stages

@@ -11,7 +11,7 @@ import torch
 from raphael_dist.config.schema import Config
 from raphael_dist.engine.ds_config import merge
 from raphael_dist.errors import UserError
-from raphael_dist.model.kernels.switch import use_kernels
+from raphael_dist.model.kernels.selection import use_kernels
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.training.dry_run import problems
 from tests.lib.synthetic import tiny_config
@@ -120,7 +120,7 @@ def test_flops_of_kernels_are_counted_in_the_first_pass_of_a_process():
 import torch
 from tests.lib.synthetic import synthetic_batch, tiny_config
 from raphael_dist.model.diffusion import NoiseSchedule
-from raphael_dist.model.kernels.switch import use_kernels
+from raphael_dist.model.kernels.selection import use_kernels
 from raphael_dist.model.unet import RaphaelUNet
 from raphael_dist.training.throughput import forward_flops
 
