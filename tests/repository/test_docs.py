@@ -84,7 +84,7 @@ NOT_OURS = """
 """.split()  # noqa: SIM905
 OPTIONS_OF_OTHERS = """
     --no-deps --no-build-isolation
-    --module --no_ssh --node_rank --rdzv_backend
+    --hostfile --module --no_ssh --node_rank --rdzv_backend
     --include --exclude --local-dir
     --exclusive --mem --shm-size --ntasks-per-node --cpus-per-task --nodes --signal --batch --time --help --nproc_per_node
 """.split()  # noqa: SIM905
