@@ -265,11 +265,13 @@ finish() {
 }
 
 # --- preflight, then training ----------------------------------------------------------------------------------------
-# Keep in `nodes` those on which srun can start a process. Where it cannot reach one node, it starts none at all.
+# Keep in `nodes` those that have a report in the folder $1, and those on which srun can start a process. Where srun cannot
+# reach one node, it starts no rank, or kills those that it started: good nodes may have no report.
 keep_reached_nodes() {
     local node reached=()
     for node in "${nodes[@]}"; do
-        if supervise timeout 60 srun --nodes=1 --ntasks=1 --mem=0 "--nodelist=$node" true; then
+        if grep -qsF "\"node\": \"$node\"" "$1"/rank-*.json ||
+            supervise timeout 60 srun --nodes=1 --ntasks=1 --mem=0 "--nodelist=$node" true; then
             reached+=("$node")
         elif ((cancelled || timed_out)) || [[ -n $signalled ]]; then
             finish 75
@@ -293,9 +295,9 @@ preflight() {
         code=$?
         case $code in 2 | 75 | 138) finish "$code" ;; esac
         ((cancelled || timed_out)) && finish "$code"
-        if ((code != 0 && ${#nodes[@]} > 1)) && ! compgen -G "$out/rank-*.json" >/dev/null; then
+        if ((code != 0 && ${#nodes[@]} > 1)); then
             started=${#nodes[@]}
-            keep_reached_nodes
+            keep_reached_nodes "$out"
             ((${#nodes[@]} >= needed)) || finish 1
             ((${#nodes[@]} == started)) || continue
         fi

@@ -1,5 +1,6 @@
 """Slurm on nodes of network namespaces, each with an address and a link of its own: `sbatch slurm/train_raphael.sh`."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -56,17 +57,30 @@ def test_two_nodes_train_over_the_bridge(cluster: Cluster, tmp_path: Path, cache
     assert min(sent[0].sent, sent[1].sent) > counted > sent[2].sent
 
 
-def test_node_that_the_others_do_not_reach_ends_the_job_with_76(cluster: Cluster, tmp_path: Path, cache: str) -> None:
+def test_node_lost_in_training_is_left_out_by_the_preflight_of_the_restart(
+    cluster: Cluster, tmp_path: Path, cache: str, alone: Path
+) -> None:
     """Slurm reaches it, so that only the run can notice; and srun, which waits for the node's rank, must not hang."""
     assert cluster.network is not None
-    job = Job(cluster, tmp_path, ["--nodes=2"], [cache, *STEPS], REQUEUE="0")
+    job = Job(cluster, tmp_path, ["--nodes=3"], [cache, *STEPS], PREFLIGHT="1", SPARE_NODES="1")
+    wait_for(lambda: "preflight passed" in job.log, 240, "preflight", job.details)
     job.wait_step(8)
+    assert [node for node, _ in job.pids().values()] == ["node0", "node1"]
     cluster.network.drop_routes(1, [0, 2])
-    log = job.finish("FAILED", seconds=500)
-    cluster.network.keep_routes(1)
-    assert "rank 1 on node1 cannot be reached from node0" in log
-    assert "the run hung" in log
-    assert cluster.job(job.id)["ExitCode"] == "76:0"
+    try:
+        log = job.finish(seconds=800)
+    finally:
+        cluster.network.keep_routes(1)
+    before, _, after = log.partition("restart 1: nodes: 2")
+    assert "rank 1 on node1 cannot be reached from node0" in before
+    assert "the run hung" in before  # exit code 76
+    assert "The job is requeued (restart 1" in before
+    assert re.findall("fault: (.*?):", after) == ["node1"], after
+    assert "preflight passed" in after
+    assert "restart 2" not in after
+    assert [node for node, _ in job.pids().values()] == ["node0", "node2"]
+    assert losses(job.dir) == losses(alone)
+    assert files_of(job.dir, 25) == files_of(alone, 25)
 
 
 def test_node_whose_link_is_cut_is_named_and_replaced(cluster: Cluster, tmp_path: Path, cache: str, alone: Path) -> None:
@@ -95,7 +109,7 @@ def test_preflight_leaves_out_a_node_that_srun_cannot_reach(
     job = Job(cluster, tmp_path, ["--nodes=3"], [cache, *STEPS], PREFLIGHT="1", SPARE_NODES="1")
     log = job.finish(seconds=600)
     cluster.network.keep_routes(1)
-    assert "fault: node1: " in log  # by the reports of the other nodes, if they had the time, or by asking each node
+    assert re.findall("fault: (.*?):", log) == ["node1"], log  # by reports, or by asking the nodes that left none
     assert "preflight passed" in log
     assert [node for node, _ in job.pids().values()] == ["node0", "node2"]
     assert losses(job.dir) == losses(alone)
