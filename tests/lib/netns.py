@@ -1,8 +1,9 @@
 """Simulate nodes of a cluster on this host. A node is a network namespace with its own IP address. Requires root.
 
 The nodes of a `Network` are joined by a bridge in a further namespace, and reach nothing else. The bandwidth of links is
-limited by `tc` (tbf); relay.py adds latency and loss. The name of a namespace contains the process id of the process that
-created it. If that process was killed, the next `Network` removes its namespaces.
+limited by `tc` (tbf); relay.py adds latency and loss. A shell process removes the namespaces, also when the process that
+created the `Network` is killed. The name of a namespace contains process id and start time of its creator. If the shell
+process was killed too, the next `Network` removes the namespaces.
 """
 
 import itertools
@@ -10,32 +11,36 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Literal
 
-from raphael_dist.runtime.launchers import alive
+from raphael_dist.runtime.launchers import Process
 from raphael_dist.runtime.ranks import free_port
 from tests.lib.launch import ROOT, rank_env
 from tests.lib.relay import enter
 
 HEADERS = 66  # bytes of a frame's Ethernet, IP and TCP headers, with TCP's timestamps
 _HOSTS = Path("/etc/netns")  # a folder for each node, with the file that replaces /etc/hosts, also in `ip netns exec`
-_NAME = re.compile(r"raphael-(\d+)-\d+-\w+")
+_NAME = re.compile(r"raphael-(\d+-\d+)-\d+-\w+")
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 _IP = shutil.which("ip", path=_PATH) or "ip"
 # A host may use BBR, with which a connection that has shared a link without latency stays slow for seconds. Linux's default,
 # cubic, cannot be chosen in a namespace.
 _CONGESTION = "reno"
 _networks = itertools.count()
+# Remove the namespaces "$@" and all processes in them when standard input ends.
+_REMOVE = f"""cat; for name; do
+    ip netns pids "$name" | xargs -r kill -9
+    ip netns delete "$name"
+    rm -rf "{_HOSTS}/$name"
+done"""
 
 
 def missing() -> str | None:
@@ -47,7 +52,7 @@ def missing() -> str | None:
         return "only root may create network namespaces"
     if not Path("/dev/net/tun").exists():
         return "no /dev/net/tun"
-    probe = f"raphael-{os.getpid()}-0-probe"
+    probe = f"raphael-{creator()}-0-probe"
     done = subprocess.run([_IP, "netns", "add", probe], capture_output=True, text=True)
     subprocess.run([_IP, "netns", "del", probe], capture_output=True)
     return f"no network namespaces: {done.stderr.strip()}" if done.returncode else None
@@ -99,7 +104,7 @@ class Network:
 
     def __init__(self, links: Sequence[Link]) -> None:
         self.links = list(links)
-        prefix = f"raphael-{os.getpid()}-{next(_networks)}"
+        prefix = f"raphael-{creator()}-{next(_networks)}"
         self._hub, self._spaces = f"{prefix}-hub", [f"{prefix}-node{i}" for i in range(len(links))]
         self.names = [f"node{i}" for i in range(len(links))]
         self.addresses = [f"10.99.0.{i + 1}" for i in range(len(links))]
@@ -109,6 +114,7 @@ class Network:
 
     def __enter__(self) -> "Network":
         sweep()
+        self._remover = _start_remover([*self._spaces, self._hub])
         try:
             self._create()
         except BaseException:
@@ -120,8 +126,7 @@ class Network:
         for relay in self._relays.values():
             relay.kill()
             relay.wait()
-        for space in (*self._spaces, self._hub):
-            _remove(space)
+        self._remover.communicate(timeout=60)
 
     def _create(self) -> None:
         ip("netns", "add", self._hub)
@@ -304,17 +309,27 @@ def spaces() -> list[str]:
 
 def sweep() -> None:
     """Remove the namespaces of processes that have ended without removing them."""
-    for name in spaces():
-        owner = _NAME.match(name)
-        if owner and not alive(int(owner[1])):
-            _remove(name)
+    creators = {name: match[1] for name in spaces() if (match := _NAME.match(name))}
+    _start_remover([name for name, creator in creators.items() if not exists(creator)]).communicate(timeout=60)
 
 
-def _remove(space: str) -> None:
-    """Kill all processes in the namespace `space` and delete it. Do nothing if it does not exist."""
-    if space in spaces():
-        for pid in ip("netns", "pids", space).split():
-            with suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
-        _run(_IP, "netns", "delete", space, check=False)
-    shutil.rmtree(_HOSTS / space, ignore_errors=True)
+def creator() -> str:
+    """Return the id and the start time of this process, for names of things that it creates and `sweep` functions remove."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    return f"{os.getpid()}-{fields[19]}"
+
+
+def exists(creator: str) -> bool:
+    """Return whether the process still runs in which the function `creator` returned this text."""
+    pid, began = creator.split("-")
+    return Process(int(pid), int(began), "").alive
+
+
+def _start_remover(names: list[str]) -> subprocess.Popen[bytes]:
+    """Start a process that removes the namespaces `names`, those which exist, when this process closes its input or ends.
+
+    It is in a session of its own, so that no signal to this process's group ends it.
+    """
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    command, env = ["sh", "-c", _REMOVE, "remover", *names], {**os.environ, "PATH": _PATH}
+    return subprocess.Popen(command, env=env, stdin=subprocess.PIPE, start_new_session=True, **quiet)

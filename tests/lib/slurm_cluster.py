@@ -1,13 +1,14 @@
 """Run a real Slurm cluster on this host: munged, slurmctld and several slurmd with their own ports and folders.
 
 All nodes have the address of this host. With a `Network` (netns.py) each node has its own address. The name of a cluster's
-folder contains the process id of the process that created it. If that process was killed, the next `Cluster` ends its
-daemons and removes its folder.
+folder contains process id and start time of the process that created it. If that process was killed, the next `Cluster` ends
+its daemons and removes its folder.
 """
 
 import os
 import pwd
 import random
+import re
 import secrets
 import shutil
 import signal
@@ -22,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from raphael_dist.runtime.launchers import alive
+from tests.lib import netns
 from tests.lib.netns import Network
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue")
@@ -86,9 +87,9 @@ def wait_for(condition: Callable[[], Any], seconds: float, what: str, details: C
 
 def sweep() -> None:
     """End the daemons and remove the folders of clusters that were created by processes that no longer exist."""
-    for folder in Path(tempfile.gettempdir()).glob("slurm-*-*"):
-        owner = folder.name.split("-")[1]
-        if owner.isdigit() and not alive(int(owner)):
+    for folder in Path(tempfile.gettempdir()).glob("slurm-*-*-*"):
+        match = re.match(r"slurm-(\d+-\d+)-", folder.name)
+        if match and not netns.exists(match[1]):
             for process in processes_of(folder):
                 with suppress(psutil.Error):
                     process.kill()
@@ -138,7 +139,7 @@ class Cluster:
         sweep()
         self.network, self._timeout = network, slurmd_timeout
         self.nodes = network.names[:-1] if network else [f"n{i + 1}" for i in range(num_nodes)]
-        self.folder = Path(tempfile.mkdtemp(prefix=f"slurm-{os.getpid()}-"))
+        self.folder = Path(tempfile.mkdtemp(prefix=f"slurm-{netns.creator()}-"))
         self.env = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf")}
         for name in [n for n in self.env if n.startswith(("SLURM_", "SBATCH_")) and n != "SLURM_CONF"]:
             del self.env[name]

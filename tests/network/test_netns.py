@@ -1,6 +1,7 @@
 """Nodes of network namespaces (tests/lib/netns.py): what is counted, what links do, and that nothing is left."""
 
 import itertools
+import os
 import signal
 import socket
 import subprocess
@@ -12,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from raphael_dist.runtime.launchers import alive
 from tests.lib import netns
 from tests.lib.launch import ROOT
 from tests.lib.netns import Link, Network
+from tests.lib.slurm_cluster import wait_for
 
 pytestmark = [pytest.mark.network, pytest.mark.skipif(bool(netns.missing()), reason=f"no nodes: {netns.missing()}")]
 
@@ -129,21 +132,30 @@ def test_processes_have_the_node_name_and_find_others_by_name() -> None:
         assert netns.finish(ranks, 60) == ([0, 0], ["node0 10.99.0.1 10.99.0.2\n", "node1 10.99.0.1 10.99.0.2\n"])
 
 
-def test_killed_owner_leaves_nothing_for_long() -> None:
+def test_killed_owner_leaves_nothing() -> None:
     program = (
         "import subprocess, sys, time; from tests.lib.netns import *\n"
         "network = Network([Link(), Link(delay_ms=1)]).__enter__()\n"
         "sleeper = subprocess.Popen(network.command(0, ['sleep', '600']))\n"
-        "print(*network._spaces, flush=True); time.sleep(600)"
+        "print(sleeper.pid, *network._spaces, network._hub, flush=True); time.sleep(600)"
     )
     owner = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert owner.stdout is not None
-    left = owner.stdout.readline().split()
+    sleeper, *left = owner.stdout.readline().split()
+    assert set(left) <= set(netns.spaces())
     owner.send_signal(signal.SIGKILL)
     owner.wait()
-    assert set(left) <= set(netns.spaces())
+    wait_for(lambda: not set(left) & set(netns.spaces()), 20, "end of the namespaces")
+    wait_for(lambda: not [name for name in left if Path("/etc/netns", name).exists()], 5, "end of the files")
+    assert not alive(int(sleeper))
+
+
+def test_leftovers_of_a_process_are_removed_although_its_id_is_used_again() -> None:
+    left = f"raphael-{os.getpid()}-1-0-node0"  # this process did not start at boot
+    netns.ip("netns", "add", left)
     with Network([Link()]) as network:
-        assert not set(left) & set(netns.spaces())
-        assert not [name for name in left if Path("/etc/netns", name).exists()]
         own = network._spaces
+        netns.sweep()
+        assert left not in netns.spaces()
+        assert set(own) <= set(netns.spaces())
     assert not set(own) & set(netns.spaces())
