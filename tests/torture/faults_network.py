@@ -1,7 +1,8 @@
 """Faults of the links between nodes of network namespaces (tests/lib/netns.py), one rank on each."""
 
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from raphael_dist.errors import EXIT_HUNG
@@ -31,16 +32,16 @@ class Nodes:
 
 
 @contextmanager
-def nodes(link: Link = Link(), **env: str) -> Iterator[Nodes]:  # noqa: B008 (frozen)
-    """Make a node for each rank, with equal links and `env` in the environment of the ranks."""
-    with Network([link] * WORLD) as network:
+def nodes(links: Sequence[Link] = (Link(),) * WORLD, **env: str) -> Iterator[Nodes]:
+    """Make a node for each rank, with these links and `env` in the environment of the ranks."""
+    with Network(links) as network:
         yield Nodes(network, **env)
 
 
-def goes_on(trial: Trial, link: Link, what: str) -> Outcome:
+def goes_on(trial: Trial, links: Sequence[Link], what: str) -> Outcome:
     """Run over slow or lossy links; the run must end as the oracle did."""
     trial.begin()
-    with nodes(link) as where:
+    with nodes(links) as where:
         codes = trial.train(around=where.around, sections=PATIENT)
     assert codes == [0] * WORLD, f"exit codes {codes}:\n{trial.output}"
     trial.check_equals_oracle()
@@ -51,23 +52,24 @@ def goes_on(trial: Trial, link: Link, what: str) -> Outcome:
 def latency(trial: Trial) -> Outcome:
     # ZeRO-3 gathers each parameter in a call of its own, thousands of them: minutes per step at 200 ms (docs/network.md).
     delay_ms = 20 if trial.setting.stage == 3 else 200
-    return goes_on(trial, Link(delay_ms=delay_ms), f"{delay_ms} ms each way")
+    return goes_on(trial, [Link(delay_ms=delay_ms)] * WORLD, f"{delay_ms} ms each way")
 
 
 @fault("a link that loses 1% of the frames", "links")
 def loss(trial: Trial) -> Outcome:
-    return goes_on(trial, Link(delay_ms=0.1, loss=0.01), "1% each way")
+    return goes_on(trial, [Link(delay_ms=0.1, loss=0.01)] * WORLD, "1% each way")
 
 
 @fault("a link that loses 10% of the frames (ZeRO-3: 3%)", "links")
 def heavy_loss(trial: Trial) -> Outcome:
     share = 0.03 if trial.setting.stage == 3 else 0.1  # each of ZeRO-3's calls may wait for a frame to be sent again
-    return goes_on(trial, Link(delay_ms=0.1, loss=share), f"{share:.0%} each way")
+    return goes_on(trial, [Link(delay_ms=0.1, loss=share)] * WORLD, f"{share:.0%} each way")
 
 
 @fault("a link of 1 Mbit/s", "links")
 def slow(trial: Trial) -> Outcome:
-    return goes_on(trial, Link(rate=1), "1 Mbit/s")
+    victim = trial.draw.randrange(WORLD)
+    return goes_on(trial, [Link(rate=float(rank == victim)) for rank in range(WORLD)], f"1 Mbit/s from and to node{victim}")
 
 
 @fault("a link that is down for 5 or 60 s", "links")
@@ -88,8 +90,15 @@ def down_for_a_while(trial: Trial) -> Outcome:
     return survived(f"node{victim} for {seconds} s")
 
 
+def names_link(line: str) -> bool:
+    """Return whether an error line of a rank names the other rank and its node, and the network as the cause."""
+    cause = r"rank (\d) on node\2 cannot be reached from node\1: check the network between them"
+    match = re.match(rf"error on rank (\d) \(node\1\): .*\b{cause}", line)
+    return match is not None and match[1] != match[2]
+
+
 def ends_in_time(trial: Trial, break_link: Callable[[Network, int], None], what: str) -> Outcome:
-    """Break a node's link for good: the run must end in time, name a node, and continue after the repair."""
+    """Break a node's link for good: the run must end in time, name the link, and continue after the repair."""
     at, victim = trial.begin(), trial.draw.randrange(WORLD)
     with nodes() as where:
         act = at_random(trial, lambda _: break_link(where.network, victim))
@@ -100,7 +109,7 @@ def ends_in_time(trial: Trial, break_link: Callable[[Network, int], None], what:
         assert EXIT_HUNG in codes, f"exit codes {codes}:\n{trial.output}"
         assert "Traceback" not in trial.output, trial.output
         lines = [line for line in trial.output.splitlines() if line.startswith("error")]
-        assert any("node" in line.partition(":")[2] for line in lines), f"no node was named:\n{trial.output}"
+        assert any(map(names_link, lines)), f"nobody named the other node and the network:\n{trial.output}"
     return continue_after_death(trial, at, f"{what} node{victim}: {lines[0]}")
 
 
