@@ -16,7 +16,7 @@ NVIDIA_DEVICE = Path("/dev/nvidia0")
 def check_gpus_are_usable() -> None:
     """Raise UserError if this host has a GPU, or Slurm gave this job one, but torch can use none.
 
-    Training would then run on the CPUs. An empty CUDA_VISIBLE_DEVICES means that the user wants this.
+    Training would then run on the CPUs. An empty CUDA_VISIBLE_DEVICES turns this check off, to train on the CPUs on purpose.
     """
     if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles"):
         return

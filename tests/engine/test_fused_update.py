@@ -152,7 +152,8 @@ def test_engine_takes_the_same_steps(tmp_path: Path, world_size: int) -> None:
             specs.append({"sections": sections, "deepspeed": tree, "steps": steps, "spoiled": True, "ema": True})
     results = train_many(tmp_path, world_size, specs, timeout=280, gpus=HAS_GPU)
     for name, separate, fused, deferred in zip(CASES, results[::3], results[1::3], results[2::3], strict=True):
-        assert deferred["norms"] == fused["norms"], name
+        # On some CPUs torch rounds the square root of a float64 otherwise than Python's math does.
+        assert deferred["norms"] == pytest.approx(fused["norms"], rel=1e-15), name
         for kind, tensors in {"weights": fused["weights"], **fused["moments"]}.items():
             others = deferred["weights"] if kind == "weights" else deferred["moments"][kind]
             assert all(torch.equal(tensor, others[parameter]) for parameter, tensor in tensors.items()), f"{name}: {kind}"
