@@ -5,7 +5,7 @@
 #SBATCH --nodes=1
 #SBATCH --exclusive
 #SBATCH --mem=0
-#SBATCH --time=01:30:00
+#SBATCH --time=01:00:00
 #SBATCH --output=slurm-%j.log
 # Settings from the environment: PROOF_DIR TASKS_PER_NODE MASTER_ADDR MASTER_PORT DRY_RUN PYTHON RAPHAEL_HOME RUN_UMASK; arguments
 # are those of `python -m raphael_dist prove`. Exit codes: 0 all checks passed, 2 bad environment, 3 wrong numbers. A second
